@@ -1,0 +1,57 @@
+# `make help` lists the targets. Needs a Python >= 3.11 with its venv module, and a package index; no git, no GPU.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV ?= .venv
+EXTRAS ?= plot,test,dev
+
+# What decides the versions. With a GPU, keep your own torch: `make setup VENV=path/to/your/env CONSTRAINTS=`
+# installs into that environment and replaces no torch that satisfies pyproject.toml; or name a file of your own.
+CONSTRAINTS ?= constraints/cpu.txt
+
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+STAMP := $(VENV)/.installed
+# Each worker would start a thread per core; two workers on two cores would then fight over them.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help setup demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
+
+setup: $(STAMP)  ## make .venv and install the package and its tools there (once)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if ! "$(VENV)/bin/python" -m pip --version >/dev/null 2>&1; then \
+		test -n "$(PYTHON)" || { echo "error: found no Python >= 3.11; install one (Debian: python3.11 and python3.11-venv) or name it: make PYTHON=..." >&2; exit 1; }; \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: $(PYTHON) does not run or is older than Python 3.11; name another: make PYTHON=..." >&2; exit 1; }; \
+		"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module (Debian: install python3.11-venv, or the one of your version)" >&2; exit 1; }; \
+		"$(PYTHON)" -m venv "$(VENV)"; \
+	fi
+	@echo "Installing deltaproduct[$(EXTRAS)] and PyTorch into $(VENV); this may take some minutes, once ..."
+	@"$(VENV)/bin/python" -m pip install -qq --disable-pip-version-check $(PIP_ARGS) $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)") -e ".[$(EXTRAS)]"
+	@touch "$@"
+
+demo: setup  ## learn S3 from two seeds and draw the accuracy by length, in demo/s3
+	$(VENV)/bin/deltaproduct reproduce s3 --seeds 2 --out demo/s3
+
+test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows them
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: setup  ## run all tests
+	$(PYTEST) -m "" $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+bench: setup  ## time the operator's backends
+	$(VENV)/bin/deltaproduct bench ops
+
+clean:  ## remove caches, build outputs and demo/ (not .venv, not runs/)
+	rm -rf build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find deltaproduct tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,202 @@
+"""The DeltaProduct layer: projections, short convolution, the recurrence, norm and output projection.
+
+B batch · T tokens · D hidden size · N Householder steps per token · H query/key heads · HV value heads · K, V head sizes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaproduct.errors import UsageError
+from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
+from deltaproduct.ops import delta_product, delta_product_step
+from deltaproduct.ops.inputs import l2_normalise
+
+
+class DeltaProductState(NamedTuple):
+    """What one layer carries from token to token; the histories are None without the short convolution."""
+
+    recurrent: Tensor  # [B,HV,K,V]
+    q_history: Tensor | None  # [B,conv_size−1,H·K]
+    k_history: Tensor | None  # [B,conv_size−1,N·H·K]
+    v_history: Tensor | None  # [B,conv_size−1,N·HV·V]
+
+
+class DeltaProduct(Mixer):
+    """(Gated) DeltaProduct as a sequence mixer (arXiv 2502.10297, section 3): H_t = A(x_t) H_{t−1} + B(x_t) with
+    A(x_t) = exp(g_t) ∏_j (I − β_{t,j} k_{t,j} k_{t,j}ᵀ), a product of N generalised Householder reflections.
+
+    Args:
+        hidden_size: D.
+        num_heads: H, query/key heads.
+        head_dim: K; a value head has V = head_dim · expand_v.
+        num_householder: N, steps per token.
+        expand_v: V / K.
+        num_v_heads: HV, a multiple of num_heads; None means num_heads.
+        allow_neg_eigval: β in [0,2] (eigenvalues in [−1,1]) in place of [0,1].
+        use_forget_gate: the gated layer, with log decay g = −exp(A_log) · softplus(a_proj(x) + dt_bias).
+        use_output_gate: multiply the normalised output by silu(g_proj(x)).
+        use_short_conv: a causal convolution of width conv_size on q, k and v.
+        qkv_activation: what q, k and v pass through, with or without the convolution: "silu", "relu" or "identity".
+        norm_eps: of the RMSNorm over each head's output.
+        beta_bias_init: None means that β's projection has no bias; a number is the initial value of one.
+
+    Raises:
+        UsageError: a size is not positive, or num_v_heads is not a multiple of num_heads.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_householder: int = 2,
+        expand_v: float = 1.0,
+        num_v_heads: int | None = None,
+        allow_neg_eigval: bool = True,
+        use_forget_gate: bool = False,
+        use_output_gate: bool = False,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        qkv_activation: str = "silu",
+        norm_eps: float = 1e-5,
+        beta_bias_init: float | None = None,
+    ):
+        super().__init__()
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "num_householder": num_householder,
+            "num_v_heads": num_v_heads,
+            "head_dim · expand_v": int(head_dim * expand_v),
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, not {size}.")
+        if num_v_heads % num_heads:
+            raise UsageError(f"num_v_heads={num_v_heads} must be a multiple of num_heads={num_heads}.")
+        if qkv_activation not in ACTIVATIONS:
+            raise UsageError(f"qkv_activation must be one of {', '.join(ACTIVATIONS)}, not {qkv_activation!r}.")
+        self.num_heads, self.num_v_heads, self.num_householder = num_heads, num_v_heads, num_householder
+        self.head_dim, self.head_v_dim = head_dim, int(head_dim * expand_v)
+        self.allow_neg_eigval, self.qkv_activation = allow_neg_eigval, qkv_activation
+        self.use_forget_gate, self.use_output_gate, self.use_short_conv = use_forget_gate, use_output_gate, use_short_conv
+
+        key_size = num_heads * head_dim
+        value_size = num_v_heads * self.head_v_dim
+        self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_householder * key_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_householder * value_size, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_householder * num_v_heads, bias=beta_bias_init is not None)
+        if beta_bias_init is not None:
+            nn.init.constant_(self.b_proj.bias, beta_bias_init)
+        if use_short_conv:
+            self.q_conv1d = ShortConvolution(key_size, conv_size)
+            self.k_conv1d = ShortConvolution(num_householder * key_size, conv_size)
+            self.v_conv1d = ShortConvolution(num_householder * value_size, conv_size)
+        if use_forget_gate:
+            self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(1, 16).log())
+            # softplus(dt_bias) is log-uniform in [1e-3, 0.1]: at first a token forgets between 0.1% and most of the state
+            dt = torch.empty(num_v_heads).uniform_(-6.907755, -2.302585).exp()
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        if use_output_gate:
+            self.g_proj = nn.Linear(hidden_size, value_size, bias=False)
+        self.o_norm = RMSNorm(self.head_v_dim, norm_eps)
+        self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
+
+    @property
+    def state_size(self) -> int:
+        floats = self.num_v_heads * self.head_dim * self.head_v_dim
+        if self.use_short_conv:
+            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            floats += sum((conv.width - 1) * conv.weight.shape[0] for conv in convs)
+        return floats
+
+    def init_state(self, batch_size: int) -> DeltaProductState:
+        weight = self.q_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shape = (batch_size, self.num_v_heads, self.head_dim, self.head_v_dim)
+        recurrent = torch.zeros(shape, dtype=dtype, device=weight.device)
+        if not self.use_short_conv:
+            return DeltaProductState(recurrent, None, None, None)
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        return DeltaProductState(recurrent, *(conv.init_state(batch_size) for conv in convs))
+
+    def mix(
+        self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, DeltaProductState]:
+        q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
+        if x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
+            o, recurrent = delta_product_step(
+                *(y[:, 0] for y in (q, k, v, beta)), None if g is None else g[:, 0], state=state.recurrent
+            )
+            o = o[:, None]
+        else:
+            o, recurrent = delta_product(
+                q,
+                k,
+                v,
+                beta,
+                g,
+                initial_state=state.recurrent,
+                output_final_state=True,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+        o = self.o_norm(o)
+        if self.use_output_gate:
+            o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
+        return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), DeltaProductState(recurrent, *histories)
+
+    def project(
+        self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with q and k
+        normalised, and the convolutions' histories after the last token."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        histories: list[Tensor | None] = [None, None, None]
+        if self.use_short_conv:
+            q, histories[0] = self.q_conv1d(q, state.q_history, cu_seqlens=cu_seqlens)
+            k, histories[1] = self.k_conv1d(k, state.k_history, cu_seqlens=cu_seqlens)
+            v, histories[2] = self.v_conv1d(v, state.v_history, cu_seqlens=cu_seqlens)
+        activation = ACTIVATIONS[self.qkv_activation]
+        q, k, v = activation(q), activation(k), activation(v)
+        n = self.num_householder
+        q = l2_normalise(rearrange(q, "b t (h k) -> b t h k", h=self.num_heads))
+        k = l2_normalise(rearrange(k, "b t (n h k) -> b t n h k", n=n, h=self.num_heads))
+        v = rearrange(v, "b t (n h v) -> b t n h v", n=n, h=self.num_v_heads)
+        # In float32 even under autocast: near 2 a bfloat16 sigmoid has steps of 1/128, and reflections need exactly 2.
+        logits = self.b_proj(x)
+        beta = torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float())
+        beta = rearrange(2 * beta if self.allow_neg_eigval else beta, "b t (n h) -> b t n h", n=n)
+        g = None
+        if self.use_forget_gate:
+            rate = self.a_proj(x)
+            rate = rate if rate.dtype == torch.float64 else rate.float()
+            g = -self.A_log.exp() * F.softplus(rate + self.dt_bias)
+        return q, k, v, beta, g, histories
+
+
+class DeltaNet(DeltaProduct):
+    """DeltaNet (arXiv 2406.06484): DeltaProduct with one Householder step per token; the other options are its own."""
+
+    fixed = {"num_householder": 1}
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
+        super().__init__(hidden_size, num_heads, head_dim, **self.fixed, **options)
+
+
+class GatedDeltaNet(DeltaProduct):
+    """Gated DeltaNet (arXiv 2412.06464): one Householder step per token, a forget gate and an output gate."""
+
+    fixed = {"num_householder": 1, "use_forget_gate": True, "use_output_gate": True}
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
+        super().__init__(hidden_size, num_heads, head_dim, **self.fixed, **options)

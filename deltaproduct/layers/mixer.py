@@ -1,0 +1,75 @@
+"""The contract of a sequence mixer: what a block calls, whatever recurrence or attention is inside.
+
+B batch · T tokens · D width · S packed sequences.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from deltaproduct.errors import UsageError
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along time: forward(x, state, cu_seqlens=…, mask=…) → (y, state).
+
+    Running a sequence whole, in pieces with the carried state, packed beside others (cu_seqlens) or padded (mask)
+    gives the same outputs and the same final state; `tests/test_mixers.py` holds every registered mixer to it.
+    """
+
+    backend: str = "auto"  # of the operator, for the mixers that have a choice
+    fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
+
+    @abstractmethod
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """x [B,T,D] and a state for each sequence → y [B,T,D] and the states after the last token."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> Any:
+        """The state of `batch_size` sequences before their first token."""
+
+    @property
+    @abstractmethod
+    def state_size(self) -> int:
+        """Floats of state carried per sequence."""
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Mix x [B,T,D] along T.
+
+        Args:
+            state: from `init_state` or an earlier call; None starts afresh.
+            cu_seqlens: [S+1] ints from 0 to T, B = 1: packed sequences, each with a state of its own.
+            mask: [B,T] bool, True = a real token. The others are skipped: they leave the state alone and give y = 0.
+
+        Returns:
+            (y [B,T,D], state).
+        """
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise UsageError("Give either cu_seqlens or mask, not both.")
+            if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+                raise UsageError(f"mask must be bool of shape {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}.")
+            # Real tokens, packed: the one way in which padding cannot touch any state, a convolution's included.
+            ends = mask.sum(1).cumsum(0)
+            packed, state = self.forward(x[mask][None], state, cu_seqlens=torch.cat((ends.new_zeros(1), ends)))
+            return packed.new_zeros(x.shape).masked_scatter(mask[..., None], packed), state
+        if state is None:
+            state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return self.mix(x, state, cu_seqlens)
+
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """The names of the arguments that a configuration sets: its own, and for a preset the parent's not `fixed`."""
+        inits = [base.__init__ for base in cls.__mro__ if issubclass(base, Mixer) and "__init__" in vars(base)]
+        names = dict.fromkeys(name for init in inits for name in inspect.signature(init).parameters)
+        return [name for name in names if name not in ("self", "options", *cls.fixed)]
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Build from whatever object has this mixer's arguments as attributes of the same names."""
+        return cls(**{name: getattr(config, name) for name in cls.arguments() if hasattr(config, name)})

@@ -1,0 +1,78 @@
+"""The small parts that mixers and blocks share: normalisation, the short convolution, the MLP.
+
+B batch · T tokens · D width · S packed sequences · w convolution width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaproduct.errors import UsageError
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight over the last dimension, computed in float32 or better."""
+
+    def __init__(self, size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution along time, one filter of width w per channel, whose history is carried as a state.
+
+    forward(x [B,T,D], history [B,w−1,D]) → (y [B,T,D], history); with cu_seqlens [S+1], B is 1 and histories [S,w−1,D].
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        if width < 1:
+            raise UsageError(f"conv_size must be at least 1, not {width}.")
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])
+
+    def forward(self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        past = self.width - 1
+        history = history.to(x.dtype)
+        if cu_seqlens is None:
+            extended = torch.cat((history, x), dim=1)
+            return self._filter(extended), extended[:, extended.shape[1] - past :]
+        # Every packed sequence gets its history in front of it, so that one filter pass never looks into a neighbour.
+        sequences = torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
+        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(x.shape[1], device=x.device), right=True)
+        token_at = torch.arange(x.shape[1], device=x.device) + (owner + 1) * past
+        back = torch.arange(past, device=x.device)
+        history_at = (cu_seqlens[:-1] + sequences * past)[:, None] + back
+        extended = x.new_zeros(x.shape[1] + history.shape[0] * past, x.shape[2])
+        extended = extended.index_copy(0, history_at.flatten().long(), history.flatten(0, 1))
+        extended = extended.index_copy(0, token_at, x[0])
+        y = F.pad(self._filter(extended[None])[0], (0, 0, past, 0))[token_at]
+        return y[None], extended[(cu_seqlens[1:] + sequences * past)[:, None] + back]
+
+    def _filter(self, x: Tensor) -> Tensor:
+        return F.conv1d(x.mT, self.weight.to(x.dtype), groups=x.shape[-1]).mT
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)): the MLP of a block."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,118 @@
+"""What a model is made of: a frozen, validated record that is saved beside the weights."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import cattrs
+
+from deltaproduct.errors import UsageError
+from deltaproduct.layers import get_mixer
+
+
+def _field(default: Any, help: str) -> Any:
+    """A field whose meaning also serves the command line's --help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A sequence model's configuration; the names are flash-linear-attention's where it has the field.
+
+    Raises:
+        UsageError: a value is impossible; the message names the field.
+    """
+
+    vocab_size: int = field(metadata={"help": "input symbols, BOS included"})
+    num_labels: int = field(metadata={"help": "outputs per position"})
+    hidden_size: int = _field(64, "D, the width of the residual stream")
+    num_hidden_layers: int = _field(1, "blocks")
+    intermediate_size: int | None = _field(None, "width of the MLP; None: 8/3·D rounded up to 256; 0: no MLP")
+    mixer: str = _field("deltaproduct", "sequence mixer of every block")
+    num_heads: int = _field(4, "H, query/key heads")
+    head_dim: int = _field(16, "K, key dimension of a head")
+    num_householder: int = _field(2, "N, Householder steps per token")
+    expand_v: float = _field(1.0, "V/K, value over key dimension")
+    num_v_heads: int | None = _field(None, "HV, value heads; None: as many as query/key heads")
+    allow_neg_eigval: bool = _field(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
+    use_forget_gate: bool = _field(False, "gated recurrence")
+    use_output_gate: bool = _field(False, "gate the normalised output")
+    use_short_conv: bool = _field(True, "causal convolution on q, k and v")
+    conv_size: int = _field(4, "width of that convolution")
+    qkv_activation: str = _field("silu", "what q, k and v pass through: silu, relu or identity")
+    norm_eps: float = _field(1e-5, "eps of every RMSNorm")
+    beta_bias_init: float | None = _field(None, "initial bias of β's projection; None: no bias")
+    initializer_range: float | None = _field(0.02, "std of linear weights; None: PyTorch's own initialisation")
+    embedding_init_std: float | None = _field(None, "std of the embedding; None: initializer_range, or 1 without one")
+    tie_word_embeddings: bool = _field(False, "share the embedding with the head")
+    layer_overrides: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict, metadata={"help": "fields that differ in single layers, by layer number: hybrids"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_householder", "conv_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 0, "0 or more")
+        self._require("norm_eps", self.norm_eps > 0, "positive")
+        self._require("expand_v", self.expand_v > 0, "positive")
+        for name in ("initializer_range", "embedding_init_std"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "0 or more")
+        if self.tie_word_embeddings and self.vocab_size != self.num_labels:
+            raise UsageError(
+                f"tie_word_embeddings needs vocab_size={self.vocab_size} and num_labels={self.num_labels} to be equal."
+            )
+        get_mixer(self.mixer)
+        names = {f.name for f in fields(self)} - {"vocab_size", "num_labels", "hidden_size", "layer_overrides"}
+        for layer, override in self.layer_overrides.items():
+            if layer not in {str(i) for i in range(self.num_hidden_layers)}:
+                raise UsageError(f"layer_overrides names layer {layer!r}; layers are 0 … {self.num_hidden_layers - 1}.")
+            if unknown := set(override) - names:
+                raise UsageError(f"layer_overrides of layer {layer} sets what no layer has: {', '.join(sorted(unknown))}.")
+            self.layer(int(layer))
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
+
+    def layer(self, index: int) -> "ModelConfig":
+        """The configuration that layer `index` is built from."""
+        override = self.layer_overrides.get(str(index), {})
+        return replace(self, layer_overrides={}, **override) if override else self
+
+    @property
+    def mlp_size(self) -> int:
+        """The MLP's width, 0 for none."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-8 * self.hidden_size // (3 * 256)) * 256
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "ModelConfig":
+        """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields."""
+        try:
+            return _CONVERTER.structure(values, cls)
+        except UsageError:
+            raise
+        except Exception as e:
+            if found := _usage_error(e):
+                raise found from e
+            reasons = "; ".join(cattrs.transform_error(e, path="config"))
+            raise UsageError(f"This is not a model configuration: {reasons}.") from e
+
+
+def _usage_error(e: BaseException) -> UsageError | None:
+    """cattrs wraps what a constructor raises into groups; the user's mistake is inside."""
+    if isinstance(e, UsageError):
+        return e
+    inner = e.exceptions if isinstance(e, BaseExceptionGroup) else ()
+    return next((found for x in inner if (found := _usage_error(x))), None)
+
+
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True)

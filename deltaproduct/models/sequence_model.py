@@ -1,0 +1,165 @@
+"""The model: embedding → blocks (pre-norm mixer, pre-norm MLP) → norm → head.
+
+B batch · T tokens · D hidden size · S packed sequences.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.layers import Mixer, get_mixer
+from deltaproduct.layers.parts import RMSNorm, SwiGLU
+from deltaproduct.models.config import ModelConfig
+from deltaproduct.ops import resolve_backend
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+MODEL_TYPE = "deltaproduct"
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) if there is an MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer: Mixer = get_mixer(config.mixer).from_config(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.mlp_size else None
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size) if config.mlp_size else None
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens=cu_seqlens, mask=mask)
+        x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class SequenceModel(nn.Module):
+    """A stack of blocks that labels every position of a token sequence; `config` says of what."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config.layer(i)) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self._initialise()
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _initialise(self) -> None:
+        std = self.config.initializer_range
+        if std is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=std)
+        embedding_std = self.config.embedding_init_std
+        nn.init.normal_(self.embedding.weight, std=embedding_std if embedding_std is not None else std or 1.0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: tuple[Any, ...] | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Label every position.
+
+        Args:
+            tokens: [B,T] ints below vocab_size.
+            state: what an earlier call returned; None starts afresh.
+            cu_seqlens: [S+1] ints from 0 to T, B = 1: packed sequences.
+            mask: [B,T] bool, True = a real token.
+
+        Returns:
+            (logits [B,T,num_labels], state).
+        """
+        x = self.embedding(tokens)
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, block_state = block(x, None if state is None else state[i], cu_seqlens=cu_seqlens, mask=mask)
+            states.append(block_state)
+        return self.head(self.norm(x)), tuple(states)
+
+    @property
+    def state_size(self) -> int:
+        """Floats of state carried per sequence."""
+        return sum(block.mixer.state_size for block in self.blocks)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers, a tied embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def use_backend(self, name: str) -> Self:
+        """Choose the operator's backend for every layer; `UsageError` if it cannot serve this model's device."""
+        weight = self.embedding.weight
+        resolve_backend(name, device=weight.device, dtype=weight.dtype)
+        for block in self.blocks:
+            block.mixer.backend = name
+        return self
+
+    def write_files(self, folder: Path) -> None:
+        """Write the configuration and the weights into a folder that someone else puts in place."""
+        write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | self.config.to_dict())
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del tensors["head.weight"]
+        safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and manifest.json (sizes and sha256), replacing the folder in one step.
+
+        Raises:
+            UsageError: the folder cannot be written; what was there before is untouched.
+        """
+        with replaced_folder(Path(folder)) as fresh:
+            self.write_files(fresh)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            UsageError: it is missing or corrupt, or weights and configuration do not belong together.
+        """
+        folder = Path(folder)
+        files = verified_folder(folder, "checkpoint")
+        for name in (CONFIG, WEIGHTS):
+            if name not in files:
+                raise UsageError(f"The checkpoint {folder} has no {name}.")
+        values = read_json(folder / CONFIG)
+        kind = values.pop("model_type", None) if isinstance(values, dict) else None
+        if kind != MODEL_TYPE:
+            raise UsageError(f"The checkpoint {folder} is of model type {kind!r}, not {MODEL_TYPE!r}.")
+        config = ModelConfig.from_dict(values)
+        try:
+            tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        except safetensors.SafetensorError as e:
+            raise UsageError(f"{folder / WEIGHTS} is not a safetensors file: {e}.") from e
+        with torch.device("meta"):
+            model = cls(config)
+        if config.tie_word_embeddings and "embedding.weight" in tensors:
+            tensors["head.weight"] = tensors["embedding.weight"]
+        expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        if expected != found:
+            name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
+            raise UsageError(
+                f"The checkpoint {folder} does not fit its configuration: {name} has shape {found.get(name, 'none')} "
+                f"and should have {expected.get(name, 'none')}."
+            )
+        model.load_state_dict(tensors, assign=True)
+        if config.tie_word_embeddings:
+            model.head.weight = model.embedding.weight
+        return model.to(device).eval()

@@ -1,0 +1,201 @@
+"""The operator that users call, and the one place where its backend is chosen."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaproduct.errors import UsageError
+from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
+from deltaproduct.ops.inputs import (
+    check_cu_seqlens,
+    check_query,
+    check_state,
+    check_step_inputs,
+    compute_dtype,
+    expand_heads,
+    l2_normalise,
+)
+from deltaproduct.ops.reference import reference, reference_states, token_step
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the operator. `obstacle(device, dtype)` is None if it can serve, else the reason why not."""
+
+    name: str
+    summary: str
+    run: Callable[..., tuple[Tensor, Tensor]] | None
+    states: Callable[..., Tensor] | None
+    obstacle: Callable[[torch.device, torch.dtype], str | None]
+
+
+def _never(device: torch.device, dtype: torch.dtype) -> None:
+    return None
+
+
+def _no_cpu_engine(device: torch.device, dtype: torch.dtype) -> str:
+    return "the native CPU engine is not part of this version"
+
+
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str:
+    if not torch.cuda.is_available():
+        return "it needs a GPU and PyTorch sees none"
+    return "the Triton kernels are not part of this version"
+
+
+# Fastest first: `auto` takes the first that can serve.
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("triton", "GPU kernels", None, None, _no_triton),
+        Backend("cpu", "native CPU engine", None, None, _no_cpu_engine),
+        Backend("chunkwise", "chunks as matrix products, any device", chunkwise, chunkwise_states, _never),
+        Backend("reference", "the plain loop: the specification", reference, reference_states, _never),
+    )
+}
+
+
+def resolve_backend(
+    backend: str = "auto", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """(name, reason) of the backend that serves `device` and `dtype`.
+
+    "auto" takes the fastest that can. Naming one that cannot, or that does not exist, raises `UsageError`.
+    """
+    device = torch.device(device)
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise UsageError(f"There is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}.")
+        if obstacle := BACKENDS[backend].obstacle(device, dtype):
+            raise UsageError(f"Backend {backend!r} cannot serve: {obstacle}.")
+        return backend, "asked for by name"
+    passed_over = []
+    for name, b in BACKENDS.items():
+        obstacle = b.obstacle(device, dtype)
+        if obstacle is None:
+            return name, "the fastest that can serve" + "".join(f"; not {other}: {why}" for other, why in passed_over)
+        passed_over.append((name, obstacle))
+    raise AssertionError("the reference serves everything")
+
+
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The (Gated) DeltaProduct recurrence over a whole sequence (arXiv 2502.10297, equations 2–4).
+
+    Per value head, with state S [K,V], for every token t:
+
+        S ← exp(g_t)·S;   S ← S + β_{t,j} k_{t,j} (v_{t,j} − Sᵀ k_{t,j})ᵀ for j = 1 … N;   o_t = scale·Sᵀ q_t
+
+    Args:
+        q: [B,T,H,K] queries.
+        k: [B,T,N,H,K] keys, one per Householder step; ‖k‖ = 1 keeps transitions from growing (see `qk_l2norm`).
+        v: [B,T,N,HV,V] values; HV is a multiple of H, and HV/H consecutive value heads share a query/key head.
+        beta: [B,T,N,HV] step sizes in [0,2]; above 1 a transition has a negative eigenvalue.
+        g: [B,T,HV] log forget gate ≤ 0, applied once per token before its first step; None means none.
+        scale: factor of the output; None means K^-½.
+        initial_state: [B,HV,K,V], or [S,HV,K,V] for S packed sequences; None means zeros.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: [S+1] ints from 0 to T: packed sequences (B = 1); empty ones are allowed.
+        qk_l2norm: normalise q and k by √(Σx² + 1e-6) first.
+        backend: "auto", "reference", "chunkwise", "cpu" or "triton"; see `resolve_backend`.
+
+    Returns:
+        (o, final_state): o [B,T,HV,V] in v's dtype; final_state float32 (float64 if an input is), or None.
+
+    Raises:
+        UsageError: shapes, dtypes or devices disagree, or the named backend cannot serve.
+    """
+    check_step_inputs(k, v, beta, g)
+    check_query(q, k)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, k)
+    check_state(initial_state, k, v, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(q, k, v, beta))
+    if qk_l2norm:
+        q, k = l2_normalise(q), l2_normalise(k)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    # The loop over no tokens is nothing, and chunked layouts need at least one.
+    run = reference if k.shape[1] == 0 else BACKENDS[name].run
+    with torch.autocast(k.device.type, enabled=False):
+        o, final_state = run(q, k, v, beta, g, initial_state, cu_seqlens, scale)
+    return o, final_state if output_final_state else None
+
+
+def delta_product_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_product`: the same tensors with T dropped, and the state carried in and out.
+
+    q [B,H,K], k [B,N,H,K], v [B,N,HV,V], beta [B,N,HV], g [B,HV], state [B,HV,K,V] → (o [B,HV,V], state). The given
+    state is not changed.
+    """
+    with_time = [x.unsqueeze(1) for x in (k, v, beta)]
+    check_step_inputs(*with_time, None if g is None else g.unsqueeze(1))
+    check_query(q.unsqueeze(1), with_time[0])
+    check_state(state, *with_time[:2], k.shape[0])
+    dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
+    if qk_l2norm:
+        q, k = l2_normalise(q), l2_normalise(k)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    with torch.autocast(k.device.type, enabled=False):
+        q, k = (expand_heads(x.to(dtype), heads) for x in (q, k))
+        g = None if g is None else g.to(dtype)
+        o, state = token_step(state.to(dtype), q, k, v.to(dtype), beta.to(dtype), g, scale)
+    return o.to(out_dtype), state
+
+
+def delta_product_states(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    positions: Sequence[int] | Tensor,
+    initial_state: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The trace of the recurrence, for analysis: the state after each of `positions` Householder steps.
+
+    Steps are numbered through the sequence, 0 … T·N: position 0 is the initial state, position t·N + j the state after
+    step j of token t (counting tokens from 0), and position t·N the state before token t's gate.
+
+    Args:
+        k, v, beta, g, initial_state, backend: as for `delta_product`.
+        positions: P step numbers, in any order; repeats are allowed.
+
+    Returns:
+        [B,P,HV,K,V], float32 (float64 if an input is), differentiable.
+    """
+    check_step_inputs(k, v, beta, g)
+    check_state(initial_state, k, v, k.shape[0])
+    steps = k.shape[1] * k.shape[2]
+    positions = [int(p) for p in positions]
+    for p in positions:
+        if not 0 <= p <= steps:
+            raise UsageError(f"Position {p} is outside 0 … {steps}, the Householder steps of this sequence.")
+    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(k, v, beta))
+    run = reference_states if steps == 0 else BACKENDS[name].states
+    with torch.autocast(k.device.type, enabled=False):
+        return run(k, v, beta, g, initial_state, positions)

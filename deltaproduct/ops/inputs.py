@@ -1,0 +1,101 @@
+"""What every backend needs to know of its inputs: whether their shapes agree, and in which precision to work."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltaproduct.errors import UsageError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NORM_EPS = 1e-6  # inside the square root, as in the published layers: x / √(Σx² + 1e-6)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of states and solves: float64 if any input is, otherwise float32 (never below)."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x / √(Σx² + 1e-6) over the last dimension, in float32 or better, so that ‖k‖ is 1 to rounding."""
+    x = x.to(compute_dtype(x))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
+
+
+def expand_heads(x: Tensor, value_heads: int) -> Tensor:
+    """Query/key heads [..., H, K] → [..., HV, K]: value heads h·HV/H … (h+1)·HV/H − 1 share query/key head h."""
+    heads = x.shape[-2]
+    return x if heads == value_heads else x.repeat_interleave(value_heads // heads, dim=-2)
+
+
+def sequence_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """Packed sequences as (first token, one past the last) pairs."""
+    ends = cu_seqlens.tolist()
+    return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def _named(names: str, x: Tensor) -> str:
+    return f"[{names}] = {list(x.shape)}"
+
+
+def check_step_inputs(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> None:
+    """k [B,T,N,H,K], v [B,T,N,HV,V], beta [B,T,N,HV], g [B,T,HV] agree with one another; `UsageError` otherwise."""
+    for name, x, rank in (("k", k, 5), ("v", v, 5), ("beta", beta, 4)) + ((("g", g, 3),) if g is not None else ()):
+        if x.dtype not in DTYPES:
+            raise UsageError(f"{name} is {x.dtype}; the operator takes float64, float32, bfloat16 or float16.")
+        if x.dim() != rank:
+            raise UsageError(f"{name} has {x.dim()} dimensions and needs {rank}; its shape is {list(x.shape)}.")
+        if x.device != k.device:
+            raise UsageError(f"{name} is on {x.device} and k on {k.device}; put them on one device.")
+    if k.shape[:3] != v.shape[:3]:
+        raise UsageError(f"k {_named('B,T,N,H,K', k)} and v {_named('B,T,N,HV,V', v)} differ in B, T or N.")
+    if beta.shape != v.shape[:4]:
+        raise UsageError(f"beta {_named('B,T,N,HV', beta)} does not match v {_named('B,T,N,HV,V', v)}.")
+    if g is not None and g.shape != (v.shape[0], v.shape[1], v.shape[3]):
+        raise UsageError(f"g {_named('B,T,HV', g)} does not match v {_named('B,T,N,HV,V', v)}.")
+    if min(k.shape[2], k.shape[3], k.shape[4], v.shape[3], v.shape[4]) < 1:
+        raise UsageError(f"N, H, HV, K and V must be at least 1: k {_named('B,T,N,H,K', k)}, v {list(v.shape)}.")
+    if v.shape[3] % k.shape[3]:
+        raise UsageError(f"The {v.shape[3]} value heads are not a multiple of the {k.shape[3]} query/key heads.")
+
+
+def check_query(q: Tensor, k: Tensor) -> None:
+    """q [B,T,H,K] agrees with k [B,T,N,H,K]; `UsageError` otherwise."""
+    if q.dtype not in DTYPES:
+        raise UsageError(f"q is {q.dtype}; the operator takes float64, float32, bfloat16 or float16.")
+    if q.shape != (*k.shape[:2], *k.shape[3:]):
+        raise UsageError(f"q {_named('B,T,H,K', q)} does not match k {_named('B,T,N,H,K', k)}.")
+    if q.device != k.device:
+        raise UsageError(f"q is on {q.device} and k on {k.device}; put them on one device.")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, k: Tensor) -> None:
+    """cu_seqlens is S+1 non-decreasing ints from 0 to T, with B = 1; `UsageError` otherwise."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise UsageError("cu_seqlens must be one dimension of at least two ints: 0, the end of each sequence, …, T.")
+    if k.shape[0] != 1:
+        raise UsageError(f"Packed sequences (cu_seqlens) need a batch of 1, not {k.shape[0]}.")
+    # Reading the values would break a compiled graph; the kernel reads them there.
+    if torch.compiler.is_compiling():
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != k.shape[1]:
+        raise UsageError(f"cu_seqlens must run from 0 to T={k.shape[1]}, not from {ends[0]} to {ends[-1]}.")
+    if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise UsageError("cu_seqlens must not decrease.")
+
+
+def check_state(state: Tensor | None, k: Tensor, v: Tensor, sequences: int) -> None:
+    """A state is [sequences,HV,K,V] on the inputs' device; `UsageError` otherwise."""
+    if state is None:
+        return
+    wanted = (sequences, v.shape[-2], k.shape[-1], v.shape[-1])
+    if state.shape != wanted:
+        raise UsageError(f"The state is {list(state.shape)} and should be [sequences,HV,K,V] = {list(wanted)}.")
+    if state.device != k.device:
+        raise UsageError(f"The state is on {state.device} and k on {k.device}; put them on one device.")
+
+
+def pad_time(x: Tensor, length: int) -> Tensor:
+    """Append zeros along dimension 1 until it is `length` long; x itself when it already is."""
+    missing = length - x.shape[1]
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))

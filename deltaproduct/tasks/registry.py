@@ -1,0 +1,78 @@
+"""From a name to a task. A new kind of task is one file and one line of `FAMILIES`."""
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from deltaproduct.errors import UsageError
+from deltaproduct.tasks import groups
+from deltaproduct.tasks.task import Task
+
+
+class Family(NamedTuple):
+    """The tasks whose names have one form.
+
+    `regex` must match the whole name; `build(name, *the regex's groups)` makes the task, or raises a UsageError that
+    says why there is none: so a regex takes in names that are well formed but impossible, such as S1.
+    """
+
+    pattern: str
+    example: str
+    description: str
+    regex: str
+    build: Callable[..., Task]
+
+
+_INT = r"(?:0|[1-9]\d{0,8})"
+_GROUP = rf"[SAZD]{_INT}(?:_x_[SAZD]{_INT})*"
+_BASE = rf"{_GROUP}(?:_only_swaps|_limit_to_{_INT})?"
+_LONG_BASE = rf"({_BASE})_({_INT})"
+
+FAMILIES = (
+    Family("Sn", "S3", "all permutations of n points", rf"(S{_INT})", groups.group_task),
+    Family("An", "A5", "even permutations of n points", rf"(A{_INT})", groups.group_task),
+    Family("Zn", "Z60", "addition modulo n", rf"(Z{_INT})", groups.group_task),
+    Family("Dn", "D4", "symmetries of a regular n-gon (2n elements)", rf"(D{_INT})", groups.group_task),
+    Family("G_x_H", "S3_x_Z2", "direct product of two or more of these", rf"({_GROUP})", groups.group_task),
+    Family("Sn_only_swaps", "S5_only_swaps", "inputs are the swaps and the identity",
+           rf"({_GROUP}_only_swaps)", groups.group_task),
+    Family("Sn_limit_to_k", "S5_limit_to_3", "inputs move at most k points",
+           rf"({_GROUP}_limit_to_{_INT})", groups.group_task),
+    Family("G_k_tokens", "S3_2_tokens", "each symbol k times, labels delayed by k-1",
+           rf"{_LONG_BASE}_tokens", groups.repeated_task),
+    Family("G_k_s_tokens", "S3_2_s_tokens", "k-1 fillers after each symbol; its label on the last, filler elsewhere",
+           rf"{_LONG_BASE}_s_tokens", groups.filler_task),
+    Family("G_k_s_tokens_only_input", "S3_2_s_tokens_only_input", "the same input, a product as every label",
+           rf"{_LONG_BASE}_s_tokens_only_input", groups.filler_input_task),
+    Family("Sn_hard", "S5_hard", "4 swaps in one token, then 3 identities, labels delayed by 3",
+           rf"({_GROUP})(?:_only_swaps)?_hard", groups.hard_task),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def get_task(name: str) -> Task:
+    """The task called `name`, such as "S3"; `list_tasks` shows the forms a name can take. Names are case-sensitive.
+
+    Tasks are immutable, and a second call returns the same object.
+    Raises UsageError when no family has a name of this form (with a suggestion when one is near), or when the name has
+    the form but the task cannot exist, such as "S1".
+    """
+    for family in FAMILIES:
+        if match := re.fullmatch(family.regex, name, re.ASCII):
+            return family.build(name, *match.groups())
+    raise UsageError(f"unknown task {name!r}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+
+
+def list_tasks() -> list[tuple[str, str, str]]:
+    """(pattern, one-line description, an example name) of every family, in the order to show them."""
+    return [(family.pattern, family.description, family.example) for family in FAMILIES]
+
+
+def _suggestion(name: str) -> str:
+    for family in FAMILIES:
+        if re.fullmatch(family.regex, name, re.ASCII | re.IGNORECASE):
+            return f"upper and lower case matter, and the nearest form is {family.pattern} (such as {family.example}); "
+    near = difflib.get_close_matches(name, [family.example for family in FAMILIES], n=1)
+    return f"did you mean {near[0]!r}? " if near else ""

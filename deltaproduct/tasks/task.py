@@ -1,0 +1,85 @@
+"""The contract that every task keeps: a sampler of (tokens, labels, mask), the sizes a model needs, and readable names.
+
+Training, evaluation and the command line know tasks only through this class. A new kind of task subclasses `Task`,
+passes its sizes to the constructor, writes `_sample`, `token_name` and `label_name`, and gets a line in `registry.py`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaproduct.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task(ABC):
+    """A labelled sequence problem. Immutable: one object can be cached and shared.
+
+    Attributes:
+        name: the name that `get_task` knows it by.
+        summary: one line for a listing.
+        vocab_size: number of token ids, BOS included; an embedding needs this many rows.
+        num_labels: number of label ids; a head needs this many outputs.
+        bos_id: the token that begins every sequence.
+        chance: expected accuracy, over the scored positions of a long sequence, of the best guess that reads no input.
+        min_length: the shortest legal length.
+    """
+
+    name: str
+    summary: str
+    vocab_size: int
+    num_labels: int
+    bos_id: int
+    chance: float
+    min_length: int = 1
+
+    def sample(self, batch: int, length: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `batch` independent sequences of `length` tokens, BOS not counted.
+
+        Returns (tokens, labels, mask), each [batch, 1 + length], on the generator's device: tokens and labels int64,
+        mask bool and True where the label is scored. Column 0 is BOS; its label is 0 and it is never scored. The
+        generator is the only source of randomness, so equal generator states give equal data.
+
+        Raises UsageError when `batch` is less than 1 or `length` is less than `min_length`.
+        """
+        if batch < 1:
+            raise UsageError(f"batch must be at least 1, not {batch} (task {self.name})")
+        if length < self.min_length:
+            raise UsageError(f"length must be at least {self.min_length}, not {length} (task {self.name})")
+        tokens, labels, mask = self._sample(batch, length, generator)
+        column = (batch, 1)
+        return (
+            torch.cat([tokens.new_full(column, self.bos_id), tokens], dim=1),
+            torch.cat([labels.new_zeros(column), labels], dim=1),
+            torch.cat([mask.new_zeros(column), mask], dim=1),
+        )
+
+    @abstractmethod
+    def _sample(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sample` returns, without the BOS column: each [batch, length]. The arguments are already checked."""
+
+    @abstractmethod
+    def token_name(self, i: int) -> str:
+        """Token i as a person would write it, 0 ≤ i < vocab_size."""
+
+    @abstractmethod
+    def label_name(self, i: int) -> str:
+        """Label i as a person would write it, 0 ≤ i < num_labels."""
+
+    def worked_example(self, length: int | None = None, seed: int = 0) -> str:
+        """One sampled sequence as a table for a terminal: its tokens, labels and scored positions, a line for each.
+
+        `length` None means 8, or `min_length` if that is more. Raises UsageError as `sample` does.
+        """
+        length = max(8, self.min_length) if length is None else length
+        sampled = self.sample(1, length, generator=torch.Generator().manual_seed(seed))
+        columns = (column[0].tolist() for column in sampled)
+        rows = [("position", "token", "label", "scored")]
+        for t, (token, label, scored) in enumerate(zip(*columns, strict=True)):
+            answer = (self.label_name(label), "yes") if scored else ("-", "no")
+            rows.append((str(t), self.token_name(token), *answer))
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([f"{self.name}: {self.summary}", f"one sequence of length {length}, seed {seed}", "", *lines])

@@ -1,0 +1,123 @@
+"""What a training run is: task, model, optimisation, seed. Everything that decides a run's numbers is in here."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import cattrs
+
+from deltaproduct.errors import UsageError
+from deltaproduct.models import ModelConfig
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained on a task: AdamW, warm-up and cosine, and a curriculum of lengths.
+
+    The curriculum's stage i trains at lengths[i] with batches of batch_sizes[i] sequences. It ends when the running
+    mean of the loss falls below `stage_loss`, or after `stage_steps[i]` steps, whichever is set and comes first. The
+    learning rate's schedule runs over all steps and takes no notice of stages.
+
+    Raises:
+        UsageError: a value is impossible; the message names the field.
+    """
+
+    task: str = _field("S3", "what to learn; `deltaproduct tasks list` shows the names")
+    steps: int = _field(350, "optimiser steps in all")
+    seed: int = _field(0, "decides initial weights and training data")
+    lengths: tuple[int, ...] = _field((8, 128), "curriculum of sequence lengths, BOS not counted")
+    batch_sizes: tuple[int, ...] = _field((256, 64), "sequences per step in each stage")
+    stage_steps: tuple[int, ...] = _field((), "most steps in each stage but the last; empty: no limit")
+    stage_loss: float | None = _field(0.1, "move on when the running mean of the loss is below this; None: never")
+    num_samples: int | None = _field(None, "train on this many sequences per stage, again and again; None: fresh data")
+    lr: float = _field(1e-2, "peak learning rate")
+    min_lr_ratio: float = _field(0.02, "what the cosine ends at, as a share of lr")
+    warmup_steps: int = _field(50, "steps of linear warm-up")
+    beta1: float = _field(0.9, "AdamW")
+    beta2: float = _field(0.99, "AdamW")
+    eps: float = _field(1e-8, "AdamW")
+    weight_decay: float = _field(0.0, "AdamW, on matrices only")
+    clip: float = _field(1.0, "largest norm of the gradient; 0: no clipping")
+    grad_accumulation: int = _field(1, "micro-batches that a step's batch is split into")
+    precision: str = _field("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "grad_accumulation"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("lengths", len(self.lengths) > 0 and min(self.lengths) >= 1, "one or more lengths of at least 1")
+        self._require("batch_sizes", len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1, "sizes of at least 1")
+        if len(self.batch_sizes) not in (1, len(self.lengths)):
+            raise UsageError(f"batch_sizes has {len(self.batch_sizes)} entries for {len(self.lengths)} lengths.")
+        if any(size % self.grad_accumulation for size in self.batch_sizes):
+            raise UsageError(f"grad_accumulation={self.grad_accumulation} does not divide batch_sizes={self.batch_sizes}.")
+        if self.stage_steps and len(self.stage_steps) != len(self.lengths) - 1:
+            raise UsageError(
+                f"stage_steps has {len(self.stage_steps)} entries; {len(self.lengths)} lengths need {len(self.lengths) - 1}."
+            )
+        self._require("stage_steps", all(n >= 1 for n in self.stage_steps), "steps of at least 1")
+        if len(self.lengths) > 1 and not self.stage_steps and self.stage_loss is None:
+            raise UsageError("A curriculum of several lengths needs stage_steps or stage_loss to say when to move on.")
+        smallest = max(self.batch_sizes)
+        self._require(
+            "num_samples", self.num_samples is None or self.num_samples >= smallest, f"at least a batch ({smallest})"
+        )
+        for name in ("lr", "eps"):
+            self._require(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "positive")
+        for name in ("warmup_steps", "weight_decay", "clip"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("seed", 0 <= self.seed < 2**31, "between 0 and 2³¹ − 1")
+        self._require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
+
+    def batch_size(self, stage: int) -> int:
+        return self.batch_sizes[stage if len(self.batch_sizes) > 1 else 0]
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step 0 … steps−1: linear warm-up, then a cosine from lr to min_lr_ratio · lr."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        through = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * through)))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: how to train, and what."""
+
+    training: TrainConfig
+    model: ModelConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "RunConfig":
+        """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields."""
+        if not isinstance(values, dict) or set(values) != {"training", "model"}:
+            raise UsageError("This is not a run's configuration: it should have the keys training and model.")
+        try:
+            training = cattrs.Converter(forbid_extra_keys=True).structure(values["training"], TrainConfig)
+        except Exception as e:
+            reasons = "; ".join(cattrs.transform_error(e, path="training"))
+            raise UsageError(f"This is not a training configuration: {reasons}.") from e
+        return cls(training, ModelConfig.from_dict(values["model"]))
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """The fields in which two runs differ, as "name: mine and theirs"."""
+        found = []
+        for mine, theirs in ((self.training, other.training), (self.model, other.model)):
+            for f in fields(mine):
+                a, b = getattr(mine, f.name), getattr(theirs, f.name)
+                if a != b:
+                    found.append(f"{f.name}: {a} and {b}")
+        return found
