@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from deltaproduct.ops.inputs import compute_dtype, expand_heads, pad_time, sequence_bounds
 
 CHUNK_STEPS = 32  # Householder steps in a chunk; measured on CPU against 16 and 64 (results/bench)
-GROUP_ELEMENTS = {"cpu": 1 << 20}  # steps × heads × (K + V) worked on at once: about one core's L2 a temporary
+GROUP_ELEMENTS = {"cpu": 1 << 19}  # steps × heads × (K + V) worked on at once: a temporary is then about 1 MB
 GROUP_ELEMENTS_DEFAULT = 1 << 26  # on an accelerator: as much in parallel as memory allows
 MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
 

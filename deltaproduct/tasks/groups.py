@@ -37,7 +37,7 @@ def running_product(table: Tensor, tokens: Tensor, start: int | Tensor = 0) -> T
     Returns [B, T] int64 on the device of `tokens`.
 
     Associativity lets the time axis be cut into about √T blocks: the prefixes of all blocks are formed together, then
-    the blocks' totals are chained, then each prefix is multiplied by what came before its block. That is 2√T steps over
+    the blocks' totals are chained, then each prefix is multiplied by what came before its block. That is 3√T steps over
     wide tensors in place of T steps over narrow ones.
     """
     batch, length = tokens.shape
@@ -47,8 +47,8 @@ def running_product(table: Tensor, tokens: Tensor, start: int | Tensor = 0) -> T
     products = table.to(tokens.device).reshape(-1)
 
     def compose(left: Tensor, right: Tensor) -> Tensor:
-        index = left * n + right
-        return products.index_select(0, index.reshape(-1)).view(index.shape)
+        index = torch.add(right, left, alpha=n)
+        return products.index_select(0, index.view(-1)).view(index.shape)  # several times faster than products[index]
 
     size = math.isqrt(length - 1) + 1
     blocks = -(-length // size)
@@ -60,8 +60,9 @@ def running_product(table: Tensor, tokens: Tensor, start: int | Tensor = 0) -> T
     before[0] = start
     for b in range(1, blocks):
         before[b] = compose(before[b - 1], prefix[-1, b - 1])
-    out = compose(before.expand_as(prefix), prefix)
-    return out.permute(2, 1, 0).reshape(batch, blocks * size)[:, :length].contiguous()
+    for t in range(size):
+        prefix[t] = compose(before, prefix[t])
+    return prefix.permute(2, 1, 0).reshape(batch, blocks * size)[:, :length].contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
@@ -264,7 +265,8 @@ class GroupTask(Task):
         drawn = torch.randint(len(self.inputs), (batch, count), generator=generator, device=generator.device)
         if len(self.inputs) == len(self.elements):
             return drawn
-        return torch.tensor(self.inputs, device=drawn.device)[drawn]
+        inputs = torch.tensor(self.inputs, device=drawn.device)
+        return inputs.index_select(0, drawn.view(-1)).view(batch, count)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -429,11 +431,11 @@ def filler_input_task(name: str, base: str, k: str) -> BlockTask:
 
 
 def hard_task(name: str, group_name: str) -> BlockTask:
-    """`Sn_hard`, or `Sn_only_swaps_hard` as the authors write it: four draws from the swaps and the identity, multiplied
-    into one token, then three identities; labels delayed by 3 (see `BlockTask`).
+    """`Sn_hard`, or `Sn_only_swaps_hard` as the authors write it: four draws from the swaps and the identity are
+    multiplied into one token, which three identities follow; labels are delayed by 3 (see `BlockTask`).
 
-    Over each block the product is the same as in `Sn_only_swaps`, but one token now holds four swaps, and the three
-    steps that follow it are the only room to work that out. Raises UsageError unless the group is S_n with n ≥ 3.
+    Four tokens carry as much as four of `Sn_only_swaps` do, but the first holds all of it, and the three steps after it
+    are only room to work. Raises UsageError unless the group is S_n with n ≥ 3.
     """
     _require_symmetric(group_name, "_hard")
     summary = "the running product of {what}, {k} multiplied into one token and followed by identities"
