@@ -14,18 +14,23 @@ from deltaproduct.errors import UsageError
 MANIFEST = "manifest.json"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new one."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(temporary, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UsageError(f"{path} cannot be written: {e.strerror or e}.") from e
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -42,7 +42,7 @@ class Metrics:
 class Bar:
     """One line of progress, whichever way it is shown."""
 
-    def __init__(self, title: str, total: int, console: Console, bar: Progress | None):
+    def __init__(self, title: str, total: int, console: Console | None, bar: Progress | None):
         self._title, self._total, self._console, self._bar = title, total, console, bar
         self._task = None if bar is None else bar.add_task(title, total=total, info="")
         self._last = time.monotonic()
@@ -50,16 +50,16 @@ class Bar:
     def update(self, done: int, info: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=info)
-        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+        elif self._console is not None and time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             self._console.print(f"{self._title}: {done}/{self._total}  {info}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
-def progress_bar(title: str, total: int, *, console: Console | None = None) -> Iterator[Bar]:
-    """A `Bar` for long work, on standard error."""
-    console = console or Console(stderr=True)
-    if not console.is_terminal:
+def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Bar]:
+    """A `Bar` for long work, on standard error; with `show` false it says nothing."""
+    console = Console(stderr=True) if show else None
+    if console is None or not console.is_terminal:
         yield Bar(title, total, console, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -35,12 +35,14 @@ def train(
     backend: str = "auto",
     log_every: int = 10,
     checkpoint_every: int = 100,
+    show: bool = True,
 ) -> SequenceModel:
     """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/ and run.json.
 
     Args:
         resume: continue what `out` holds, bit for bit on a CPU; an empty folder is simply begun.
         device, backend: where to compute; neither is part of the run's configuration.
+        show: show progress on standard error.
         log_every, checkpoint_every: steps between metric lines and between checkpoints; the last step has both.
 
     Raises:
@@ -62,7 +64,7 @@ def train(
     begun, before = time.monotonic(), progress.seconds
     title = f"{settings.task} seed {settings.seed}"
     try:
-        with progress_bar(title, settings.steps) as bar:
+        with progress_bar(title, settings.steps, show=show) as bar:
             while progress.step < settings.steps:
                 rate = settings.learning_rate(progress.step)
                 for group in optimizer.param_groups:

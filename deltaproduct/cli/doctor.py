@@ -1,0 +1,44 @@
+"""`deltaproduct doctor`: what this machine can run, and why not."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from deltaproduct.machine import choose_device, describe_machine
+from deltaproduct.ops import BACKENDS, resolve_backend
+
+EXTRAS = {
+    "plot": ("matplotlib", "plotly"),
+    "formal": ("automata", "chess"),
+    "lm": ("transformers", "tokenizers"),
+    "eval": ("lm_eval", "accelerate"),
+    "dist": ("ray", "submitit"),
+    "track": ("tensorboard",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "gpu": ("triton",),
+}
+
+
+@dataclass(kw_only=True)
+class Doctor:
+    """Say what this machine is, which backends of the operator it can run, and which optional packages are here."""
+
+    def run(self) -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        for name, value in describe_machine().items():
+            console.print(f"{name:>20}  {', '.join(value) or 'none' if isinstance(value, list) else value}", markup=False)
+        device = choose_device("auto")
+        console.print(f"\nbackends of the operator on {device.type}")
+        for name, backend in BACKENDS.items():
+            obstacle = backend.obstacle(device, torch.float32)
+            state = "yes" if obstacle is None else f"no: {obstacle}"
+            console.print(f"{name:>20}  {state} ({backend.summary})", markup=False)
+        name, reason = resolve_backend(device=device)
+        console.print(f"{'auto':>20}  {name} ({reason})", markup=False)
+        console.print("\noptional packages, by extra")
+        for extra, packages in EXTRAS.items():
+            missing = [p for p in packages if importlib.util.find_spec(p) is None]
+            state = "yes" if not missing else f"no: {', '.join(missing)} not installed; pip install 'deltaproduct[{extra}]'"
+            console.print(f"{extra:>20}  {state}", markup=False)

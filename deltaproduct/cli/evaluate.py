@@ -1,0 +1,56 @@
+"""`deltaproduct evaluate`: accuracy of a run or a checkpoint by sequence length."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from deltaproduct.cli.flags import IntList, check_lengths
+from deltaproduct.errors import UsageError
+from deltaproduct.evaluation import evaluate_lengths, scores
+from deltaproduct.machine import choose_device
+from deltaproduct.models import SequenceModel
+from deltaproduct.tasks import get_task
+from deltaproduct.training.checkpoint import checkpoint_config
+from deltaproduct.training.loop import CHECKPOINT, METRICS
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Token accuracy and prefix-exact sequence accuracy by length, on data that no training run can have seen."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a run's folder, or a checkpoint's")]
+    lengths: Annotated[IntList, tyro.conf.arg(help="sequence lengths, BOS not counted")] = (128, 512, 2048, 8192)
+    sequences: Annotated[int, tyro.conf.arg(help="sequences per length")] = 64
+    seed: Annotated[int, tyro.conf.arg(help="of the evaluation data")] = 0
+    task: Annotated[str | None, tyro.conf.arg(help="for a checkpoint that does not say what it was trained on")] = None
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
+    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
+
+    def run(self) -> None:
+        lengths = check_lengths(self.lengths)
+        if not self.source.exists():
+            raise UsageError(f"{self.source} does not exist.")
+        inner = self.source / CHECKPOINT
+        folder = inner if inner.exists() or (self.source / METRICS).exists() else self.source  # a run holds its checkpoint
+        model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
+        trained = checkpoint_config(folder)
+        name = self.task or (trained.training.task if trained else None)
+        if name is None:
+            raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
+        results = evaluate_lengths(model, get_task(name), lengths, sequences=self.sequences, seed=self.seed)
+        if self.json:
+            print(json.dumps(scores(results)))
+            return
+        table = Table(title=f"{folder} on {name}, {self.sequences} sequences per length", title_justify="left")
+        for column in ("length", "token accuracy", "sequence accuracy"):
+            table.add_column(column, justify="right")
+        for length, result in results.items():
+            table.add_row(f"{length:,}", f"{result.accuracy:.4f}", f"{result.sequence_accuracy:.4f}")
+        Console().print(table)
+

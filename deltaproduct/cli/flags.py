@@ -1,0 +1,58 @@
+"""Flags made from configurations: one flat flag per field, named as the field, with the field's own help."""
+
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from deltaproduct.errors import UsageError
+
+
+def _comma_list(kind: type) -> PrimitiveConstructorSpec[Any]:
+    def parse(words: list[str]) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in words[0].split(",") if part.strip())
+        except ValueError:
+            raise ValueError(f"{words[0]!r} is not a list such as 128,512") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N,N,…",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+IntList = Annotated[tuple[int, ...], _comma_list(int)]
+
+
+def config_flags(name: str, config: type, defaults: dict[str, Any], *, leave_out: tuple[str, ...] = ()) -> type:
+    """A dataclass with a flag for every field of `config` but those left out; `defaults` overrides its own defaults."""
+    flags = []
+    for f in fields(config):
+        if f.name in leave_out:
+            continue
+        kind = IntList if f.type == tuple[int, ...] else f.type
+        default = defaults[f.name] if f.name in defaults else _default(f)
+        help = tyro.conf.arg(help=f.metadata.get("help", ""))
+        flags.append((f.name, Annotated[kind, help], field(default=default)))
+    return make_dataclass(name, flags, kw_only=True)
+
+
+def values_of(flags: Any, config: type) -> dict[str, Any]:
+    """The flags' values that are fields of `config`."""
+    return {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
+
+
+def check_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """`UsageError` unless there is at least one length and all are at least 1."""
+    if not lengths or min(lengths) < 1:
+        shown = ",".join(map(str, lengths)) or "nothing"
+        raise UsageError(f"lengths must be one or more numbers of at least 1, such as 128,512, not {shown}.")
+    return lengths
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default

@@ -1,0 +1,98 @@
+"""The command line: finds the command, and turns every mistake of the user's into one line and exit status 2."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+import deltaproduct
+from deltaproduct.errors import UsageError
+
+INTERRUPTED = 130  # what a shell reports for a program that was interrupted
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `deltaproduct` program."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in (["--version"], ["-V"]):
+        print(f"deltaproduct {deltaproduct.__version__}")
+        return
+    try:
+        _parse(arguments).run()
+    except UsageError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        print("deltaproduct: interrupted; what was saved is whole, and --resume continues a run.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone. Python would complain once more on closing standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The command that the arguments describe, as an object with a `run` method."""
+    from deltaproduct.cli.bench import BenchOps, BenchScaling
+    from deltaproduct.cli.doctor import Doctor
+    from deltaproduct.cli.evaluate import Evaluate
+    from deltaproduct.cli.reproduce import Reproduce
+    from deltaproduct.cli.tasks import TasksList, TasksShow
+    from deltaproduct.cli.train import Train, resumed_defaults
+
+    defaults = resumed_defaults(arguments[1:]) if arguments[:1] == ["train"] else None
+    sub = tyro.conf.subcommand
+    tasks = Annotated[TasksList, sub("list")] | Annotated[TasksShow, sub("show")]
+    bench = Annotated[BenchOps, sub("ops")] | Annotated[BenchScaling, sub("scaling")]
+    commands: Any = (
+        Annotated[Reproduce, sub("reproduce")]
+        | Annotated[Train, sub("train", default=defaults) if defaults else sub("train")]
+        | Annotated[Evaluate, sub("evaluate")]
+        | Annotated[_group("Tasks", tasks, "Which tasks there are, and what one looks like."), sub("tasks")]
+        | Annotated[_group("Bench", bench, "Measure this machine and the operator on it."), sub("bench")]
+        | Annotated[Doctor, sub("doctor")]
+    )
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                commands,
+                prog="deltaproduct",
+                args=arguments or ["--help"],
+                description="DeltaProduct: linear RNNs with Householder products, and how far they track state.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as e:
+        if e.code not in (0, None):
+            _fail(_one_line(errors.getvalue()))
+        sys.stderr.write(errors.getvalue())
+        raise
+
+
+def _group(name: str, commands: Any, doc: str) -> type:
+    """A command that only holds commands of its own."""
+    from dataclasses import make_dataclass
+
+    group = make_dataclass(name, [("command", commands)], namespace={"run": lambda self: self.command.run()})
+    group.__doc__ = doc
+    return group
+
+
+def _one_line(message: str) -> str:
+    """The parser draws its errors in a box of several lines; a log wants one."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    text = re.sub(r"[╭╮╰╯│─]+", " ", text)
+    return " ".join(text.split()) or "the arguments are not understood; try --help."
+
+
+def _fail(message: str) -> None:
+    print(f"deltaproduct: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`deltaproduct tasks`: which tasks there are, and what one looks like."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from deltaproduct.tasks import get_task, list_tasks
+
+
+@dataclass(kw_only=True)
+class TasksList:
+    """List the forms that a task's name can take."""
+
+    def run(self) -> None:
+        table = Table()
+        for column in ("name", "for example", "what it is"):
+            table.add_column(column)
+        for pattern, description, example in list_tasks():
+            table.add_row(pattern, example, description)
+        Console().print(table)
+
+
+@dataclass(kw_only=True)
+class TasksShow:
+    """Describe one task, with a worked example."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="such as S3")]
+    length: Annotated[int | None, tyro.conf.arg(help="tokens in the example, BOS not counted")] = None
+    seed: Annotated[int, tyro.conf.arg(help="of the example")] = 0
+
+    def run(self) -> None:
+        task = get_task(self.name)
+        print(task.worked_example(length=self.length, seed=self.seed))
+        print(f"\nvocabulary {task.vocab_size} (BOS is {task.bos_id}), labels {task.num_labels}, chance {task.chance:.4f}")

@@ -1,0 +1,1 @@
+"""Figures from summaries; matplotlib is imported only when one is drawn."""
