@@ -1,4 +1,4 @@
-"""Writing so that nothing good is ever lost: whole files, whole folders, and folders that prove themselves on reading."""
+"""Writing so that nothing good is ever lost: whole files, whole folders, folders that are checked when read."""
 
 import hashlib
 import json
@@ -60,9 +60,9 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def sha256(path: Path) -> str:
+def _fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         yield fresh
         names = sorted(p.name for p in fresh.iterdir())
-        files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": sha256(fresh / name)} for name in names}
+        files = {name: _fingerprint(fresh / name) for name in names}
         for name in names:
             _sync(fresh / name)
         write_json(fresh / MANIFEST, {"format": 1, "files": files})
@@ -124,7 +124,7 @@ def verified_folder(path: Path, what: str) -> list[str]:
         file = path / name
         if not file.is_file():
             raise UsageError(f"The {what} {path} is incomplete: {name} is missing.")
-        if not isinstance(entry, dict) or file.stat().st_size != entry.get("bytes") or sha256(file) != entry.get("sha256"):
+        if entry != _fingerprint(file):
             raise UsageError(f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256.")
     return list(files)
 

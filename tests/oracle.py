@@ -95,7 +95,7 @@ def oracle(
         return answer
 
     d_o = np.zeros_like(o) if d_o is None else d_o
-    d_states = {p: x for p, x in (d_states or {}).items()}
+    d_states = d_states or {}
     d = np.zeros_like(state) if d_final is None else d_final.copy()
     dq, dk, dv, dbeta, dg = (np.zeros_like(x) for x in (q, k, v, beta, decay))
     for t in reversed(range(length)):
@@ -117,7 +117,7 @@ def oracle(
         d = decay[:, t, :, None, None] * d
     if 0 in d_states:
         d = d + d_states[0]
-    dq, dk = (x.reshape(*x.shape[:-2], heads, -1, key_dim).sum(-2) for x in (dq, dk))
+    dq, dk = (x.reshape(*x.shape[:-2], heads, value_heads // heads, key_dim).sum(-2) for x in (dq, dk))
     answer.grads = {"q": dq, "k": dk, "v": dv, "beta": dbeta, "initial_state": d}
     if g is not None:
         answer.grads["g"] = dg
@@ -135,9 +135,9 @@ def l2_normalised_gradient(x: Array, d: Array) -> Array:
     return d / norm - x * (x * d).sum(-1, keepdims=True) / norm**3
 
 
-def relative_error(got: Array, want: Array) -> float:
-    """max|got − want| / max|want|; NaN in either shows as NaN, which no tolerance passes."""
+def relative_error(got: Array, want: Array, floor: float = 1e-300) -> float:
+    """max|got − want| / max(max|want|, floor); NaN shows as NaN, which no tolerance passes."""
     assert got.shape == want.shape, (got.shape, want.shape)
     if want.size == 0:
         return 0.0
-    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-300))
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))

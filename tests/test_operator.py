@@ -54,7 +54,7 @@ class Problem:
     resets: str = ""  # the log gates of every fifth token or so: "-inf" or "-1e4"
 
     def __str__(self) -> str:
-        default = Problem(0)
+        default = Problem(-1)
         return "-".join(f"{k}{v}" for k, v in vars(self).items() if v != getattr(default, k)).replace(" ", "")
 
 
@@ -77,7 +77,7 @@ PROBLEMS = [
     Problem(T=75, N=2, B=1, cu=CU, H=1, HV=2),
     Problem(T=75, N=1, B=1, cu=CU, gate=False, initial=False),
     Problem(T=75, N=3, B=1, cu=CU, initial=False, K=5, V=3),
-    Problem(T=75, N=40, B=1, H=1, HV=1, K=3, V=2, cu=CU),
+    Problem(T=12, N=40, B=1, H=1, HV=1, K=3, V=2, cu=(0, 0, 5, 6, 6, 12, 12)),
     Problem(T=3, N=2, B=1, cu=(0, 3)),
     Problem(T=0, N=2, B=1, cu=(0, 0, 0)),
     Problem(T=70, N=2, beta="ends"),
@@ -132,7 +132,9 @@ def leaves(x: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict
 def run(backend: str, x: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], **options) -> Answer:
     """What the package makes of `inputs`, whose gradients are of ⟨o, d_o⟩ + ⟨final, d_final⟩."""
     o, final = delta_product(**inputs, output_final_state=True, backend=backend, **options)
-    ((o * x["d_o"]).sum() + (final * x["d_final"]).sum()).backward()
+    loss = (o * x["d_o"]).sum() + (final * x["d_final"]).sum()
+    if loss.requires_grad:  # a loop over no token from no state touches no input
+        loss.backward()
     # A tensor that nothing reaches (no token, say) has the gradient zero, which PyTorch may write as None.
     grads = {n: np.zeros(a.shape) if a.grad is None else a.grad.double().numpy() for n, a in inputs.items()}
     return Answer(o.detach().double().numpy(), final.detach().double().numpy(), grads=grads)
@@ -140,7 +142,9 @@ def run(backend: str, x: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor
 
 def errors(got: Answer, want: Answer) -> dict[str, float]:
     found = {"o": relative_error(got.o, want.o), "final": relative_error(got.final, want.final)}
-    return found | {f"d_{n}": relative_error(a, want.grads[n]) for n, a in got.grads.items()}
+    # d_o and d_final are of size 1, and so is what is summed for a gradient, even one that then vanishes: after 40 steps
+    # hardly a trace of the state before them is left, and its gradient is 0 to within the roundings of those sums.
+    return found | {f"d_{n}": relative_error(a, want.grads[n], floor=1.0) for n, a in got.grads.items()}
 
 
 def assert_within(found: dict[str, float], tolerance: float) -> None:
@@ -404,14 +408,24 @@ def test_gradcheck(packed, backend):
 
 
 @BACKEND
-def test_autocast_changes_nothing(backend):
-    p = Problem(T=40, N=2)
-    x = draw(p)
-    plain = run(backend, x, leaves(x, torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = run(backend, x, leaves(x, torch.float32))
-    assert np.array_equal(plain.o, cast.o) and np.array_equal(plain.final, cast.final)
-    assert all(np.array_equal(plain.grads[n], cast.grads[n]) for n in plain.grads)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_autocast_changes_nothing(inside, backend):
+    if inside and backend == "reference":
+        pytest.skip("autograd's own matmuls obey autocast where backward() is called; the loop has no other backward")
+    x = draw(Problem(T=40, N=2))
+    plain, cast = leaves(x, torch.float32), leaves(x, torch.float32)
+    for inputs, enabled in ((plain, False), (cast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, final = delta_product(**inputs, output_final_state=True, backend=backend)
+            loss = (o * x["d_o"]).sum() + (final * x["d_final"]).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        inputs |= {"o": o, "final": final}
+    for name in plain:
+        a, b = (y[name] if name in ("o", "final") else y[name].grad for y in (plain, cast))
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("p", [Problem(T=20, N=2, H=1), Problem(T=75, N=3, B=1, cu=CU, gate=False, initial=False)],
@@ -466,8 +480,7 @@ def test_any_small_problem(data):
     want = solve(p, x)
     for backend in serving():
         found = run(backend, x, leaves(x, torch.float64), **options(p))
-        # 1e-11, not 1e-12: with K = 1 or one token a gradient's largest entry may be small beside what it sums.
-        assert_within(errors(found, want), 1e-11)
+        assert_within(errors(found, want), TOLERANCE[torch.float64])
 
 
 def small(**changed) -> dict:

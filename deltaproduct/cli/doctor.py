@@ -28,7 +28,8 @@ class Doctor:
     def run(self) -> None:
         console = Console(highlight=False, soft_wrap=True)
         for name, value in describe_machine().items():
-            console.print(f"{name:>20}  {', '.join(value) or 'none' if isinstance(value, list) else value}", markup=False)
+            shown = ", ".join(value) or "none" if isinstance(value, list) else value
+            console.print(f"{name:>20}  {shown}", markup=False)
         device = choose_device("auto")
         console.print(f"\nbackends of the operator on {device.type}")
         for name, backend in BACKENDS.items():
@@ -40,5 +41,5 @@ class Doctor:
         console.print("\noptional packages, by extra")
         for extra, packages in EXTRAS.items():
             missing = [p for p in packages if importlib.util.find_spec(p) is None]
-            state = "yes" if not missing else f"no: {', '.join(missing)} not installed; pip install 'deltaproduct[{extra}]'"
-            console.print(f"{extra:>20}  {state}", markup=False)
+            advice = f"no: {', '.join(missing)} not installed; pip install 'deltaproduct[{extra}]'"
+            console.print(f"{extra:>20}  {advice if missing else 'yes'}", markup=False)

@@ -37,7 +37,8 @@ class Evaluate:
         if not self.source.exists():
             raise UsageError(f"{self.source} does not exist.")
         inner = self.source / CHECKPOINT
-        folder = inner if inner.exists() or (self.source / METRICS).exists() else self.source  # a run holds its checkpoint
+        is_run = inner.exists() or (self.source / METRICS).exists()
+        folder = inner if is_run else self.source
         model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
         trained = checkpoint_config(folder)
         name = self.task or (trained.training.task if trained else None)
@@ -47,7 +48,8 @@ class Evaluate:
         if self.json:
             print(json.dumps(scores(results)))
             return
-        table = Table(title=f"{folder} on {name}, {self.sequences} sequences per length", title_justify="left")
+        print(f"{folder} on {name}, {self.sequences} sequences per length")
+        table = Table()
         for column in ("length", "token accuracy", "sequence accuracy"):
             table.add_column(column, justify="right")
         for length, result in results.items():

@@ -34,4 +34,5 @@ class TasksShow:
     def run(self) -> None:
         task = get_task(self.name)
         print(task.worked_example(length=self.length, seed=self.seed))
-        print(f"\nvocabulary {task.vocab_size} (BOS is {task.bos_id}), labels {task.num_labels}, chance {task.chance:.4f}")
+        sizes = f"vocabulary {task.vocab_size} (BOS is {task.bos_id}), labels {task.num_labels}"
+        print(f"\n{sizes}, chance {task.chance:.4f}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def run_jobs(
             open_run(job.config, out / "runs" / job.name, resume=True)
     cores = os.cpu_count() or 1
     workers = max(1, min(workers or cores, len(jobs)))
-    options = {"lengths": tuple(lengths), "sequences": sequences}
+    run = partial(run_job, lengths=tuple(lengths), sequences=sequences)
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
 
@@ -128,12 +129,12 @@ def run_jobs(
 
     if workers == 1:
         for job in jobs:
-            settle(job, lambda job=job: run_job(job, out, **options, threads=None, show=True))
+            settle(job, partial(run, job, out, threads=None, show=True))
     else:
         # spawn, not fork: forking a process whose torch has started threads can deadlock.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             waiting: dict[Future[dict[str, Any]], Job] = {
-                pool.submit(run_job, job, out, **options, threads=max(1, cores // workers), show=False): job for job in jobs
+                pool.submit(run, job, out, threads=max(1, cores // workers), show=False): job for job in jobs
             }
             try:
                 while waiting:

@@ -1,9 +1,9 @@
 """The DeltaProduct layer: projections, short convolution, the recurrence, norm and output projection.
 
-B batch · T tokens · D hidden size · N Householder steps per token · H query/key heads · HV value heads · K, V head sizes.
+B batch · T tokens · D hidden size · N Householder steps per token · H query/key heads · HV value heads · K, V sizes.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -86,7 +86,8 @@ class DeltaProduct(Mixer):
         self.num_heads, self.num_v_heads, self.num_householder = num_heads, num_v_heads, num_householder
         self.head_dim, self.head_v_dim = head_dim, int(head_dim * expand_v)
         self.allow_neg_eigval, self.qkv_activation = allow_neg_eigval, qkv_activation
-        self.use_forget_gate, self.use_output_gate, self.use_short_conv = use_forget_gate, use_output_gate, use_short_conv
+        self.use_forget_gate, self.use_output_gate = use_forget_gate, use_output_gate
+        self.use_short_conv = use_short_conv
 
         key_size = num_heads * head_dim
         value_size = num_v_heads * self.head_v_dim
@@ -103,7 +104,7 @@ class DeltaProduct(Mixer):
         if use_forget_gate:
             self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(1, 16).log())
-            # softplus(dt_bias) is log-uniform in [1e-3, 0.1]: at first a token forgets between 0.1% and most of the state
+            # softplus(dt_bias) is log-uniform in [1e-3, 0.1]: at first a token forgets between 0.1% and most of a state
             dt = torch.empty(num_v_heads).uniform_(-6.907755, -2.302585).exp()
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         if use_output_gate:
@@ -134,22 +135,16 @@ class DeltaProduct(Mixer):
     ) -> tuple[Tensor, DeltaProductState]:
         q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
         if x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
-            o, recurrent = delta_product_step(
-                *(y[:, 0] for y in (q, k, v, beta)), None if g is None else g[:, 0], state=state.recurrent
-            )
+            gate = None if g is None else g[:, 0]
+            o, recurrent = delta_product_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent)
             o = o[:, None]
         else:
-            o, recurrent = delta_product(
-                q,
-                k,
-                v,
-                beta,
-                g,
-                initial_state=state.recurrent,
-                output_final_state=True,
-                cu_seqlens=cu_seqlens,
+            o, final = delta_product(
+                q, k, v, beta, g, initial_state=state.recurrent, output_final_state=True, cu_seqlens=cu_seqlens,
                 backend=self.backend,
-            )
+            )  # fmt: skip
+            assert final is not None  # it was asked for
+            recurrent = final
         o = self.o_norm(o)
         if self.use_output_gate:
             o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
@@ -187,7 +182,7 @@ class DeltaProduct(Mixer):
 class DeltaNet(DeltaProduct):
     """DeltaNet (arXiv 2406.06484): DeltaProduct with one Householder step per token; the other options are its own."""
 
-    fixed = {"num_householder": 1}
+    fixed: ClassVar[dict[str, Any]] = {"num_householder": 1}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
         super().__init__(hidden_size, num_heads, head_dim, **self.fixed, **options)
@@ -196,7 +191,7 @@ class DeltaNet(DeltaProduct):
 class GatedDeltaNet(DeltaProduct):
     """Gated DeltaNet (arXiv 2412.06464): one Householder step per token, a forget gate and an output gate."""
 
-    fixed = {"num_householder": 1, "use_forget_gate": True, "use_output_gate": True}
+    fixed: ClassVar[dict[str, Any]] = {"num_householder": 1, "use_forget_gate": True, "use_output_gate": True}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
         super().__init__(hidden_size, num_heads, head_dim, **self.fixed, **options)

@@ -53,7 +53,7 @@ class Mixer(nn.Module, ABC):
             if cu_seqlens is not None:
                 raise UsageError("Give either cu_seqlens or mask, not both.")
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-                raise UsageError(f"mask must be bool of shape {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}.")
+                raise UsageError(f"mask must be bool {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}.")
             # Real tokens, packed: the one way in which padding cannot touch any state, a convolution's included.
             ends = mask.sum(1).cumsum(0)
             packed, state = self.forward(x[mask][None], state, cu_seqlens=torch.cat((ends.new_zeros(1), ends)))
@@ -64,7 +64,7 @@ class Mixer(nn.Module, ABC):
 
     @classmethod
     def arguments(cls) -> list[str]:
-        """The names of the arguments that a configuration sets: its own, and for a preset the parent's not `fixed`."""
+        """What a configuration sets: the class's own arguments and, for a preset, its parent's that are not `fixed`."""
         inits = [base.__init__ for base in cls.__mro__ if issubclass(base, Mixer) and "__init__" in vars(base)]
         names = dict.fromkeys(name for init in inits for name in inspect.signature(init).parameters)
         return [name for name in names if name not in ("self", "options", *cls.fixed)]

@@ -70,7 +70,7 @@ class ModelConfig:
             if layer not in {str(i) for i in range(self.num_hidden_layers)}:
                 raise UsageError(f"layer_overrides names layer {layer!r}; layers are 0 … {self.num_hidden_layers - 1}.")
             if unknown := set(override) - names:
-                raise UsageError(f"layer_overrides of layer {layer} sets what no layer has: {', '.join(sorted(unknown))}.")
+                raise UsageError(f"layer_overrides sets what no layer {layer} has: {', '.join(sorted(unknown))}.")
             self.layer(int(layer))
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:

@@ -29,8 +29,10 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer: Mixer = get_mixer(config.mixer).from_config(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.mlp_size else None
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size) if config.mlp_size else None
+        self.mlp: SwiGLU | None = None
+        if config.mlp_size:
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
     def forward(
         self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
@@ -94,7 +96,7 @@ class SequenceModel(nn.Module):
     @property
     def state_size(self) -> int:
         """Floats of state carried per sequence."""
-        return sum(block.mixer.state_size for block in self.blocks)
+        return sum(mixer.state_size for mixer in self.mixers())
 
     @property
     def num_parameters(self) -> int:
@@ -105,9 +107,13 @@ class SequenceModel(nn.Module):
         """Choose the operator's backend for every layer; `UsageError` if it cannot serve this model's device."""
         weight = self.embedding.weight
         resolve_backend(name, device=weight.device, dtype=weight.dtype)
-        for block in self.blocks:
-            block.mixer.backend = name
+        for mixer in self.mixers():
+            mixer.backend = name
         return self
+
+    def mixers(self) -> list[Mixer]:
+        """The layers' mixers, in order."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]
 
     def write_files(self, folder: Path) -> None:
         """Write the configuration and the weights into a folder that someone else puts in place."""

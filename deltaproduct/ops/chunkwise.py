@@ -1,8 +1,8 @@
 """The recurrence in chunks of C Householder steps, as matrix products: any device that PyTorch knows.
 
 The derivation of both passes, with these names, is in `ops/README.md`. In one chunk that starts from state S₀, with
-W = diag(β) K and L = strict_tril(decay ⊙ K Wᵀ), the errors E (rows v − Sᵀk) solve (I + L) E = V − decay K S₀. Nothing is
-inverted by squaring and β is never divided by, so correlated keys, β = 2 and β = 0 are all ordinary inputs.
+W = diag(β) K and L = strict_tril(decay ⊙ K Wᵀ), the errors E (rows v − Sᵀk) solve (I + L) E = V − decay K S₀. Nothing
+is inverted by squaring and β is never divided by, so correlated keys, β = 2 and β = 0 are all ordinary inputs.
 
 The forward keeps its inputs and the state at every chunk boundary; the backward recomputes the rest, group of chunks
 by group of chunks, so that the temporaries stay in cache and the cost stays linear in T.
@@ -164,7 +164,8 @@ def _terms(x: Inputs, chunks: Chunks, lo: int, hi: int, dtype: torch.dtype, scal
     total = _heads_first(g.unsqueeze(-1), heads).cumsum(1)
     ends = total[:, -1:]
     pair = (total - total.mT).tril().exp().tril()
-    return Terms(q * scale, k, w, v, beta, *(y.to(dtype) for y in (pair, total.exp(), (ends - total).exp(), ends.exp())))
+    decays = (pair, total.exp(), (ends - total).exp(), ends.exp())
+    return Terms(q * scale, k, w, v, beta, *(y.to(dtype) for y in decays))
 
 
 def _scaled(x: Tensor, decay: Tensor | None) -> Tensor:
@@ -187,7 +188,7 @@ def _causal(t: Terms) -> Tensor:
 
 
 def _interactions(t: Terms) -> tuple[Tensor, Tensor]:
-    """L [n,C,C] from step to later step, strictly lower; P [n,c,C] from a token's own and earlier steps to its output."""
+    """L [n,C,C] from steps to later steps, strictly lower; P [n,c,C] from a token's own and earlier steps to it."""
     c, steps = t.q.shape[1], t.k.shape[1]
     lower = (t.k @ t.w.mT).tril_(-1)
     attend = (t.q @ t.w.mT).mul_(_causal(t))

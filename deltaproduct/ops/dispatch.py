@@ -71,7 +71,7 @@ def resolve_backend(
         if obstacle := BACKENDS[backend].obstacle(device, dtype):
             raise UsageError(f"Backend {backend!r} cannot serve: {obstacle}.")
         return backend, "asked for by name"
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for name, b in BACKENDS.items():
         obstacle = b.obstacle(device, dtype)
         if obstacle is None:
@@ -151,10 +151,10 @@ def delta_product_step(
     q [B,H,K], k [B,N,H,K], v [B,N,HV,V], beta [B,N,HV], g [B,HV], state [B,HV,K,V] → (o [B,HV,V], state). The given
     state is not changed.
     """
-    with_time = [x.unsqueeze(1) for x in (k, v, beta)]
-    check_step_inputs(*with_time, None if g is None else g.unsqueeze(1))
-    check_query(q.unsqueeze(1), with_time[0])
-    check_state(state, *with_time[:2], k.shape[0])
+    k_t, v_t = k.unsqueeze(1), v.unsqueeze(1)
+    check_step_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
+    check_query(q.unsqueeze(1), k_t)
+    check_state(state, k_t, v_t, k.shape[0])
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
     if qk_l2norm:
         q, k = l2_normalise(q), l2_normalise(k)

@@ -1,5 +1,7 @@
 """What every backend needs to know of its inputs: whether their shapes agree, and in which precision to work."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,8 +31,7 @@ def expand_heads(x: Tensor, value_heads: int) -> Tensor:
 
 def sequence_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """Packed sequences as (first token, one past the last) pairs."""
-    ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(cu_seqlens.tolist()))
 
 
 def _named(names: str, x: Tensor) -> str:
@@ -80,7 +81,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, k: Tensor) -> None:
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != k.shape[1]:
         raise UsageError(f"cu_seqlens must run from 0 to T={k.shape[1]}, not from {ends[0]} to {ends[-1]}.")
-    if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if any(a > b for a, b in pairwise(ends)):
         raise UsageError("cu_seqlens must not decrease.")
 
 

@@ -54,9 +54,10 @@ def reference(
     if cu_seqlens is not None:
         outputs, finals = [], []
         for s, (lo, hi) in enumerate(sequence_bounds(cu_seqlens)):
-            piece = [x[:, lo:hi] for x in (q, k, v, beta)]
+            span = (slice(None), slice(lo, hi))
+            gate = None if g is None else g[span]
             start = None if initial_state is None else initial_state[s : s + 1]
-            o, final = reference(*piece, None if g is None else g[:, lo:hi], start, None, scale)
+            o, final = reference(q[span], k[span], v[span], beta[span], gate, start, None, scale)
             outputs.append(o)
             finals.append(final)
         return torch.cat(outputs, dim=1), torch.cat(finals)

@@ -32,9 +32,8 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
             axes.plot(lengths, medians, marker, color=colour, label=label, markersize=6)
         for length in sorted({run["training_length"] for run in runs}):
             axes.axvline(length, color="black", linestyle="--", linewidth=1)
-            axes.annotate(
-                f"trained at {length}", (length, 1.0), xytext=(-4, 4), textcoords="offset points", fontsize=9, ha="right"
-            )
+            offset = {"xytext": (-4, 4), "textcoords": "offset points"}
+            axes.annotate(f"trained at {length}", (length, 1.0), **offset, fontsize=9, ha="right")
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         axes.annotate("chance", (1, chance), xytext=(2, 3), textcoords="offset points", fontsize=9, color="grey")
         axes.set_xscale("log", base=2)

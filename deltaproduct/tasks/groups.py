@@ -163,8 +163,8 @@ def _factor(family: str, n: int) -> tuple[list[Permutation], list[str]]:
     if family == "D":
         rotations = [(p, f"r{i}") for i, p in enumerate(shifts)]
         mirrorings = [(points[i::-1] + points[:i:-1], f"m{i}") for i in points]
-        elements, names = zip(*sorted(rotations + mirrorings), strict=True)
-        return list(elements), list(names)
+        both = sorted(rotations + mirrorings)
+        return [p for p, _ in both], [name for _, name in both]
     elements = [p for p in itertools.permutations(points) if family == "S" or _is_even(p)]
     return elements, [_cycles(p) for p in elements]
 
@@ -198,7 +198,7 @@ def build_group(name: str) -> Group:
         raise UsageError(f"{name} has {size} elements, and a group may have at most {MAX_ELEMENTS:,}")
 
     elements, names = _factor(*factors[0])
-    parts = [(name,) for name in names]
+    parts: list[tuple[str, ...]] = [(name,) for name in names]
     for family, n in factors[1:]:
         more, more_names = _factor(family, n)
         offset = len(elements[0])
@@ -332,9 +332,11 @@ class BlockTask(GroupTask):
             tokens = symbols.repeat_interleave(k, dim=1)
         else:
             fill = self.filler_id if self.filling == "filler" else self.identity
+            assert fill is not None  # a task that fills has a filler
             tokens = symbols.new_full((batch, count * k), fill)
             tokens[:, ::k] = symbols
         if self.labels_filler:
+            assert self.filler_label is not None
             labels = symbols.new_full((batch, count * k), self.filler_label)
             labels[:, k - 1 :: k] = products
         else:
@@ -359,7 +361,7 @@ def _require_symmetric(group_name: str, suffix: str) -> int:
 
 def _parse_base(base: str) -> tuple[Group, tuple[int, ...], str]:
     """(group, inputs, what is multiplied in words) of `G`, `Sn_only_swaps` or `Sn_limit_to_k`."""
-    group_name, restriction, limit = re.fullmatch(r"(.*?)(_only_swaps|_limit_to_(\d+))?", base).groups()
+    group_name, restriction, limit = re.fullmatch(r"(.*?)(_only_swaps|_limit_to_(\d+))?", base).groups()  # type: ignore[union-attr]  # matches anything
     if restriction is None:
         group = build_group(group_name)
         return group, _inputs(group, None), f"the elements of {group_name} ({len(group.elements)} of them)"

@@ -53,11 +53,10 @@ class TrainConfig:
         if len(self.batch_sizes) not in (1, len(self.lengths)):
             raise UsageError(f"batch_sizes has {len(self.batch_sizes)} entries for {len(self.lengths)} lengths.")
         if any(size % self.grad_accumulation for size in self.batch_sizes):
-            raise UsageError(f"grad_accumulation={self.grad_accumulation} does not divide batch_sizes={self.batch_sizes}.")
+            raise UsageError(f"grad_accumulation={self.grad_accumulation} does not divide {self.batch_sizes}.")
         if self.stage_steps and len(self.stage_steps) != len(self.lengths) - 1:
-            raise UsageError(
-                f"stage_steps has {len(self.stage_steps)} entries; {len(self.lengths)} lengths need {len(self.lengths) - 1}."
-            )
+            wanted = len(self.lengths) - 1
+            raise UsageError(f"stage_steps has {len(self.stage_steps)} entries; {wanted + 1} lengths need {wanted}.")
         self._require("stage_steps", all(n >= 1 for n in self.stage_steps), "steps of at least 1")
         if len(self.lengths) > 1 and not self.stage_steps and self.stage_loss is None:
             raise UsageError("A curriculum of several lengths needs stage_steps or stage_loss to say when to move on.")

@@ -48,7 +48,7 @@ class Bar:
         self._last = time.monotonic()
 
     def update(self, done: int, info: str) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, info=info)
         elif self._console is not None and time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()

@@ -95,14 +95,15 @@ def train(
 
 
 def open_run(config: RunConfig, out: Path, resume: bool) -> Progress:
-    """Make `out` this run's folder; `UsageError` if it holds another run, or this one and `resume` was not asked for."""
+    """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
     make_folder(out)
     if (out / CONFIG).exists():
         if not resume:
             raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another folder.")
         stored = RunConfig.from_dict(read_json(out / CONFIG))
         if stored != config:
-            raise UsageError(f"{out} holds a run with another configuration ({'; '.join(config.differences(stored))}).")
+            differences = "; ".join(config.differences(stored))
+            raise UsageError(f"{out} holds a run with another configuration ({differences}).")
     elif (out / CHECKPOINT).exists():
         raise UsageError(f"{out} holds a checkpoint but no {CONFIG}; choose another folder.")
     else:
@@ -137,7 +138,8 @@ def new_optimizer(model: SequenceModel, settings: TrainConfig) -> torch.optim.Ad
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
 
 
 def sample_batch(task: Task, settings: TrainConfig, step: int, stage: int) -> tuple[Tensor, Tensor, Tensor]:
