@@ -214,9 +214,9 @@ BY_HAND = {  # S3: 1 = (1 2), 2 = (0 1), 5 = (0 2); (0 1) ∘ (1 2) = 3, and 3 �
     "S3_2_s_tokens": ([2, 1, 5], 5, [6, 2, 7, 1, 7, 5], [0, 6, 2, 6, 3, 6]),
     "S3_3_s_tokens": ([2, 1], 6, [6, 2, 7, 7, 1, 7, 7], [0, 6, 6, 2, 6, 6, 3]),
     "S3_2_s_tokens_only_input": ([2, 1, 5], 5, [6, 2, 7, 1, 7, 5], [0, 0, 2, 2, 3, 3]),
-    # draws 2 1 5 0 collapse to 1; then 2 1 0 0 to 3, and 1 ∘ 3: 0↦1↦2, 1↦2↦1, 2↦0↦0, so 5
-    "S3_hard": ([2, 1, 5, 0, 2, 1, 0, 0], 8, [6, 1, 0, 0, 0, 3, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 5]),
-    "S3_only_swaps_hard": ([2, 1, 5, 0, 2, 1, 0, 0], 7, [6, 1, 0, 0, 0, 3, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]),
+    # draws 2 1 0 5 collapse to 1; then 2 0 0 1 to 3, and 1 ∘ 3: 0↦1↦2, 1↦2↦1, 2↦0↦0, so 5
+    "S3_hard": ([2, 1, 0, 5, 2, 0, 0, 1], 8, [6, 1, 0, 0, 0, 3, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 5]),
+    "S3_only_swaps_hard": ([2, 1, 0, 5, 2, 0, 0, 1], 7, [6, 1, 0, 0, 0, 3, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]),
     # Z3 × Z2 with index 2a + b: (1,1) (2,0) (2,1) add up to (1,1) (0,1) (2,0)
     "Z3_x_Z2": ([3, 4, 5], 3, [6, 3, 4, 5], [0, 3, 1, 4]),
 }
@@ -261,7 +261,7 @@ def chi_square(values: torch.Tensor, categories: list[int]) -> float:
 
 @pytest.mark.parametrize("name", ["S3", "S5", "Z60", "S3_x_Z2", "S5_only_swaps", "S5_limit_to_3", "S3_2_tokens"])
 def test_sampling_is_uniform(name):
-    """Under uniformity the statistic has mean d = categories - 1 and variance 2d, and to be six deviations off has a chance
+    """Under uniformity the statistic has mean d = categories - 1 and variance 2d; to be six deviations off has a chance
     below 3e-4 even for d = 5, the smallest here. The seed is fixed, so the test cannot flicker."""
     task = get_task(name)
     block = getattr(task, "block", 1)

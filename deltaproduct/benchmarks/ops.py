@@ -60,8 +60,8 @@ class OpShape:
         found = re.fullmatch(r"B(\d+)\s*T(\d+)\s*H(\d+)\s*K(\d+)\s*N(\d+)(\s+gated)?", text.strip())
         if not found:
             raise UsageError(f"{text!r} is not a shape; write it as 'B64 T128 H4 K32 N2', or '… N2 gated'.")
-        *sizes, gate = found.groups()
-        return cls(*(int(s) for s in sizes), gate=gate is not None)
+        b, t, h, k, n, gate = found.groups()
+        return cls(int(b), int(t), int(h), int(k), int(n), gate is not None)
 
     @property
     def label(self) -> str:
@@ -182,7 +182,7 @@ class ScalingPoint:
 
 @dataclass
 class ScalingBenchmark(_Report):
-    """What `bench_scaling` found; `points` is empty where the backend was wrong, and `reason` then says how."""
+    """What `bench_scaling` found. `reason` is None, or why points are missing: the backend is wrong, or a T failed."""
 
     backend: str
     why_backend: str
@@ -196,7 +196,7 @@ class ScalingBenchmark(_Report):
 
 
 def textbook_loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
-    """The recurrence as people usually write it in PyTorch: index the token and the step, einsum, append → o [B,T,HV,V].
+    """The recurrence as people usually write it in PyTorch: index token and step, einsum, append → o [B,T,HV,V].
 
     Shapes as in `delta_product`; scale K^-½, no initial state, arithmetic in float32 or better. It is a peer to compare
     with and serves nothing else: the specification is `ops/reference.py`, which it deliberately does not call. It
@@ -253,7 +253,7 @@ def bench_ops(
         UsageError: an unknown backend, device or dtype, one that cannot serve and was named, fewer than one repeat.
     """
     say = progress or (lambda line: None)
-    chosen = choose_device(device)
+    chosen = _device(device)
     dtype = _dtype(dtype)
     repeats = _repeats(repeats, quick)
     if shapes is None:
@@ -305,7 +305,7 @@ def bench_scaling(
         UsageError: as `bench_ops`, a loop was named, or fewer than two different lengths.
     """
     say = progress or (lambda line: None)
-    chosen = choose_device(device)
+    chosen = _device(device)
     dtype = _dtype(dtype)
     repeats = _repeats(repeats, quick)
     if lengths is None:
@@ -314,7 +314,7 @@ def bench_scaling(
     if len(shapes) < 2:
         raise UsageError("A scaling benchmark needs at least two different lengths.")
     if backend in LOOPS:
-        raise UsageError(f"{backend!r} is a plain loop and is left out of the scaling benchmark; choose another backend.")
+        raise UsageError(f"{backend!r} is a plain loop, which the scaling benchmark leaves out; choose another backend.")
     name, why = resolve_backend(backend, device=chosen, dtype=compute_dtype(torch.empty(0, dtype=dtype)))
 
     problem = _Problem(shapes[0], chosen, dtype, seed, backward)
@@ -326,12 +326,15 @@ def bench_scaling(
         memory: dict[int, int | None] = {}
         for t, p in problems.items():
             say(f"T={t}: measuring memory")
-            memory[t] = peak_extra_bytes(p.work(name), chosen)
-        say(f"timing {len(problems)} lengths, {repeats} runs each")
-        times = interleaved({t: p.work(name) for t, p in problems.items()}, repeats=repeats, device=chosen)
-        per_token = {s.length: 1e3 * times[s.length].median_ms / s.tokens for s in shapes}
-        first = per_token[shapes[0].length]
-        points = [ScalingPoint(t, times[t], per_token[t], per_token[t] / first, memory[t]) for t in problems]
+            try:  # the first run at this length is also the warm-up
+                memory[t] = peak_extra_bytes(p.work(name), chosen)
+            except Exception as e:
+                row.reason = f"T={t} failed: {_first_line(e)}"
+                break
+        say(f"timing {len(memory)} lengths, {repeats} runs each")
+        times = interleaved({t: problems[t].work(name) for t in memory}, repeats=repeats, device=chosen)
+        per_token = {t: 1e3 * timing.median_ms / problems[t].shape.tokens for t, timing in times.items()}
+        points = [ScalingPoint(t, times[t], us, us / per_token[shapes[0].length], memory[t]) for t, us in per_token.items()]
     return ScalingBenchmark(
         **_circumstances(chosen, dtype, repeats, backward, seed),
         backend=name,
@@ -395,25 +398,20 @@ class _Problem:
             got = _outcome(_operator(name), *self._prefix(None))
         except Exception as e:  # a row may be anyone's code: its failure is a finding, and the other rows go on
             return dataclasses.replace(row, status="failed", reason=_first_line(e))
-        finite = True
-        row.error = 0.0
+        errors: dict[str, float] = {}
         names = ["o", *(f"d_{x}" for x in self.x)][: len(self._wanted)]
         for tensor, have, want in zip(names, got, self._wanted, strict=True):
             if have.shape != want.shape:
                 reason = f"{tensor} has shape {list(have.shape)} and should have {list(want.shape)}"
-                return dataclasses.replace(row, status="wrong", reason=reason, error=None, worst=tensor)
+                return dataclasses.replace(row, status="wrong", reason=reason, worst=tensor)
             size = max(want.abs().max().item(), torch.finfo(torch.float32).tiny)
-            error = (have.double() - want).abs().max().item() / size
-            if not math.isfinite(error):
-                row.error, row.worst, finite = None, tensor, False
-                break
-            if error >= row.error:
-                row.error, row.worst = error, tensor
-        limit = error_limit(self.d_o.dtype)
-        if not finite:
-            row.status, row.reason = "wrong", f"{row.worst} is not finite"
-        elif row.error > limit:
-            row.status, row.reason = "wrong", f"the error of {row.worst} is {row.error:.1e}, above {limit:.1e}"
+            errors[tensor] = (have.double() - want).abs().max().item() / size
+            if not math.isfinite(errors[tensor]):
+                return dataclasses.replace(row, status="wrong", reason=f"{tensor} is not finite", worst=tensor)
+        worst, limit = max(errors, key=lambda name: errors[name]), error_limit(self.d_o.dtype)
+        row.worst, row.error = worst, errors[worst]
+        if errors[worst] > limit:
+            row.status, row.reason = "wrong", f"the error of {worst} is {errors[worst]:.1e}, above {limit:.1e}"
         return row
 
     def _prefix(self, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -435,7 +433,7 @@ def _outcome(operator: Callable[..., Tensor], x: dict[str, Tensor], d_o: Tensor 
 
 
 def error_limit(dtype: torch.dtype) -> float:
-    """The largest error at which a row is still timed: ERROR_LIMIT, plus what rounding the results to a short dtype costs."""
+    """The largest error at which a row is still timed: ERROR_LIMIT, plus the rounding of results in a short dtype."""
     if dtype == torch.float64:
         return 1e-9  # to tell a row that works in float32 although its inputs are float64
     return ERROR_LIMIT + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
@@ -490,8 +488,8 @@ def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str 
         return f"a state per step comes to {states / GIB:.1f} GiB, more than {LOOP_BYTES // GIB}"
     one = 2 * shape.steps * shape.batch * shape.num_heads * shape.head_dim * itemsize  # k and v
     if name == TEXTBOOK and backward and shape.steps * one > TEXTBOOK_BYTES:
-        limit = TEXTBOOK_BYTES // GIB
-        return f"its backward would write {shape.steps * one / GIB:.0f} GiB of zeros (quadratic in T), more than {limit}"
+        zeros, limit = shape.steps * one / GIB, TEXTBOOK_BYTES // GIB
+        return f"its backward, quadratic in T, would write {zeros:.0f} GiB of zeros, more than {limit}"
     return None
 
 
@@ -550,6 +548,13 @@ def _circumstances(
     }
 
 
+def _device(name: str) -> torch.device:
+    device = choose_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Benchmarks run on cpu or cuda, not {name!r}: no other device's clock is known here.")
+    return device
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
@@ -580,7 +585,7 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, column in enumerate(columns):
             made.add_column(column, justify="right" if i else "left", no_wrap=True)
         return made
@@ -590,65 +595,61 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
 
     both = "fwd+bwd" if report.backward else "forward"
     if isinstance(report, ScalingBenchmark):
-        shown = table(
-            f"{report.backend}, {_without_length(report.label)}, {both}", "T", "ms\nmin–max", "µs/token", "ratio", "memory"
-        )
+        title = f"{report.backend}, {re.sub('T[0-9]+ ', '', report.label)}, {both}"
+        shown = table(title, "T", "ms", "µs/token", "ratio", "MiB")
         for p in report.points:
-            shown.add_row(str(p.length), _ms(p.time), f"{p.us_per_token:.3g}", f"{p.ratio:.2f}", _bytes(p.peak_extra_bytes))
+            shown.add_row(
+                str(p.length), _ms(p.time), _number(p.us_per_token), f"{p.ratio:.2f}", _mib(p.peak_extra_bytes)
+            )
         if report.points:
             console.print(shown)
-            note("ratio: time per token over that of the shortest T; 1 is linear in T.")
+            note("ms: median, and below it the range. ratio: µs/token over that of the shortest T; 1 is linear in T.")
         if report.reason:
-            note(f"{report.backend} was not timed: {report.reason}.")
+            note(f"{report.backend}: {report.reason}.")
         note(f"{report.backend}: {report.why_backend}.")
         if report.error is not None:
-            note(f"error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}")
+            note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
     else:
         for result in report.shapes:
-            rate = f"GFLOP/s\n{both}"
-            columns = ["forward ms\nmin–max", *(["fwd+bwd ms\nmin–max"] if report.backward else [])]
-            shown = table(
-                result.label, "backend", "error", *columns, rate, "of\nroofline", "×\nreference", "extra\nmemory"
-            )
+            times = ["forward ms", "fwd+bwd ms"] if report.backward else ["forward ms"]
+            shown = table(result.label, "backend", "error", *times, "GFLOP/s", "roofline", "speed-up", "MiB")
             for row in result.rows:
-                times = [_ms(row.forward), *([_ms(row.forward_backward)] if report.backward else [])]
+                first = _ms(row.forward) if row.status == "timed" else row.status.upper()
                 shown.add_row(
-                    escape(row.backend if row.status == "timed" else f"{row.backend} [{row.status.upper()}]"),
+                    escape(row.backend),
                     "–" if row.error is None else f"{row.error:.0e}",
-                    *times,
+                    *([first, _ms(row.forward_backward)] if report.backward else [first]),
                     _number(row.gflops if report.backward else row.forward_gflops),
                     "–" if row.roofline_share is None else f"{100 * row.roofline_share:.1f}%",
                     _number(row.speedup),
-                    _bytes(row.peak_extra_bytes),
+                    _mib(row.peak_extra_bytes),
                 )
             if result.rows:
                 console.print(shown)
             else:
                 note(f"{result.label}: no row")
             if result.checked_length < result.shape.length:
-                note(f"error: checked on the first {result.checked_length} tokens.")
+                note(f"Correctness was checked on the first {result.checked_length} tokens.")
             for row in result.rows:
                 if row.status != "timed":
                     note(f"{row.backend} is {row.status} and was not timed: {row.reason}.")
                 elif (timing := _main_timing(row)) and timing.runs < report.repeats:
-                    note(f"{row.backend}: {timing.runs} runs, for it is slow.")
+                    note(f"{row.backend} is slow and had {timing.runs} runs.")
             for other in result.left_out:
-                note(f"{other.backend} left out: {other.reason}.")
+                note(f"{other.backend} is left out: {other.reason}.")
             note("")
         for other in report.unavailable:
             note(f"{other.backend} cannot serve: {other.reason}.")
         r = report.roofline
-        on = f"{r.threads} threads" if report.device == "cpu" else f"precision {r.precision!r}"
-        note(f"Roofline: {r.gflops:.1f} GFLOP/s, {r.dtype} matrix product of {r.size}×{r.size}, {on}, measured in this run.")
-        note("GFLOP/s by the recurrence's own count: B·T·H·2K²·(2N+1) forward, 4 × that forward and backward.")
-        note(f"error: max|x − x64| / max|x64| over output{' and gradients' if report.backward else ''}.")
+        on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
+        note(f"Roofline: {r.gflops:.1f} GFLOP/s, {r.size}×{r.size} {r.dtype} matrix product, {on}, measured in this run.")
+        note(f"ms: median, and below it the range. GFLOP/s, roofline, speed-up over the reference, MiB: of {both}.")
+        note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
+        note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
+        note("MiB: most memory held beyond the inputs, results included.")
     m = report.machine
     where = m["cpu"] if report.device == "cpu" else ", ".join(m["gpus"])
-    note(f"{where}, {m['threads']} of {m['cores']} cores, torch {m['torch']}, {report.dtype}, medians of {report.repeats}.")
-
-
-def _without_length(label: str) -> str:
-    return re.sub(r"T\d+ ", "", label)
+    note(f"{where}, {m['threads']} of {m['cores']} cores, torch {m['torch']}, {report.dtype}, {report.repeats} repeats.")
 
 
 def _ms(t: Timing | None) -> str:
@@ -656,13 +657,11 @@ def _ms(t: Timing | None) -> str:
 
 
 def _number(x: float | None) -> str:
-    """Three figures, without an exponent."""
+    """Three figures or so."""
     if x is None:
         return "–"
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
 
 
-def _bytes(n: int | None) -> str:
-    if n is None:
-        return "–"
-    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{_number(n / 2**20)} MiB"
+def _mib(n: int | None) -> str:
+    return "–" if n is None else _number(n / 2**20)

@@ -5,6 +5,7 @@ of them that PyTorch reaches here with the same threads. Data-sheet figures woul
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,8 +38,9 @@ def measure_roofline(device: torch.device, dtype: torch.dtype = torch.float32, *
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
         out = torch.empty_like(a)
-        torch.mm(a, b, out=out)
-        best_ms = min(time_once(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) for _ in range(repeats))
+        product = partial(torch.mm, a, b, out=out)
+        product()
+        best_ms = min(time_once(product, device) for _ in range(repeats))
         found.append(
             Roofline(
                 gflops=2 * size**3 / best_ms / 1e6,

@@ -120,7 +120,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
     for records in threads:
         held = 0
         for record in records:
-            if record.kind() == "memory_alloc":
+            if str(record.kind()) == "memory_alloc":
                 held += record.cpu_memory_usage()
                 peak = max(peak, held)
     return peak

@@ -12,6 +12,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.experiments.runner import SUMMARY, run_jobs
 from deltaproduct.experiments.s3 import LENGTHS, s3
 from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.files import make_folder
 from deltaproduct.plots.figures import accuracy_by_length
 from deltaproduct.tasks import get_task
 
@@ -40,7 +41,8 @@ class Reproduce:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
-        console = Console(soft_wrap=True)
+        make_folder(self.out)
+        console = Console(stderr=True, soft_wrap=True)
         jobs = s3(seeds=self.seeds, first_seed=self.first_seed, steps=self.steps)
         console.print(f"{len(jobs)} runs of {self.steps} steps into {self.out}", highlight=False)
         summary = run_jobs(
@@ -59,6 +61,6 @@ class Reproduce:
             chance=get_task("S3").chance,
         )
         Console().print(accuracy_table(summary["runs"]))
-        console.print(f"{self.out / SUMMARY} and {self.out / FIGURE} are written.", highlight=False)
+        print(f"{self.out / SUMMARY} and {self.out / FIGURE} are written.")
         if summary["failed"]:
             raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed: {', '.join(summary['failed'])}.")
