@@ -77,7 +77,8 @@ def test_tasks_and_doctor(capsys):
 
 def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp_path):
     out = tmp_path / "s3"
-    arguments = ["reproduce", "s3", "--out", out, "--seeds", "1", "--steps", "2", "--lengths", "16,32", "--sequences", "4"]
+    arguments = ["reproduce", "s3", "--out", out, "--seeds", "1", "--steps", "2", "--lengths", "16,32"]
+    arguments += ["--sequences", "4"]
     status, first, _ = run(capsys, *arguments, "--jobs", "1")
     assert status == 0 and "DeltaProduct_2[-1,1]" in first
     summary = json.loads((out / "summary.json").read_text())

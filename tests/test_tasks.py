@@ -176,8 +176,8 @@ def test_contract(name, length):
     assert tokens.dtype == labels.dtype == torch.int64 and mask.dtype == torch.bool
     assert (tokens[:, 0] == task.bos_id).all() and (tokens[:, 1:] != task.bos_id).all()
     assert (labels[:, 0] == 0).all() and not mask[:, 0].any() and mask[:, 1:].all()
-    assert 0 <= tokens.min() and tokens.max() < task.vocab_size
-    assert 0 <= labels.min() and labels.max() < task.num_labels
+    assert tokens.min() >= 0 and tokens.max() < task.vocab_size
+    assert labels.min() >= 0 and labels.max() < task.num_labels
 
 
 @pytest.mark.parametrize("name", PLAIN + PRODUCTS + RESTRICTED)
@@ -447,7 +447,7 @@ def test_bad_names(name):
 
 
 def test_largest_group_is_allowed():
-    assert MAX_ELEMENTS == math.factorial(7)
+    assert math.factorial(7) == MAX_ELEMENTS
     assert len(get_task("S7").elements) == 5040  # the table is only built when it is needed
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 4}
 
 
 def run_config(**changes):
-    settings = {"task": "S3", "steps": 12, "lengths": (4, 8), "batch_sizes": (8, 4), "stage_steps": (5,), "warmup_steps": 3}
-    training = TrainConfig(**{**settings, **changes})
+    short = {"steps": 12, "lengths": (4, 8), "batch_sizes": (8, 4), "stage_steps": (5,), "warmup_steps": 3}
+    training = TrainConfig(**{**short, **changes})
     return RunConfig(training, state_tracking_model(get_task(training.task), **TINY))
 
 
@@ -157,7 +158,7 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     settings = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.02)
     rates = [settings.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.51) and rates[-1] == pytest.approx(0.02, abs=1e-3)
 
 
@@ -168,10 +169,10 @@ def test_curriculum_moves_on_when_learnt_or_when_time_is_up():
         stages.append(progress.stage)
         advance(progress, settings, loss)
     # Three steps without learning, then until the running mean of .9, .9, .1, .1, … is below one half.
-    weights_of = [0.9**i for i in range(20)]
-    mean = lambda losses: sum(w * x for w, x in zip(weights_of, reversed(losses), strict=False)) / sum(
-        weights_of[: len(losses)]
-    )
+    def mean(losses):
+        recent_first = [(0.9**i, x) for i, x in enumerate(reversed(losses))]
+        return sum(w * x for w, x in recent_first) / sum(w for w, _ in recent_first)
+
     seen = [0.9, 0.9]
     while mean(seen) >= 0.5:
         seen.append(0.1)

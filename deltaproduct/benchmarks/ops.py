@@ -314,7 +314,7 @@ def bench_scaling(
     if len(shapes) < 2:
         raise UsageError("A scaling benchmark needs at least two different lengths.")
     if backend in LOOPS:
-        raise UsageError(f"{backend!r} is a plain loop, which the scaling benchmark leaves out; choose another backend.")
+        raise UsageError(f"{backend!r} is a plain loop, which the scaling benchmark leaves out; choose another.")
     name, why = resolve_backend(backend, device=chosen, dtype=compute_dtype(torch.empty(0, dtype=dtype)))
 
     problem = _Problem(shapes[0], chosen, dtype, seed, backward)
@@ -334,7 +334,8 @@ def bench_scaling(
         say(f"timing {len(memory)} lengths, {repeats} runs each")
         times = interleaved({t: problems[t].work(name) for t in memory}, repeats=repeats, device=chosen)
         per_token = {t: 1e3 * timing.median_ms / problems[t].shape.tokens for t, timing in times.items()}
-        points = [ScalingPoint(t, times[t], us, us / per_token[shapes[0].length], memory[t]) for t, us in per_token.items()]
+        first = per_token.get(shapes[0].length, math.nan)  # there are no points without it
+        points = [ScalingPoint(t, times[t], us, us / first, memory[t]) for t, us in per_token.items()]
     return ScalingBenchmark(
         **_circumstances(chosen, dtype, repeats, backward, seed),
         backend=name,
@@ -533,9 +534,7 @@ def _serving(
     return names, [NotRun(name, reason) for name, reason in obstacles.items() if reason is not None]
 
 
-def _circumstances(
-    device: torch.device, dtype: torch.dtype, repeats: int, backward: bool, seed: int
-) -> dict[str, Any]:
+def _circumstances(device: torch.device, dtype: torch.dtype, repeats: int, backward: bool, seed: int) -> dict[str, Any]:
     return {
         "machine": describe_machine(),
         "command": command_line(),
@@ -585,7 +584,8 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+        made.padding = (0, 1, 0, 0)  # eight columns in 80 characters
         for i, column in enumerate(columns):
             made.add_column(column, justify="right" if i else "left", no_wrap=True)
         return made
@@ -603,7 +603,8 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
             )
         if report.points:
             console.print(shown)
-            note("ms: median, and below it the range. ratio: µs/token over that of the shortest T; 1 is linear in T.")
+            note(f"ms: median of {report.repeats}, and below it the range.")
+            note("ratio: µs/token over that of the shortest T; 1 is linear in T.")
         if report.reason:
             note(f"{report.backend}: {report.reason}.")
         note(f"{report.backend}: {report.why_backend}.")
@@ -612,7 +613,7 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
     else:
         for result in report.shapes:
             times = ["forward ms", "fwd+bwd ms"] if report.backward else ["forward ms"]
-            shown = table(result.label, "backend", "error", *times, "GFLOP/s", "roofline", "speed-up", "MiB")
+            shown = table(result.label, "backend", "error", *times, "GFLOP/s", "roofline", "× ref.", "MiB")
             for row in result.rows:
                 first = _ms(row.forward) if row.status == "timed" else row.status.upper()
                 shown.add_row(
@@ -628,7 +629,7 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
                 console.print(shown)
             else:
                 note(f"{result.label}: no row")
-            if result.checked_length < result.shape.length:
+            if result.rows and result.checked_length < result.shape.length:
                 note(f"Correctness was checked on the first {result.checked_length} tokens.")
             for row in result.rows:
                 if row.status != "timed":
@@ -642,14 +643,15 @@ def render(report: OpsBenchmark | ScalingBenchmark, console: "Console") -> None:
             note(f"{other.backend} cannot serve: {other.reason}.")
         r = report.roofline
         on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
-        note(f"Roofline: {r.gflops:.1f} GFLOP/s, {r.size}×{r.size} {r.dtype} matrix product, {on}, measured in this run.")
-        note(f"ms: median, and below it the range. GFLOP/s, roofline, speed-up over the reference, MiB: of {both}.")
+        note(f"Roofline: {r.gflops:.1f} GFLOP/s, a {r.size}×{r.size} {r.dtype} matrix product in this run, {on}.")
+        note(f"ms: median of {report.repeats}, and below it the range. GFLOP/s to MiB: of {both}.")
+        note("roofline: share of it. × ref.: how many times as fast as the reference.")
         note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
         note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
         note("MiB: most memory held beyond the inputs, results included.")
     m = report.machine
     where = m["cpu"] if report.device == "cpu" else ", ".join(m["gpus"])
-    note(f"{where}, {m['threads']} of {m['cores']} cores, torch {m['torch']}, {report.dtype}, {report.repeats} repeats.")
+    note(f"{where}, cores: {m['cores']}, threads: {m['threads']}, torch {m['torch']}, {report.dtype}.")
 
 
 def _ms(t: Timing | None) -> str:

@@ -92,15 +92,18 @@ class Chunks:
             yield slice(*((self.starts[j] - self.starts[lo]) * heads for j in (i, i + 1)))
 
     def take(self, x: Tensor, lo: int, hi: int) -> Tensor:
-        """Tokens [B,T,...] of scan steps lo … hi−1 as chunks [rows, c, ...]; places without a token are zero."""
+        """Tokens [B,T,...] of scan steps lo … hi−1 as chunks [steps, chunks a step, c, ...], a view where it can be.
+
+        Places without a token are zero. Packed sequences have all their chunks in one "step".
+        """
         c = self.tokens
         if self.index is None:
             x = pad_time(x[:, lo * c : hi * c], (hi - lo) * c)
-            return x.unflatten(1, (hi - lo, c)).transpose(0, 1).flatten(0, 1)
+            return x.unflatten(1, (hi - lo, c)).transpose(0, 1)
         index = self.index[self.starts[lo] : self.starts[hi]]
         rows = x[0].index_select(0, index.clamp(max=x.shape[1] - 1).flatten()).unflatten(0, index.shape)
         missing = (index == x.shape[1]).reshape(*index.shape, *[1] * (x.dim() - 2))
-        return rows.masked_fill(missing, 0)
+        return rows.masked_fill(missing, 0)[None]
 
     def put(self, out: Tensor, chunks: Tensor, lo: int, hi: int) -> None:
         """The inverse of `take`: write chunks [rows, c, ...] to their tokens in out [B,T,...]."""
@@ -130,7 +133,7 @@ class Chunks:
 class Terms:
     """A group's chunks in matrix form, n = rows × HV of them; c tokens and C = c·N steps in each. None where g is."""
 
-    q: Tensor  # [n,c,K] times scale
+    q: Tensor  # [n,c,K]
     k: Tensor  # [n,C,K]
     w: Tensor  # [n,C,K] what an error is written at: β k
     v: Tensor  # [n,C,V]
@@ -147,25 +150,25 @@ class Terms:
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """Chunks [rows,c,(N,)H or HV,·] → [rows·HV, c or C, ·]."""
-    x = expand_heads(x, heads).movedim(-2, 1)
-    return x.reshape(x.shape[0] * heads, -1, x.shape[-1])
+    """Chunks [steps,chunks,c,(N,)H or HV,·] → [steps·chunks·HV, c or C, ·], in the one copy that this costs."""
+    x = expand_heads(x, heads).movedim(-2, 2)
+    return x.reshape(x.shape[0] * x.shape[1] * heads, -1, x.shape[-1])
 
 
-def _terms(x: Inputs, chunks: Chunks, lo: int, hi: int, dtype: torch.dtype, scale: float) -> Terms:
+def _terms(x: Inputs, chunks: Chunks, lo: int, hi: int, dtype: torch.dtype) -> Terms:
     heads = x.v.shape[3]
     q, k, v = (_heads_first(chunks.take(y, lo, hi).to(dtype), heads) for y in (x.q, x.k, x.v))
     beta = _heads_first(chunks.take(x.beta, lo, hi).to(dtype).unsqueeze(-1), heads)
     w = k * beta
     if x.g is None:
-        return Terms(q * scale, k, w, v, beta, None, None, None, None)
+        return Terms(q, k, w, v, beta, None, None, None, None)
     # Differences of sums lose digits when a gate is very negative; in float64 what is lost is below float32's rounding.
     g = chunks.take(x.g, lo, hi).double().clamp(min=MIN_LOG_DECAY)
     total = _heads_first(g.unsqueeze(-1), heads).cumsum(1)
     ends = total[:, -1:]
     pair = (total - total.mT).tril().exp().tril()
     decays = (pair, total.exp(), (ends - total).exp(), ends.exp())
-    return Terms(q * scale, k, w, v, beta, *(y.to(dtype) for y in decays))
+    return Terms(q, k, w, v, beta, *(y.to(dtype) for y in decays))
 
 
 def _scaled(x: Tensor, decay: Tensor | None) -> Tensor:
@@ -219,7 +222,7 @@ def _forward(
         state = chunks.longest_first(initial_state.to(dtype, copy=True))
     flat_state = state.flatten(0, 1)
     for lo, hi in chunks.groups(x):
-        t = _terms(x, chunks, lo, hi, dtype, scale)
+        t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
         inverse = _inverse(lower)
         seen, writes = _scaled(t.k, t.per_step(t.from_start)), _scaled(t.w, t.per_step(t.to_end))
@@ -232,7 +235,7 @@ def _forward(
             if t.whole is not None:
                 s.mul_(t.whole[rows])
             s.baddbmm_(writes[rows].mT, error[rows])
-        out = (attend @ error).baddbmm_(_scaled(t.q, t.from_start), begin)
+        out = (attend @ error).baddbmm_(_scaled(t.q, t.from_start), begin).mul_(scale)
         chunks.put(o, out.unflatten(0, (-1, heads)).transpose(1, 2), lo, hi)
     return o, chunks.as_given(state), states
 
@@ -257,14 +260,14 @@ def _backward(
     flat_state = d_state.flatten(0, 1)
     for lo, hi in reversed(list(chunks.groups(x))):
         first, last = chunks.starts[lo], chunks.starts[hi]
-        t = _terms(x, chunks, lo, hi, dtype, scale)
+        t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
         inverse = _inverse(lower)
         begin = states[first:last].flatten(0, 1)
         start_decay, end_decay = t.per_step(t.from_start), t.per_step(t.to_end)
         seen, writes, reads = _scaled(t.k, start_decay), _scaled(t.w, end_decay), _scaled(t.q, t.from_start)
         error = inverse @ torch.baddbmm(t.v, seen, begin, alpha=-1)
-        do = _heads_first(chunks.take(d_o, lo, hi).to(dtype), heads)  # [n,c,V]
+        do = _heads_first(chunks.take(d_o, lo, hi).to(dtype), heads) * scale  # [n,c,V]
 
         d_error = attend.mT @ do
         d_v, d_end = torch.empty_like(t.v), torch.empty_like(begin)
@@ -297,7 +300,7 @@ def _backward(
             d_seen, d_write, d_reads = d_seen * start_decay, d_write * end_decay, d_reads * t.from_start
         d_w = d_write.baddbmm_(d_lower.mT, t.k).baddbmm_(d_attend.mT, t.q)
         d_k = d_seen.baddbmm_(d_lower, t.w).addcmul_(d_w, t.beta)
-        d_q = d_reads.baddbmm_(d_attend, t.w).mul_(scale)
+        d_q = d_reads.baddbmm_(d_attend, t.w)
         d_beta = (d_w * t.k).sum(-1, keepdim=True)
         for grad, d in ((grads.k, d_k), (grads.v, d_v), (grads.beta.unsqueeze(-1), d_beta)):
             d = d.unflatten(1, (chunks.tokens, -1)).unflatten(0, (-1, heads)).movedim(1, -2)
