@@ -10,6 +10,7 @@ the package's formula, in its chunks or in its use of autograd cannot also be a 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def _outer(a: Array, b: Array) -> Array:
 
 
 def _steps(state: Array, k: Array, v: Array, beta: Array) -> list[Array]:
-    """The states before each of a token's steps, and the one after the last. k [B,N,HV,K], v [B,N,HV,V], beta [B,N,HV]."""
+    """The states before each of a token's steps and after the last. k [B,N,HV,K], v [B,N,HV,V], beta [B,N,HV]."""
     states = [state]
     for j in range(k.shape[1]):
         error = v[:, j] - (k[:, j, :, None, :] @ state)[..., 0, :]
@@ -59,7 +60,7 @@ def oracle(
     q, k, v, beta = (np.asarray(x, np.float64) for x in (q, k, v, beta))
     if cu_seqlens is not None:
         pieces = []
-        for s, (lo, hi) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+        for s, (lo, hi) in enumerate(pairwise(cu_seqlens)):
             time = [x if x is None else x[:, lo:hi] for x in (q, k, v, beta, g)]
             one = {"initial_state": initial_state, "d_final": d_final}
             one = {name: x if x is None else x[s : s + 1] for name, x in one.items()}

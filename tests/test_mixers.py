@@ -5,6 +5,7 @@ compared in float64, where the ways of running differ by rounding alone: 1e-14 o
 where a head's output is almost zero and its norm enlarges it.
 """
 
+import math
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ OPTIONS = [
     {"use_short_conv": False, "qkv_activation": "identity", "num_v_heads": 4},
     {"num_v_heads": 4, "expand_v": 2.0, "use_forget_gate": True},
     {"beta_bias_init": 1.5, "conv_size": 2, "qkv_activation": "relu", "allow_neg_eigval": False},
-    {"conv_size": 1, "num_householder": 1, "use_output_gate": True, "expand_v": 0.5},
+    {"conv_size": 1, "num_householder": 1, "use_output_gate": True, "expand_v": 1.5},
 ]
 CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
@@ -144,8 +145,8 @@ def test_float32_and_bfloat16(name, options):
         step, state = single(x[:, :1], state)
         padded, _ = single(x, mask=torch.ones(B, 50, dtype=torch.bool))
     assert out.dtype == step.dtype == padded.dtype == torch.bfloat16
-    # About ten roundings to 8 bits between x and y (projections, convolution, activation, norm, output): 10 · 2⁻⁸, in the
-    # mean square, because the norm enlarges the error of the few outputs that cancel to almost nothing.
+    # About ten roundings to 8 bits between x and y (projections, convolution, activation, norm, output): 10 · 2⁻⁸, in
+    # the mean square, because the norm enlarges the error of the few outputs that cancel to almost nothing.
     assert (out.double() - y).norm() <= 10 * 2**-8 * y.norm()
     assert (padded.double() - out.double()).norm() <= 2**-8 * y.norm()
 
@@ -169,13 +170,14 @@ def test_what_the_operator_is_given(name, options):
         assert beta.shape == (B, 50, n, value_heads)
         lengths = k.square().sum(-1)
         # relu and a dead convolution may give a zero vector; every other one has length 1 but for the 1e-6 of the norm.
-        assert k.dtype == torch.float32 and ((lengths - 1).abs() < 1e-3).float().mean() > 0.8 and lengths.max() < 1.00001
+        assert k.dtype == torch.float32 and lengths.max() < 1.00001
+        assert ((lengths - 1).abs() < 1e-3).float().mean() > 0.8
     if options.get("beta_bias_init") is not None:
-        zero = mixer.project(torch.zeros(1, 2, 12), mixer.init_state(1))[3]
-        assert torch.allclose(zero, torch.full_like(zero, top * torch.tensor(options["beta_bias_init"]).sigmoid().item()))
+        biased = mixer.project(torch.zeros(1, 2, 12), mixer.init_state(1))[3]
+        assert (biased - top / (1 + math.exp(-options["beta_bias_init"]))).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if not {"num_householder", "use_output_gate"} & set(o)], ids=str)
+@pytest.mark.parametrize("options", [o for o in OPTIONS if "num_householder" not in o], ids=str)
 @pytest.mark.parametrize(
     ("preset", "gates"),
     [(DeltaNet, {}), (GatedDeltaNet, {"use_forget_gate": True, "use_output_gate": True})],
@@ -250,7 +252,7 @@ def test_impossible_calls_are_refused():
     ):
         with pytest.raises(UsageError, match=match):
             mixer(x, **arguments)
-    with pytest.raises(UsageError, match="There is no mixer 'mambo'; choose from .*deltanet"):
+    with pytest.raises(UsageError, match="There is no mixer 'mambo'; choose from "):
         get_mixer("mambo")
 
 

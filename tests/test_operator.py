@@ -142,8 +142,8 @@ def run(backend: str, x: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor
 
 def errors(got: Answer, want: Answer) -> dict[str, float]:
     found = {"o": relative_error(got.o, want.o), "final": relative_error(got.final, want.final)}
-    # d_o and d_final are of size 1, and so is what is summed for a gradient, even one that then vanishes: after 40 steps
-    # hardly a trace of the state before them is left, and its gradient is 0 to within the roundings of those sums.
+    # d_o and d_final are of size 1, and so is what is summed for a gradient, even one that then vanishes: 40 steps leave
+    # hardly a trace of the state before them, and its gradient is 0 to within the roundings of those sums.
     return found | {f"d_{n}": relative_error(a, want.grads[n], floor=1.0) for n, a in got.grads.items()}
 
 
@@ -234,8 +234,11 @@ def test_qk_l2norm(backend):
     assert relative_error(o.detach().numpy(), want.o) <= TOLERANCE[torch.float32]
 
 
+POISON = [Problem(T=45, N=3, H=1), Problem(T=75, N=2, B=1, cu=CU, H=1), Problem(T=5, N=40)]
+
+
 @BACKEND
-@pytest.mark.parametrize("p", [Problem(T=45, N=3, H=1), Problem(T=75, N=2, B=1, cu=CU, H=1), Problem(T=5, N=40)], ids=str)
+@pytest.mark.parametrize("p", POISON, ids=str)
 def test_uninitialised_memory_is_never_read(p, backend):
     x = draw(p)
     torch.use_deterministic_algorithms(True)  # which fills every torch.empty with NaN
@@ -360,9 +363,18 @@ def test_value_heads_may_be_permuted(backend):
     assert (o2 - o[:, :, order]).abs().max() <= 1e-12 and (final2 - final[:, order]).abs().max() <= 1e-12
 
 
+TRACED = [
+    Problem(T=1, N=1),
+    Problem(T=37, N=3, H=1),
+    Problem(T=40, N=1, gate=False, initial=False),
+    Problem(T=3, N=40),
+    Problem(T=32, N=2, resets="-inf"),
+    Problem(T=0),
+]
+
+
 @BACKEND
-@pytest.mark.parametrize("p", [Problem(T=1, N=1), Problem(T=37, N=3, H=1), Problem(T=40, N=1, gate=False, initial=False),
-                               Problem(T=3, N=40), Problem(T=32, N=2, resets="-inf"), Problem(T=0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("p", TRACED, ids=str)
 def test_trace_at_every_position(p, backend):
     x = draw(p)
     inputs = {n: a.numpy() for n, a in x.items()}
@@ -382,7 +394,7 @@ def test_trace_gradients(backend):
     p = Problem(T=37, N=3, H=1)
     x = draw(p)
     positions = [111, 5, 5, 0, 33, 30, 64, 60]  # repeats; ends and insides of chunks and tokens; the first and the last
-    d = torch.randn(p.B, len(positions), p.HV, p.K, p.V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    d = torch.from_numpy(np.random.default_rng(1).standard_normal((p.B, len(positions), p.HV, p.K, p.V)))
     inputs = {n: a for n, a in leaves(x).items() if n != "q"}
     (delta_product_states(**inputs, positions=positions, backend=backend) * d).sum().backward()
     d_states: dict[int, np.ndarray] = {}

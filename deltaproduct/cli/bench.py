@@ -1,8 +1,81 @@
+"""`deltaproduct bench`: how fast the operator is on this machine, and how its cost grows."""
+
+import json
 from dataclasses import dataclass
-@dataclass
-class BenchOps:
-    quick: bool=False
-    def run(self): pass
-@dataclass
-class BenchScaling:
-    def run(self): pass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling, render
+from deltaproduct.cli.flags import IntList
+from deltaproduct.files import make_folder, write_json
+
+
+@dataclass(kw_only=True)
+class _Bench:
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
+    dtype: Annotated[str, tyro.conf.arg(help="of the inputs: float64, float32, bfloat16 or float16")] = "float32"
+    repeats: Annotated[int | None, tyro.conf.arg(help="timed runs of each row; None: 7, or 3 with --quick")] = None
+    backward: Annotated[bool, tyro.conf.arg(help="gradients too")] = True
+    quick: Annotated[bool, tyro.conf.arg(help="a tiny problem, a few seconds in all")] = False
+    json: Annotated[bool, tyro.conf.arg(help="print the report as JSON and nothing else")] = False
+    out: Annotated[Path | None, tyro.conf.arg(help="also write the report to this JSON file")] = None
+
+    def _show(self, report) -> None:  # type: ignore[no-untyped-def]
+        if self.out is not None:
+            make_folder(self.out.parent)
+            write_json(self.out, report.to_dict())
+        if self.json:
+            print(json.dumps(report.to_dict()))
+        else:
+            render(report, Console())
+
+    @staticmethod
+    def _say(line: str) -> None:
+        Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
+
+
+@dataclass(kw_only=True)
+class BenchOps(_Bench):
+    """Every backend of the operator side by side: correctness first, then interleaved timings and the roofline."""
+
+    shapes: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="such as 'B64 T128 H4 K32 N2', with ' gated' for a gate; none: the usual")
+    ] = ()
+    backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run; none: all that can serve")] = ()
+
+    def run(self) -> None:
+        report = bench_ops(
+            [OpShape.parse(s) for s in self.shapes] or None,
+            backends=self.backends or None,
+            device=self.device,
+            dtype=self.dtype,
+            repeats=self.repeats,
+            backward=self.backward,
+            quick=self.quick,
+            progress=self._say,
+        )
+        self._show(report)
+
+
+@dataclass(kw_only=True)
+class BenchScaling(_Bench):
+    """One backend at growing sequence length: the time per token, which stays the same where cost is linear."""
+
+    backend: Annotated[str, tyro.conf.arg(help="auto, chunkwise, cpu or triton")] = "auto"
+    lengths: Annotated[IntList | None, tyro.conf.arg(help="None: 4096 to 65536")] = None
+
+    def run(self) -> None:
+        report = bench_scaling(
+            self.lengths,
+            backend=self.backend,
+            device=self.device,
+            dtype=self.dtype,
+            repeats=self.repeats,
+            backward=self.backward,
+            quick=self.quick,
+            progress=self._say,
+        )
+        self._show(report)
