@@ -1,4 +1,4 @@
-"""The recurrence and its gradients once more: float64 loops in numpy, from the equations alone (docs: DESIGN §1).
+"""The recurrence and its gradients once more: float64 loops in numpy, from the equations alone (`ops/README.md`).
 
 Nothing here is imported from the package, and the gradients are a hand-written reverse loop, not autograd: a mistake in
 the package's formula, in its chunks or in its use of autograd cannot also be a mistake of this file.

@@ -14,11 +14,12 @@ from deltaproduct.benchmarks import (
     bench_ops,
     bench_scaling,
     ops,
-    render,
+    problem,
     roofline,
     row_names,
     textbook_loop,
 )
+from deltaproduct.benchmarks.render import render
 from deltaproduct.benchmarks.timing import MIN_RUNS, interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS, delta_product
@@ -194,7 +195,7 @@ def test_a_wrong_backend_is_not_scaled(add_backend):
 
 
 def test_large_shapes_are_checked_on_a_prefix(monkeypatch):
-    monkeypatch.setattr(ops, "CHECK_BYTES", 3 * 8 * 2 * 2 * 1 * 4 * 4)  # float64 states of three tokens of TINY
+    monkeypatch.setattr(problem, "CHECK_BYTES", 3 * 8 * 2 * 2 * 1 * 4 * 4)  # float64 states of three tokens of TINY
     report = bench_ops([TINY], backends=["chunkwise"], device="cpu", repeats=1)
     assert report.shapes[0].checked_length == 3 and rows_of(report)["chunkwise"].status == "timed"
     assert rows_of(report)["chunkwise"].speedup is None  # there is no reference row to compare with
@@ -260,11 +261,11 @@ def test_peak_memory_is_that_of_the_allocator():
 
 def test_peak_memory_sees_inside_custom_operators():
     """The chunked backend is one opaque operator; its temporaries count, as do the reference's kept states."""
-    problem = ops._Problem(OpShape(2, 64, 2, 16, 2), CPU, torch.float32, 0, True)
-    gradients = sum(y.numel() * 4 for y in problem.x.values())
-    assert peak_extra_bytes(problem.work("chunkwise"), CPU) > gradients
+    case = problem.Problem(OpShape(2, 64, 2, 16, 2), CPU, torch.float32, 0, True)
+    gradients = sum(y.numel() * 4 for y in case.x.values())
+    assert peak_extra_bytes(case.work("chunkwise"), CPU) > gradients
     states = 64 * 2 * 2 * 2 * 16 * 16 * 4  # T·N states of B·H·K·V floats, kept for the loop's backward
-    assert peak_extra_bytes(problem.work("reference"), CPU) > states
+    assert peak_extra_bytes(case.work("reference"), CPU) > states
 
 
 def test_rounds_are_interleaved():

@@ -142,8 +142,8 @@ def run(backend: str, x: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor
 
 def errors(got: Answer, want: Answer) -> dict[str, float]:
     found = {"o": relative_error(got.o, want.o), "final": relative_error(got.final, want.final)}
-    # d_o and d_final are of size 1, and so is what is summed for a gradient, even one that then vanishes: 40 steps leave
-    # hardly a trace of the state before them, and its gradient is 0 to within the roundings of those sums.
+    # d_o and d_final are of size 1, and so is what is summed for a gradient, even one that then vanishes: 40 steps
+    # leave hardly a trace of the state before them, and its gradient is 0 to within the roundings of those sums.
     return found | {f"d_{n}": relative_error(a, want.grads[n], floor=1.0) for n, a in got.grads.items()}
 
 

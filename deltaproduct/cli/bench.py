@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling, render
+from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling
+from deltaproduct.benchmarks.render import render
 from deltaproduct.cli.flags import IntList
 from deltaproduct.files import make_folder, write_json
 

@@ -1,5 +1,6 @@
 """Figures, each a function from a summary's data to a file."""
 
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +30,7 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
             axes.plot(mine[0]["curve"]["length"], np.median(curves, axis=0), color=colour, linewidth=2)
             lengths = [int(n) for n in mine[0]["accuracy"]]
             medians = np.median([[run["accuracy"][str(n)] for n in lengths] for run in mine], axis=0)
-            axes.plot(lengths, medians, marker, color=colour, label=label, markersize=6)
+            axes.plot(lengths, medians, marker, color=colour, label=_subscript(label), markersize=6)
         for length in sorted({run["training_length"] for run in runs}):
             axes.axvline(length, color="black", linestyle="--", linewidth=1)
             offset = {"xytext": (-4, 4), "textcoords": "offset points"}
@@ -37,6 +38,8 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         axes.annotate("chance", (1, chance), xytext=(2, 3), textcoords="offset points", fontsize=9, color="grey")
         axes.set_xscale("log", base=2)
+        longest = max(run["curve"]["length"][-1] for run in runs)
+        axes.set_xticks([longest / 4**i for i in range(10) if longest / 4**i >= 1])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set_ylim(0, 1.06)
         axes.set_xlabel("sequence length (tokens)")
@@ -44,13 +47,18 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
         axes.set_title(title, loc="left", pad=14)
         seeds = len({run["seed"] for run in runs})
         where = f"median of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.legend(title=where, loc="lower left", bbox_to_anchor=(0.0, 0.2))
+        axes.legend(title=where, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
         _save(figure, path)
         plt.close(figure)
 
 
 def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
     return [values[i % len(values)] for i in range(len(like))]
+
+
+def _subscript(label: str) -> str:
+    """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
+    return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-", "−")
 
 
 def _pyplot() -> Any:

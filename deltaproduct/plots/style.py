@@ -6,7 +6,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 RC: dict[str, Any] = {
-    "figure.figsize": (7.0, 4.2),
+    "figure.figsize": (6.4, 3.8),
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "font.size": 10.5,

@@ -1,0 +1,165 @@
+"""What is benchmarked and what comes out: problem shapes, rows and reports, as plain data."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaproduct.benchmarks.roofline import Roofline
+from deltaproduct.benchmarks.timing import Timing
+from deltaproduct.errors import UsageError
+
+
+@dataclass(frozen=True)
+class OpShape:
+    """B, T, H (= HV), K (= V) and N of one problem; `gate` adds a forget gate g."""
+
+    batch: int
+    length: int
+    num_heads: int
+    head_dim: int
+    num_householder: int
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "num_heads", "head_dim", "num_householder"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} of a benchmark's shape must be a whole number of at least 1, not {value!r}.")
+
+    @classmethod
+    def parse(cls, text: str) -> "OpShape":
+        """The inverse of `label`: "B64 T128 H4 K32 N2", with " gated" after it where there is a gate."""
+        found = re.fullmatch(r"B(\d+)\s*T(\d+)\s*H(\d+)\s*K(\d+)\s*N(\d+)(\s+gated)?", text.strip())
+        if not found:
+            raise UsageError(f"{text!r} is not a shape; write it as 'B64 T128 H4 K32 N2', or '… N2 gated'.")
+        b, t, h, k, n, gate = found.groups()
+        return cls(int(b), int(t), int(h), int(k), int(n), gate is not None)
+
+    @property
+    def label(self) -> str:
+        sizes = f"B{self.batch} T{self.length} H{self.num_heads} K{self.head_dim} N{self.num_householder}"
+        return sizes + (" gated" if self.gate else "")
+
+    @property
+    def tokens(self) -> int:
+        """B·T."""
+        return self.batch * self.length
+
+    @property
+    def steps(self) -> int:
+        """T·N: what a loop has to do one after another."""
+        return self.length * self.num_householder
+
+    @property
+    def forward_flops(self) -> int:
+        """Multiplications and additions of the recurrent form: B·T·N·HV·(4·K·V) + B·T·HV·2·K·V.
+
+        Per Householder step and head Sᵀk is K·V multiply-adds, 2KV flops, and the rank-one update of S another 2KV;
+        per token the read-out Sᵀq is 2KV. Vectors (β, v − Sᵀk) and the gate are left out: they are of order K, or
+        fused into the update. It is a nominal count, the same for every row, so that rates order as times do; an
+        arrangement that does more arithmetic to use the hardware better is not credited for it.
+        """
+        per_matrix = 2 * self.head_dim * self.head_dim
+        return self.tokens * self.num_heads * per_matrix * (2 * self.num_householder + 1)
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward: 4 × `forward_flops` (the forward, its recomputation, and twice it for two operands)."""
+        return 4 * self.forward_flops
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A backend that has no row, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass
+class Row:
+    """One backend on one shape. What was not measured is None.
+
+    `status` is "timed"; "wrong": its error is above the limit or no finite number, so it was not timed; or "failed": it
+    raised. `reason` says more in the last two cases.
+    """
+
+    backend: str
+    status: str = "timed"
+    reason: str | None = None
+    error: float | None = None  # largest of output's and gradients' max|x − x64| / max|x64|
+    worst: str | None = None  # the tensor that has it: "o" or "d_" and an input's name
+    forward: Timing | None = None  # forward alone, without recording for a backward
+    forward_backward: Timing | None = None
+    forward_gflops: float | None = None  # GFLOP/s by `OpShape.forward_flops`
+    gflops: float | None = None  # GFLOP/s of forward and backward by `OpShape.training_flops`
+    roofline_share: float | None = None  # of `gflops`, or of `forward_gflops` without a backward
+    speedup: float | None = None  # over the reference row's time, for the same work as `roofline_share`
+    peak_extra_bytes: int | None = None  # of one forward and backward (or forward), beyond the inputs
+
+
+@dataclass
+class ShapeResult:
+    shape: OpShape
+    label: str
+    forward_flops: int
+    checked_length: int  # tokens of the prefix on which correctness was checked; all of them where it equals T
+    rows: list[Row]
+    left_out: list[NotRun]
+
+
+@dataclass
+class Report:
+    """What every report carries, so that its numbers can be placed."""
+
+    machine: dict[str, Any]
+    command: str
+    device: str
+    dtype: str
+    repeats: int
+    backward: bool
+    seed: int
+    error_limit: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold: no NaN, no tuple."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class OpsBenchmark(Report):
+    """What `bench_ops` found."""
+
+    roofline: Roofline
+    shapes: list[ShapeResult]
+    unavailable: list[NotRun]  # backends that cannot serve here
+    benchmark: str = field(default="ops", init=False)
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    length: int  # T
+    time: Timing  # forward and backward, or forward alone
+    us_per_token: float  # microseconds of the median, per token: B·T of them
+    ratio: float  # us_per_token over that of the shortest T: 1 where cost is linear in T
+    peak_extra_bytes: int | None
+
+
+@dataclass
+class ScalingBenchmark(Report):
+    """What `bench_scaling` found. `reason` is None, or why points are missing: the backend is wrong, or a T failed."""
+
+    backend: str
+    why_backend: str
+    shape: OpShape  # of the shortest T
+    label: str
+    error: float | None
+    checked_length: int
+    reason: str | None
+    points: list[ScalingPoint]
+    benchmark: str = field(default="scaling", init=False)
+
+
+def main_timing(row: Row) -> Timing | None:
+    return row.forward_backward or row.forward
