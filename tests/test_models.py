@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import replaced_folder, verified_folder
+from deltaproduct.layers import GatedDeltaNet
 from deltaproduct.models import ModelConfig, SequenceModel
 
 TINY = {"vocab_size": 7, "num_labels": 5, "hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
@@ -105,6 +106,14 @@ def test_sizes():
     # S is 2 heads of 4×4; histories are 3 tokens of 8 + 16 + 16.
     assert model.state_size == 2 * (2 * 16 + 3 * 40)
     assert build(CONFIGS["tied"]).num_parameters == build({"num_labels": 7}).num_parameters - 56
+
+
+def test_layers_of_a_hybrid_differ():
+    first, second, third = build(CONFIGS["hybrid"]).blocks
+    assert isinstance(second.mixer, GatedDeltaNet) and not isinstance(first.mixer, GatedDeltaNet)
+    assert [block.mixer.num_householder for block in (first, second, third)] == [2, 1, 3]
+    assert [block.mixer.num_heads for block in (first, second, third)] == [2, 1, 2]
+    assert first.mlp is not None and second.mlp is None
 
 
 @pytest.mark.parametrize(("hidden", "mlp"), [(768, 2048), (1024, 2816), (64, 256), (96, 256), (97, 512), (2048, 5632)])
