@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · N Householder steps per token · H query/key heads · HV value heads · K, V sizes.
 """
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,17 +75,21 @@ class DeltaProduct(Mixer):
             "head_dim": head_dim,
             "num_householder": num_householder,
             "num_v_heads": num_v_heads,
-            "head_dim · expand_v": int(head_dim * expand_v),
+            "head_dim · expand_v": round(head_dim * expand_v) if math.isfinite(expand_v) else 0,
         }
         for name, size in sizes.items():
             if size < 1:
                 raise UsageError(f"{name} must be at least 1, not {size}.")
+        if abs(head_dim * expand_v - round(head_dim * expand_v)) > 1e-6:
+            raise UsageError(f"head_dim={head_dim} times expand_v={expand_v} is not a whole number.")
+        if not norm_eps > 0:
+            raise UsageError(f"norm_eps must be positive, not {norm_eps}.")
         if num_v_heads % num_heads:
             raise UsageError(f"num_v_heads={num_v_heads} must be a multiple of num_heads={num_heads}.")
         if qkv_activation not in ACTIVATIONS:
             raise UsageError(f"qkv_activation must be one of {', '.join(ACTIVATIONS)}, not {qkv_activation!r}.")
         self.num_heads, self.num_v_heads, self.num_householder = num_heads, num_v_heads, num_householder
-        self.head_dim, self.head_v_dim = head_dim, int(head_dim * expand_v)
+        self.head_dim, self.head_v_dim = head_dim, round(head_dim * expand_v)
         self.allow_neg_eigval, self.qkv_activation = allow_neg_eigval, qkv_activation
         self.use_forget_gate, self.use_output_gate = use_forget_gate, use_output_gate
         self.use_short_conv = use_short_conv

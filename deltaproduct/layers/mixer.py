@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
+from deltaproduct.ops.inputs import check_cu_seqlens
 
 
 class Mixer(nn.Module, ABC):
@@ -58,6 +59,8 @@ class Mixer(nn.Module, ABC):
             ends = mask.sum(1).cumsum(0)
             packed, state = self.forward(x[mask][None], state, cu_seqlens=torch.cat((ends.new_zeros(1), ends)))
             return packed.new_zeros(x.shape).masked_scatter(mask[..., None], packed), state
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x)
         if state is None:
             state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         return self.mix(x, state, cu_seqlens)

@@ -62,6 +62,9 @@ class ShortConvolution(nn.Module):
         return y[None], extended[(cu_seqlens[1:] + sequences * past)[:, None] + back]
 
     def _filter(self, x: Tensor) -> Tensor:
+        """x [B,w−1+T,D] → y [B,T,D]."""
+        if x.shape[1] < self.width:  # no tokens, which conv1d refuses
+            return x[:, :0]
         return F.conv1d(x.mT, self.weight.to(x.dtype), groups=x.shape[-1]).mT
 
 

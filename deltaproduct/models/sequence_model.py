@@ -22,6 +22,14 @@ CONFIG = "config.json"
 MODEL_TYPE = "deltaproduct"
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; `UsageError` if that fails, for instance on a full disk."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as e:
+        raise UsageError(f"{path} cannot be written: {e}.") from e
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) if there is an MLP."""
 
@@ -121,7 +129,7 @@ class SequenceModel(nn.Module):
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del tensors["head.weight"]
-        safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and manifest.json (sizes and sha256), replacing the folder in one step.

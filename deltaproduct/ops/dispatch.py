@@ -114,7 +114,8 @@ def delta_product(
         backend: "auto", "reference", "chunkwise", "cpu" or "triton"; see `resolve_backend`.
 
     Returns:
-        (o, final_state): o [B,T,HV,V] in v's dtype; final_state float32 (float64 if an input is), or None.
+        (o, final_state): o [B,T,HV,V] in v's dtype; final_state float32 (float64 if an input is), or None. Both can
+        be differentiated once, and with the reference backend as often as you like.
 
     Raises:
         UsageError: shapes, dtypes or devices disagree, or the named backend cannot serve.
@@ -128,8 +129,8 @@ def delta_product(
     if qk_l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    # The loop over no tokens is nothing, and chunked layouts need at least one.
-    run = reference if k.shape[1] == 0 else BACKENDS[name].run
+    # The loop over nothing is nothing, and chunked layouts need at least one token.
+    run = reference if 0 in k.shape[:2] else BACKENDS[name].run
     with torch.autocast(k.device.type, enabled=False):
         o, final_state = run(q, k, v, beta, g, initial_state, cu_seqlens, scale)
     return o, final_state if output_final_state else None
@@ -196,6 +197,6 @@ def delta_product_states(
         if not 0 <= p <= steps:
             raise UsageError(f"Position {p} is outside 0 … {steps}, the Householder steps of this sequence.")
     name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(k, v, beta))
-    run = reference_states if steps == 0 else BACKENDS[name].states
+    run = reference_states if steps == 0 or k.shape[0] == 0 else BACKENDS[name].states
     with torch.autocast(k.device.type, enabled=False):
         return run(k, v, beta, g, initial_state, positions)

@@ -71,8 +71,12 @@ def check_query(q: Tensor, k: Tensor) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, k: Tensor) -> None:
     """cu_seqlens is S+1 non-decreasing ints from 0 to T, with B = 1; `UsageError` otherwise."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise UsageError("cu_seqlens must be an int32 or int64 tensor: 0, the end of each sequence, …, T.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise UsageError("cu_seqlens must be one dimension of at least two ints: 0, the end of each sequence, …, T.")
+    if cu_seqlens.device != k.device:
+        raise UsageError(f"cu_seqlens is on {cu_seqlens.device} and the inputs on {k.device}; put them on one device.")
     if k.shape[0] != 1:
         raise UsageError(f"Packed sequences (cu_seqlens) need a batch of 1, not {k.shape[0]}.")
     # Reading the values would break a compiled graph; the kernel reads them there.
@@ -89,6 +93,8 @@ def check_state(state: Tensor | None, k: Tensor, v: Tensor, sequences: int) -> N
     """A state is [sequences,HV,K,V] on the inputs' device; `UsageError` otherwise."""
     if state is None:
         return
+    if state.dtype not in DTYPES:
+        raise UsageError(f"The state is {state.dtype}; it should be float32, or float64 where the inputs are.")
     wanted = (sequences, v.shape[-2], k.shape[-1], v.shape[-1])
     if state.shape != wanted:
         raise UsageError(f"The state is {list(state.shape)} and should be [sequences,HV,K,V] = {list(wanted)}.")

@@ -75,7 +75,7 @@ def reference(
     for q_t, k_t, v_t, beta_t, g_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), beta.unbind(1), gates, strict=True):
         o_t, state = token_step(state, q_t, k_t, v_t, beta_t, g_t, scale)
         outputs.append(o_t)
-    o = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape[0], 0, value_heads, v.shape[-1])
+    o = torch.stack(outputs, dim=1) if outputs else v.sum(2)  # of no tokens: empty, but part of the graph
     return o.to(out_dtype), state
 
 

@@ -12,6 +12,7 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.models import SequenceModel
+from deltaproduct.models.sequence_model import write_tensors
 from deltaproduct.training.config import RunConfig
 
 OPTIMISER = "optimizer.safetensors"
@@ -40,7 +41,7 @@ def save_checkpoint(
     }
     with replaced_folder(folder) as fresh:
         model.write_files(fresh)
-        safetensors.torch.save_file(tensors, fresh / OPTIMISER)
+        write_tensors(fresh / OPTIMISER, tensors)
         write_json(fresh / TRAINING, {"progress": asdict(progress), "config": config.to_dict()})
 
 
