@@ -1,0 +1,70 @@
+"""What the README and the figures say is true of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deltaproduct.cli.main import main
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_python_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
+
+
+def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
+    """Every `deltaproduct …` line of the README is understood; what it would do is left out."""
+    lines = re.findall(r"^deltaproduct ([^#\n\\]*(?:\\\n[^#\n]*)*)", README, re.MULTILINE)
+    assert len(lines) >= 9
+    started = []
+    for command in ("train.Train", "evaluate.Evaluate", "reproduce.Reproduce", "bench.BenchOps"):
+        monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        main(line.replace("\\\n", " ").split())
+    assert {"Train", "Evaluate", "Reproduce", "BenchOps"} <= set(started)
+
+
+def test_links_and_folders_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)h#][^)]*)\)", README) + re.findall(r"`((?:deltaproduct|tests|docs)/\w*/?)`", README):
+        assert (ROOT / target).exists(), target
+
+
+def result(label, seed, accuracy):
+    by_length = dict(zip(("128", "512"), accuracy, strict=True))
+    curve = {"length": [1, 128, 512], "accuracy": [1.0, *accuracy]}
+    return {"label": label, "seed": seed, "accuracy": by_length, "curve": curve, "training_length": 128, "wall_seconds": 9}
+
+
+RUNS = [
+    result("DeltaProduct_2[-1,1]", 0, (1.0, 0.99996)),
+    result("DeltaProduct_2[-1,1]", 1, (1.0, 0.5)),
+    result("DeltaProduct_2[-1,1]", 2, (0.25, 0.25)),
+    result("DeltaProduct_1[0,1]", 0, (0.2, 0.1)),
+]
+
+
+def test_table_shows_median_and_range_and_rounds_nothing_up_to_one():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(accuracy_table(RUNS))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["DeltaProduct_2[-1,1]", "1", ".500", "3", "9"] in rows  # brackets are no markup; the median of three
+    assert [".250–1", ".250–.999"] in rows
+    assert ["DeltaProduct_1[0,1]", ".200", ".100", "1", "9"] in rows
+
+
+@pytest.mark.parametrize("runs", [RUNS, RUNS[:1]])
+def test_figure_is_written_whole(tmp_path, runs):
+    accuracy_by_length(runs, tmp_path / "a.png", title="t", chance=1 / 6)
+    data = (tmp_path / "a.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and b"IEND" in data[-12:]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
