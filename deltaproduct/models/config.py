@@ -10,7 +10,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers import get_mixer
 
 
-def _field(default: Any, help: str) -> Any:
+def described(default: Any, help: str) -> Any:
     """A field whose meaning also serves the command line's --help."""
     return field(default=default, metadata={"help": help})
 
@@ -25,26 +25,26 @@ class ModelConfig:
 
     vocab_size: int = field(metadata={"help": "input symbols, BOS included"})
     num_labels: int = field(metadata={"help": "outputs per position"})
-    hidden_size: int = _field(64, "D, the width of the residual stream")
-    num_hidden_layers: int = _field(1, "blocks")
-    intermediate_size: int | None = _field(None, "width of the MLP; None: 8/3·D rounded up to 256; 0: no MLP")
-    mixer: str = _field("deltaproduct", "sequence mixer of every block")
-    num_heads: int = _field(4, "H, query/key heads")
-    head_dim: int = _field(16, "K, key dimension of a head")
-    num_householder: int = _field(2, "N, Householder steps per token")
-    expand_v: float = _field(1.0, "V/K, value over key dimension")
-    num_v_heads: int | None = _field(None, "HV, value heads; None: as many as query/key heads")
-    allow_neg_eigval: bool = _field(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
-    use_forget_gate: bool = _field(False, "gated recurrence")
-    use_output_gate: bool = _field(False, "gate the normalised output")
-    use_short_conv: bool = _field(True, "causal convolution on q, k and v")
-    conv_size: int = _field(4, "width of that convolution")
-    qkv_activation: str = _field("silu", "what q, k and v pass through: silu, relu or identity")
-    norm_eps: float = _field(1e-5, "eps of every RMSNorm")
-    beta_bias_init: float | None = _field(None, "initial bias of β's projection; None: no bias")
-    initializer_range: float | None = _field(0.02, "std of linear weights; None: PyTorch's own initialisation")
-    embedding_init_std: float | None = _field(None, "std of the embedding; None: initializer_range, or 1 without one")
-    tie_word_embeddings: bool = _field(False, "share the embedding with the head")
+    hidden_size: int = described(64, "D, the width of the residual stream")
+    num_hidden_layers: int = described(1, "blocks")
+    intermediate_size: int | None = described(None, "width of the MLP; None: 8/3·D rounded up to 256; 0: no MLP")
+    mixer: str = described("deltaproduct", "sequence mixer of every block")
+    num_heads: int = described(4, "H, query/key heads")
+    head_dim: int = described(16, "K, key dimension of a head")
+    num_householder: int = described(2, "N, Householder steps per token")
+    expand_v: float = described(1.0, "V/K, value over key dimension")
+    num_v_heads: int | None = described(None, "HV, value heads; None: as many as query/key heads")
+    allow_neg_eigval: bool = described(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
+    use_forget_gate: bool = described(False, "gated recurrence")
+    use_output_gate: bool = described(False, "gate the normalised output")
+    use_short_conv: bool = described(True, "causal convolution on q, k and v")
+    conv_size: int = described(4, "width of that convolution")
+    qkv_activation: str = described("silu", "what q, k and v pass through: silu, relu or identity")
+    norm_eps: float = described(1e-5, "eps of every RMSNorm")
+    beta_bias_init: float | None = described(None, "initial bias of β's projection; None: no bias")
+    initializer_range: float | None = described(0.02, "std of linear weights; None: PyTorch's own initialisation")
+    embedding_init_std: float | None = described(None, "std of the embedding; None: initializer_range, else 1")
+    tie_word_embeddings: bool = described(False, "share the embedding with the head")
     layer_overrides: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict, metadata={"help": "fields that differ in single layers, by layer number: hybrids"}
     )

@@ -1,17 +1,14 @@
 """What a training run is: task, model, optimisation, seed. Everything that decides a run's numbers is in here."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import cattrs
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig
-
-
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from deltaproduct.models.config import described
 
 
 @dataclass(frozen=True)
@@ -26,24 +23,24 @@ class TrainConfig:
         UsageError: a value is impossible; the message names the field.
     """
 
-    task: str = _field("S3", "what to learn; `deltaproduct tasks list` shows the names")
-    steps: int = _field(350, "optimiser steps in all")
-    seed: int = _field(0, "decides initial weights and training data")
-    lengths: tuple[int, ...] = _field((8, 128), "curriculum of sequence lengths, BOS not counted")
-    batch_sizes: tuple[int, ...] = _field((256, 64), "sequences per step in each stage")
-    stage_steps: tuple[int, ...] = _field((), "most steps in each stage but the last; empty: no limit")
-    stage_loss: float | None = _field(0.1, "move on when the running mean of the loss is below this; None: never")
-    num_samples: int | None = _field(None, "train on this many sequences per stage, again and again; None: fresh data")
-    lr: float = _field(1e-2, "peak learning rate")
-    min_lr_ratio: float = _field(0.02, "what the cosine ends at, as a share of lr")
-    warmup_steps: int = _field(50, "steps of linear warm-up")
-    beta1: float = _field(0.9, "AdamW")
-    beta2: float = _field(0.99, "AdamW")
-    eps: float = _field(1e-8, "AdamW")
-    weight_decay: float = _field(0.0, "AdamW, on matrices only")
-    clip: float = _field(1.0, "largest norm of the gradient; 0: no clipping")
-    grad_accumulation: int = _field(1, "micro-batches that a step's batch is split into")
-    precision: str = _field("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
+    task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
+    steps: int = described(350, "optimiser steps in all")
+    seed: int = described(0, "decides initial weights and training data")
+    lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
+    batch_sizes: tuple[int, ...] = described((256, 64), "sequences per step in each stage")
+    stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
+    stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
+    num_samples: int | None = described(None, "train on this many sequences per stage, over and over; None: fresh")
+    lr: float = described(1e-2, "peak learning rate")
+    min_lr_ratio: float = described(0.02, "what the cosine ends at, as a share of lr")
+    warmup_steps: int = described(50, "steps of linear warm-up")
+    beta1: float = described(0.9, "AdamW")
+    beta2: float = described(0.99, "AdamW")
+    eps: float = described(1e-8, "AdamW")
+    weight_decay: float = described(0.0, "AdamW, on matrices only")
+    clip: float = described(1.0, "largest norm of the gradient; 0: no clipping")
+    grad_accumulation: int = described(1, "micro-batches that a step's batch is split into")
+    precision: str = described("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
 
     def __post_init__(self) -> None:
         for name in ("steps", "grad_accumulation"):
