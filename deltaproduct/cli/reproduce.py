@@ -52,7 +52,6 @@ class Reproduce:
             lengths=lengths,
             sequences=self.sequences,
             workers=self.jobs,
-            report=lambda line: console.print(line, highlight=False, markup=False),
         )
         accuracy_by_length(
             summary["runs"],

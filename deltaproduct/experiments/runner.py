@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult, evaluate_lengths, scores
@@ -22,7 +23,8 @@ from deltaproduct.machine import command_line, describe_machine
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, train
-from deltaproduct.training.loop import CHECKPOINT, RUN, is_finished, open_run
+from deltaproduct.training.log import Bar, last_step, progress_bar
+from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, is_finished, open_run
 
 RESULT = "result.json"
 SUMMARY = "summary.json"
@@ -92,14 +94,14 @@ def run_jobs(
     lengths: Sequence[int],
     sequences: int,
     workers: int | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Run all jobs and write out/summary.json.
 
     Args:
         workers: processes at once; None means one per core. Each has its share of the cores as threads: several runs
             on one thread each finish sooner than one after the other on all.
-        report: called with a line whenever a job ends.
+        show: show progress on standard error, and a line whenever a job ends.
 
     Returns:
         The summary: experiment, command, machine, "runs" (a list of `run_job` results in the jobs' order) and "failed".
@@ -117,7 +119,7 @@ def run_jobs(
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
 
-    def settle(job: Job, outcome: Callable[[], dict[str, Any]]) -> None:
+    def settle(job: Job, outcome: Callable[[], dict[str, Any]], bar: Bar) -> None:
         try:
             done[job.name] = outcome()
         except UsageError as e:
@@ -125,21 +127,28 @@ def run_jobs(
         except BrokenProcessPool:
             failed[job.name] = "its process was killed, perhaps for want of memory"
         count = f"[{len(done) + len(failed)}/{len(jobs)}]"
-        report(f"{count} {job.name}: {failed.get(job.name) or _in_short(done[job.name])}")
+        bar.say(f"{count} {job.name}: {failed.get(job.name) or _in_short(done[job.name])}")
 
     if workers == 1:
+        lines = Bar(experiment, len(jobs), Console(stderr=True) if show else None, None)  # training has its own bar
         for job in jobs:
-            settle(job, partial(run, job, out, threads=None, show=True))
+            settle(job, partial(run, job, out, threads=None, show=show), lines)
     else:
         # spawn, not fork: forking a process whose torch has started threads can deadlock.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        steps = sum(job.config.training.steps for job in jobs)
+        with (
+            progress_bar(experiment, steps, show=show) as bar,
+            ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        ):
             waiting: dict[Future[dict[str, Any]], Job] = {
                 pool.submit(run, job, out, threads=max(1, cores // workers), show=False): job for job in jobs
             }
             try:
                 while waiting:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        settle(waiting.pop(future), future.result)
+                    for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                        settle(waiting.pop(future), future.result, bar)
+                    done_steps = sum(last_step(out / "runs" / job.name / METRICS) for job in jobs)
+                    bar.update(done_steps, f"{len(done) + len(failed)} of {len(jobs)} runs done")
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

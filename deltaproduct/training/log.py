@@ -15,6 +15,14 @@ from deltaproduct.files import write_text
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
 
+def last_step(path: Path) -> int:
+    """The last step that metrics.jsonl tells of; 0 if it is not there or ends within a line."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a line, appended as training goes; the source of truth for curves."""
 
@@ -52,7 +60,12 @@ class Bar:
             self._bar.update(self._task, completed=done, info=info)
         elif self._console is not None and time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            self._console.print(f"{self._title}: {done}/{self._total}  {info}", soft_wrap=True, highlight=False)
+            self.say(f"{self._title}: {done}/{self._total}  {info}")
+
+    def say(self, line: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
