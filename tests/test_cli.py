@@ -90,10 +90,12 @@ def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp
         model = SequenceModel.from_pretrained(out / entry["checkpoint"])
         assert model.config.num_householder == entry["num_householder"]
         assert model.config.allow_neg_eigval == entry["allow_neg_eigval"]
+    asked = {(entry["num_householder"], entry["allow_neg_eigval"]) for entry in summary["runs"]}
+    assert asked == {(1, False), (1, True), (2, False), (2, True)}
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
+    before = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*.*")}
     assert run(capsys, *arguments, "--jobs", "1")[0] == 0
-    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*.*")}
     status, _, err = run(capsys, *arguments, "--jobs", "1", "--steps", "3")
     assert status == 2 and "steps: 3 and 2" in err
 

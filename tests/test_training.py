@@ -72,9 +72,11 @@ KILLED = """
     from deltaproduct.training import train
     config = run_config(steps=60)
     train(config, Path(sys.argv[2]) / "warm", show=False)  # imports and first calls, before anyone is killed
-    import os, random, signal, time
+    import json, os, random, signal, time
+    from deltaproduct.files import recover_folder, verified_folder
     chance = random.Random(0)
-    kills = 0
+    checkpoint = Path(sys.argv[2]) / "run" / "checkpoint"
+    kills, reached = 0, 0
     while True:
         child = os.fork()
         if child == 0:
@@ -86,6 +88,15 @@ KILLED = """
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             kills += 1
+            recover_folder(checkpoint)
+            if checkpoint.exists():
+                verified_folder(checkpoint, "checkpoint")
+                step = json.loads((checkpoint / "training.json").read_text())["progress"]["step"]
+            else:
+                step = 0
+            if step < reached:
+                sys.exit(f"kill {kills} threw the run back from step {reached} to {step}")
+            reached = step
         elif status:
             sys.exit(f"resuming failed after {kills} kills")
         else:
@@ -113,6 +124,8 @@ def test_seed_decides_weights_and_data(tmp_path):
     settings, task = run_config().training, get_task("S3")
     a, b, c = (sample_batch(task, settings, step, 0)[0] for step in (3, 3, 4))
     assert torch.equal(a, b) and not torch.equal(a, c)
+    other_seed = sample_batch(task, replace(settings, seed=1), 3, 0)[0]
+    assert not torch.equal(a, other_seed)
     before = torch.random.get_rng_state()
     train(run_config(steps=1), tmp_path / "r", show=False)
     assert torch.equal(before, torch.random.get_rng_state()), "training touched the global generator"

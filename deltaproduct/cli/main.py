@@ -92,7 +92,3 @@ def _one_line(message: str) -> str:
 def _fail(message: str) -> None:
     print(f"deltaproduct: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

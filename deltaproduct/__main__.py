@@ -1,0 +1,5 @@
+"""`python -m deltaproduct` is the `deltaproduct` program."""
+
+from deltaproduct.cli.main import main
+
+main()
