@@ -1,4 +1,4 @@
-"""Which room may import which (docs: DESIGN §4), read from the source; and what importing the package may cost."""
+"""Which room may import which (README, the tour of the folders), read from the source; and what importing the package may cost."""
 
 import ast
 import subprocess
@@ -17,6 +17,7 @@ RANKS = (
     ("training", "theory", "analysis", "plots", "benchmarks"),
     ("experiments",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # Evaluation scores models, so of two rooms of one rank the first may import the second.
@@ -48,7 +49,7 @@ def offence(importer: str, imported: str) -> str | None:
     if room in LEAVES or room == "":
         return "only leaves may be imported at the package's top"
     if other not in RANK:
-        return f"{other} is no room of DESIGN §4"
+        return f"{other} is no room of the layout"
     if RANK[other] < RANK[room] or (room, other) in SIDEWAYS:
         return None
     return f"{room} is not above {other}"
