@@ -3,12 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling
+from deltaproduct.benchmarks import OpsBenchmark, OpShape, ScalingBenchmark, bench_ops, bench_scaling
 from deltaproduct.benchmarks.render import render
 from deltaproduct.cli.flags import IntList
 from deltaproduct.files import make_folder, write_json
@@ -24,7 +24,12 @@ class _Bench:
     json: Annotated[bool, tyro.conf.arg(help="print the report as JSON and nothing else")] = False
     out: Annotated[Path | None, tyro.conf.arg(help="also write the report to this JSON file")] = None
 
-    def _show(self, report) -> None:  # type: ignore[no-untyped-def]
+    def _options(self) -> dict[str, Any]:
+        """What every benchmark takes."""
+        names = ("device", "dtype", "repeats", "backward", "quick")
+        return {name: getattr(self, name) for name in names} | {"progress": self._say}
+
+    def _show(self, report: OpsBenchmark | ScalingBenchmark) -> None:
         if self.out is not None:
             make_folder(self.out.parent)
             write_json(self.out, report.to_dict())
@@ -48,17 +53,8 @@ class BenchOps(_Bench):
     backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run; none: all that can serve")] = ()
 
     def run(self) -> None:
-        report = bench_ops(
-            [OpShape.parse(s) for s in self.shapes] or None,
-            backends=self.backends or None,
-            device=self.device,
-            dtype=self.dtype,
-            repeats=self.repeats,
-            backward=self.backward,
-            quick=self.quick,
-            progress=self._say,
-        )
-        self._show(report)
+        shapes = [OpShape.parse(s) for s in self.shapes]
+        self._show(bench_ops(shapes or None, backends=self.backends or None, **self._options()))
 
 
 @dataclass(kw_only=True)
@@ -69,14 +65,4 @@ class BenchScaling(_Bench):
     lengths: Annotated[IntList | None, tyro.conf.arg(help="None: 4096 to 65536")] = None
 
     def run(self) -> None:
-        report = bench_scaling(
-            self.lengths,
-            backend=self.backend,
-            device=self.device,
-            dtype=self.dtype,
-            repeats=self.repeats,
-            backward=self.backward,
-            quick=self.quick,
-            progress=self._say,
-        )
-        self._show(report)
+        self._show(bench_scaling(self.lengths, backend=self.backend, **self._options()))
