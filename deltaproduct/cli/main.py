@@ -83,10 +83,11 @@ def _group(name: str, commands: Any, doc: str) -> type:
 
 
 def _one_line(message: str) -> str:
-    """The parser draws its errors in a box of several lines; a log wants one."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    text = re.sub(r"[╭╮╰╯│─]+", " ", text)
-    return " ".join(text.split()) or "the arguments are not understood; try --help."
+    """The parser draws its errors in a titled box of several lines; a log wants one."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()
+    inside = [line.strip("│ ") for line in plain if not line.startswith(("╭", "╰"))]
+    text = " ".join(" ".join(line for line in inside if line.strip("─")).split())
+    return re.sub(r" For full helptext,? (?:run|see):? ", "; for help: ", text) or "not understood; try --help."
 
 
 def _fail(message: str) -> None:
