@@ -55,4 +55,3 @@ class Evaluate:
         for length, result in results.items():
             table.add_row(f"{length:,}", f"{result.accuracy:.4f}", f"{result.sequence_accuracy:.4f}")
         Console().print(table)
-

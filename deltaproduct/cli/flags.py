@@ -1,6 +1,6 @@
 """Flags made from configurations: one flat flag per field, named as the field, with the field's own help."""
 
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -9,23 +9,23 @@ from tyro.constructors import PrimitiveConstructorSpec
 from deltaproduct.errors import UsageError
 
 
-def _comma_list(kind: type) -> PrimitiveConstructorSpec[Any]:
-    def parse(words: list[str]) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in words[0].split(",") if part.strip())
-        except ValueError:
-            raise ValueError(f"{words[0]!r} is not a list such as 128,512") from None
+def _parse_ints(words: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in words[0].split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{words[0]!r} is not a list such as 128,512") from None
 
-    return PrimitiveConstructorSpec(
+
+IntList = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
         nargs=1,
         metavar="N,N,…",
-        instance_from_str=parse,
+        instance_from_str=_parse_ints,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
-    )
-
-
-IntList = Annotated[tuple[int, ...], _comma_list(int)]
+    ),
+]
 
 
 def config_flags(name: str, config: type, defaults: dict[str, Any], *, leave_out: tuple[str, ...] = ()) -> type:
@@ -35,9 +35,8 @@ def config_flags(name: str, config: type, defaults: dict[str, Any], *, leave_out
         if f.name in leave_out:
             continue
         kind = IntList if f.type == tuple[int, ...] else f.type
-        default = defaults[f.name] if f.name in defaults else _default(f)
         help = tyro.conf.arg(help=f.metadata.get("help", ""))
-        flags.append((f.name, Annotated[kind, help], field(default=default)))
+        flags.append((f.name, Annotated[kind, help], field(default=defaults.get(f.name, f.default))))
     return make_dataclass(name, flags, kw_only=True)
 
 
@@ -52,7 +51,3 @@ def check_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
         shown = ",".join(map(str, lengths)) or "nothing"
         raise UsageError(f"lengths must be one or more numbers of at least 1, such as 128,512, not {shown}.")
     return lengths
-
-
-def _default(f: Field[Any]) -> Any:
-    return f.default_factory() if f.default_factory is not MISSING else f.default

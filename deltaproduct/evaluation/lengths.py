@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import SequenceModel
+from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import evaluation_generator
 from deltaproduct.tasks import Task
 
@@ -79,10 +80,7 @@ def evaluate_lengths(
     model: SequenceModel, task: Task, lengths: Sequence[int], *, sequences: int = 64, seed: int = 0
 ) -> dict[int, LengthResult]:
     """`evaluate_length` for each of `lengths`, with the model in evaluation mode meanwhile."""
-    for name in ("vocab_size", "num_labels"):
-        mine, wanted = getattr(model.config, name), getattr(task, name)
-        if mine != wanted:
-            raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")
+    check_fits(model.config, task)
     was_training = model.training
     model.eval()
     try:

@@ -15,7 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
 from deltaproduct.ops import delta_product, delta_product_step
-from deltaproduct.ops.inputs import l2_normalise
+from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 
 
 class DeltaProductState(NamedTuple):
@@ -127,9 +127,8 @@ class DeltaProduct(Mixer):
 
     def init_state(self, batch_size: int) -> DeltaProductState:
         weight = self.q_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (batch_size, self.num_v_heads, self.head_dim, self.head_v_dim)
-        recurrent = torch.zeros(shape, dtype=dtype, device=weight.device)
+        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
         if not self.use_short_conv:
             return DeltaProductState(recurrent, None, None, None)
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
@@ -174,13 +173,12 @@ class DeltaProduct(Mixer):
         v = rearrange(v, "b t (n h v) -> b t n h v", n=n, h=self.num_v_heads)
         # In float32 even under autocast: near 2 a bfloat16 sigmoid has steps of 1/128, and reflections need exactly 2.
         logits = self.b_proj(x)
-        beta = torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float())
+        beta = torch.sigmoid(logits.to(compute_dtype(logits)))
         beta = rearrange(2 * beta if self.allow_neg_eigval else beta, "b t (n h) -> b t n h", n=n)
         g = None
         if self.use_forget_gate:
             rate = self.a_proj(x)
-            rate = rate if rate.dtype == torch.float64 else rate.float()
-            g = -self.A_log.exp() * F.softplus(rate + self.dt_bias)
+            g = -self.A_log.exp() * F.softplus(rate.to(compute_dtype(rate)) + self.dt_bias)
         return q, k, v, beta, g, histories
 
 

@@ -8,6 +8,7 @@ import cattrs
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import get_mixer
+from deltaproduct.tasks import Task
 
 
 def described(default: Any, help: str) -> Any:
@@ -105,6 +106,14 @@ class ModelConfig:
                 raise found from e
             reasons = "; ".join(cattrs.transform_error(e, path="config"))
             raise UsageError(f"This is not a model configuration: {reasons}.") from e
+
+
+def check_fits(config: ModelConfig, task: Task) -> None:
+    """`UsageError` unless the model's vocabulary and labels are the task's."""
+    for name in ("vocab_size", "num_labels"):
+        mine, wanted = getattr(config, name), getattr(task, name)
+        if mine != wanted:
+            raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")
 
 
 def _usage_error(e: BaseException) -> UsageError | None:

@@ -148,7 +148,11 @@ class SequenceModel(nn.Module):
             UsageError: it is missing or corrupt, or weights and configuration do not belong together.
         """
         folder = Path(folder)
-        files = verified_folder(folder, "checkpoint")
+        return cls.read_files(folder, verified_folder(folder, "checkpoint")).to(device).eval()
+
+    @classmethod
+    def read_files(cls, folder: Path, files: list[str]) -> Self:
+        """The inverse of `write_files`, for a folder whose `files` have been verified; `UsageError` as there."""
         for name in (CONFIG, WEIGHTS):
             if name not in files:
                 raise UsageError(f"The checkpoint {folder} has no {name}.")
@@ -176,4 +180,4 @@ class SequenceModel(nn.Module):
         model.load_state_dict(tensors, assign=True)
         if config.tie_word_embeddings:
             model.head.weight = model.embedding.weight
-        return model.to(device).eval()
+        return model

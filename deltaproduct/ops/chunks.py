@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaproduct.ops.inputs import pad_time, sequence_bounds
 
-CHUNK_STEPS = 32  # Householder steps in a chunk; measured on CPU against 16 and 64 (results/bench)
+CHUNK_STEPS = 32  # Householder steps in a chunk; measured on CPU against 16 and 64 (docs/LOG.md)
 GROUP_ELEMENTS = {"cpu": 1 << 19}  # steps × heads × (K + V) worked on at once: a temporary is then about 1 MB
 GROUP_ELEMENTS_DEFAULT = 1 << 26  # on an accelerator: as much in parallel as memory allows
 

@@ -92,11 +92,11 @@ def reference_states(
         state = k.new_zeros(k.shape[0], value_heads, k.shape[-1], v.shape[-1])
     else:
         state = initial_state.to(dtype)
-    wanted, kept = set(positions), {0: state}
+    wanted, last, kept = set(positions), max(positions, default=0), {0: state}
     gates = None if g is None else g.to(dtype).unbind(1)
     flat = zip(k.flatten(1, 2).unbind(1), v.flatten(1, 2).unbind(1), beta.flatten(1, 2).unbind(1), strict=True)
     for s, (k_s, v_s, beta_s) in enumerate(flat):
-        if s == max(wanted, default=0):
+        if s == last:
             break
         if gates is not None and s % steps == 0:
             state = decay(state, gates[s // steps])

@@ -51,7 +51,7 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
     for name in (OPTIMISER, TRAINING):
         if name not in files:
             raise UsageError(f"The checkpoint {folder} has no {name}, so no run can be resumed from it.")
-    saved = SequenceModel.from_pretrained(folder)
+    saved = SequenceModel.read_files(folder, files)
     if saved.config != model.config:
         raise UsageError(f"The checkpoint {folder} is of another model than the run's configuration says.")
     model.load_state_dict(saved.state_dict())

@@ -16,6 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import make_folder, read_json, recover_folder, write_json
 from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.models import SequenceModel
+from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import order_generator, training_generator, weights_seed
 from deltaproduct.tasks import Task, get_task
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -50,12 +51,12 @@ def train(
     """
     settings = config.training
     task = get_task(settings.task)
-    check_fits(config, task)
+    check_fits(config.model, task)
     where = choose_device(device)
     model = new_model(config).to(where).use_backend(backend)
     optimizer = new_optimizer(model, settings)
-    progress = open_run(config, out, resume)
-    checkpoint = out / CHECKPOINT
+    open_run(config, out, resume)
+    progress, checkpoint = Progress(), out / CHECKPOINT
     recover_folder(checkpoint)
     if resume and checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
@@ -94,7 +95,7 @@ def train(
     return model.eval()
 
 
-def open_run(config: RunConfig, out: Path, resume: bool) -> Progress:
+def open_run(config: RunConfig, out: Path, resume: bool) -> None:
     """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
     make_folder(out)
     if (out / CONFIG).exists():
@@ -108,7 +109,6 @@ def open_run(config: RunConfig, out: Path, resume: bool) -> Progress:
         raise UsageError(f"{out} holds a checkpoint but no {CONFIG}; choose another folder.")
     else:
         write_json(out / CONFIG, config.to_dict())
-    return Progress()
 
 
 def is_finished(out: Path, config: RunConfig) -> bool:
@@ -116,14 +116,6 @@ def is_finished(out: Path, config: RunConfig) -> bool:
     if not (out / RUN).exists() or not (out / CONFIG).exists():
         return False
     return bool(read_json(out / RUN).get("finished")) and RunConfig.from_dict(read_json(out / CONFIG)) == config
-
-
-def check_fits(config: RunConfig, task: Task) -> None:
-    """`UsageError` unless the model's vocabulary and labels are the task's."""
-    for name in ("vocab_size", "num_labels"):
-        mine, wanted = getattr(config.model, name), getattr(task, name)
-        if mine != wanted:
-            raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")
 
 
 def new_model(config: RunConfig) -> SequenceModel:
