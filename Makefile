@@ -25,7 +25,9 @@ help:  ## show this list
 
 setup: $(STAMP)  ## make .venv and install the package and its tools there (once)
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+ENGINE := $(wildcard deltaproduct/ops/native/*.cpp deltaproduct/ops/native/*.h)
+
+$(STAMP): pyproject.toml setup.py $(ENGINE) $(CONSTRAINTS)
 	@if ! "$(VENV)/bin/python" -m pip --version >/dev/null 2>&1; then \
 		test -n "$(PYTHON)" || { echo "error: found no Python >= 3.11; install one (Debian: python3.11 and python3.11-venv) or name it: make PYTHON=..." >&2; exit 1; }; \
 		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: $(PYTHON) does not run or is older than Python 3.11; name another: make PYTHON=..." >&2; exit 1; }; \

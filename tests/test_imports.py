@@ -20,8 +20,8 @@ RANKS = (
     ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-# Evaluation scores models, so of two rooms of one rank the first may import the second.
-SIDEWAYS = {("evaluation", "models")}
+# Evaluation scores models and a benchmark times a training step: the first of these may import the second of its rank.
+SIDEWAYS = {("evaluation", "models"), ("benchmarks", "training")}
 LEAVES = {"errors", "files", "machine", "seeds"}  # modules at the top, which every room may import
 
 

@@ -366,5 +366,3 @@ def chunkwise_states(
     if not positions:
         return final.new_zeros(batch, 0, heads, *final.shape[2:])
     return torch.stack([found[p] for p in positions], dim=1)
-
-

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
+from deltaproduct.ops.cpu import cpu
+from deltaproduct.ops.cpu import obstacle as cpu_obstacle
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
     check_query,
@@ -35,10 +37,6 @@ def _never(device: torch.device, dtype: torch.dtype) -> None:
     return None
 
 
-def _no_cpu_engine(device: torch.device, dtype: torch.dtype) -> str:
-    return "the native CPU engine is not part of this version"
-
-
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str:
     if not torch.cuda.is_available():
         return "it needs a GPU and PyTorch sees none"
@@ -50,7 +48,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("triton", "GPU kernels", None, None, _no_triton),
-        Backend("cpu", "native CPU engine", None, None, _no_cpu_engine),
+        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle),
         Backend("chunkwise", "chunks as matrix products, any device", chunkwise, chunkwise_states, _never),
         Backend("reference", "the plain loop: the specification", reference, reference_states, _never),
     )

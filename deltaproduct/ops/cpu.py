@@ -1,0 +1,259 @@
+"""The recurrence on the native CPU engine: any PyTorch, no compiler at run time.
+
+The algorithm is the one of `chunkwise.py` (ops/README.md), in C++ (`native/`): one value head at a time with its state
+in cache, threads over sequences × value heads. Where there are fewer of those than threads, a head's V columns, which
+are independent, and then its time are divided as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.native.library import (
+    ENGINE,
+    MAX_CHUNKS_PER_STATE,
+    WHY_NO_ENGINE,
+    Problem,
+    TensorField,
+)
+
+WORKSPACE_BYTES = 600 << 10  # of one thread in the backward: well within the second-level cache of today's cores
+CHUNK_STEPS = 32  # Householder steps in a chunk; measured against 16, 48 and 64 (docs/LOG.md)
+MIN_VALUE_BLOCK = 16  # columns; below, the work that every block repeats outweighs the rest
+MIN_SPANS_PER_SEGMENT = 4
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the engine can serve, else the reason why not."""
+    if device.type != "cpu":
+        return f"it computes on the CPU, not on {device.type}"
+    return None if ENGINE is not None else WHY_NO_ENGINE
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a sequence is cut into chunks, and how often a state is kept: what shapes alone decide."""
+
+    chunk_tokens: int
+    chunks_per_state: int
+
+    @classmethod
+    def of(cls, steps: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> "Cut":
+        tokens = max(1, CHUNK_STEPS // steps)
+        chunk = tokens * steps
+        floats = key_dim * value_dim + chunk * (3 * key_dim + value_dim + 2 * chunk)
+        each = WORKSPACE_BYTES // (floats * dtype.itemsize)
+        return cls(tokens, min(max(1, each), MAX_CHUNKS_PER_STATE))
+
+    def slots(self, batch: int, length: int, cu_seqlens: Tensor | None) -> int:
+        """How many states are kept: exact when dense, a bound known without reading cu_seqlens when packed."""
+        span = self.chunk_tokens * self.chunks_per_state
+        return batch * -(-length // span) if cu_seqlens is None else length // span + cu_seqlens.shape[0] - 1
+
+
+def _division(cut: Cut, k: Tensor, v: Tensor, sequences: int, threads: int) -> tuple[int, int]:
+    """(blocks of V columns, segments of time) so that every thread has work; each costs some repeated work."""
+    heads = sequences * v.shape[3]
+    if heads >= threads:
+        return 1, 1
+    blocks = min(-(-threads // heads), max(1, v.shape[4] // MIN_VALUE_BLOCK))
+    # A segment's summary costs about as much again as the segment, so that two of them gain nothing.
+    segments = threads // (heads * blocks)
+    spans = k.shape[1] // (sequences * cut.chunk_tokens * cut.chunks_per_state)
+    segments = min(segments, spans // MIN_SPANS_PER_SEGMENT)
+    return blocks, segments if segments >= 4 else 1
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """x with its last dimension contiguous, as the kernels read it; strides between rows are free."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    cut: Cut,
+) -> Problem:
+    batch, length, steps, value_heads, value_dim = v.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    threads = torch.get_num_threads()
+    blocks, segments = _division(cut, k, v, sequences, threads)
+    return Problem(
+        batch=batch,
+        length=length,
+        steps=steps,
+        heads=k.shape[3],
+        value_heads=value_heads,
+        key_dim=k.shape[4],
+        value_dim=value_dim,
+        sequences=sequences,
+        cu_seqlens=_pointer(cu_seqlens),
+        scale=scale,
+        wide=dtype == torch.float64,
+        chunk_tokens=cut.chunk_tokens,
+        chunks_per_state=cut.chunks_per_state,
+        value_blocks=blocks,
+        segments=segments,
+        threads=threads,
+        q=TensorField.of(q, per_step=False),
+        k=TensorField.of(k, per_step=True),
+        v=TensorField.of(v, per_step=True),
+        beta=TensorField.of(beta, per_step=True),
+        g=TensorField() if g is None else TensorField.of(g, per_step=False),
+    )
+
+
+@torch.library.custom_op("deltaproduct::cpu_forward", mutates_args=())
+def cpu_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
+    dtype, cut, o, final, states = _results(q, k, v, beta, cu_seqlens, keep)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    initial = None if initial_state is None else initial_state.to(dtype).contiguous()
+    problem = _problem(q, k, v, beta, g, cu_seqlens, scale, dtype, cut)
+    problem.o = TensorField.of(o, per_step=False)
+    problem.initial_state, problem.final_state = _pointer(initial), _pointer(final)
+    problem.states = _pointer(states) if keep else None
+    ENGINE.forward(problem)
+    return o, final, states
+
+
+def _results(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
+) -> tuple[torch.dtype, Cut, Tensor, Tensor, Tensor]:
+    batch, length, steps, heads, value_dim = v.shape
+    key_dim, dtype = k.shape[-1], compute_dtype(q, k, v, beta)
+    cut = Cut.of(steps, key_dim, value_dim, dtype)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = cut.slots(batch, length, cu_seqlens) if keep else 0
+    o = v.new_empty(batch, length, heads, value_dim)
+    final = v.new_empty(sequences, heads, key_dim, value_dim, dtype=dtype)
+    return dtype, cut, o, final, v.new_empty(slots, heads, key_dim, value_dim, dtype=dtype)
+
+
+@cpu_forward.register_fake
+def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep):
+    return _results(q, k, v, beta, cu_seqlens, keep)[2:]
+
+
+@torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())
+def cpu_backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    states: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
+    dtype, heads, key_heads = states.dtype, v.shape[3], k.shape[3]
+    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], dtype)
+    d_o, q_in, k_in, v_in = _aligned(d_o), _aligned(q), _aligned(k), _aligned(v)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, dtype, cut)
+    sequences, blocks = problem.sequences, problem.value_blocks
+
+    def parts(x: Tensor, at: int, each: int) -> Tensor:
+        """Room for the gradient of x, whose heads are dimension `at`: `each` times the heads where items share one."""
+        if each == 1:
+            return torch.empty(x.shape, dtype=x.dtype)
+        return torch.empty(*x.shape[:at], x.shape[at] * each, *x.shape[at + 1 :], dtype=dtype)
+
+    shared = heads // key_heads * blocks
+    d_q, d_k, d_beta = parts(q, 2, shared), parts(k, 3, shared), parts(beta, 3, blocks)
+    d_g = None if g is None else parts(g, 2, blocks)
+    d_v = torch.empty(v.shape, dtype=v.dtype)
+    d_initial = torch.empty(sequences, heads, *states.shape[2:], dtype=dtype)
+    d_final = None if d_final is None else d_final.to(dtype).contiguous()
+    problem.d_o, problem.d_q = TensorField.of(d_o, per_step=False), TensorField.of(d_q, per_step=False)
+    problem.d_k, problem.d_v = TensorField.of(d_k, per_step=True), TensorField.of(d_v, per_step=True)
+    problem.d_beta = TensorField.of(d_beta, per_step=True)
+    if d_g is not None:
+        problem.d_g = TensorField.of(d_g, per_step=False)
+    problem.states, problem.d_final_state = _pointer(states), _pointer(d_final)
+    problem.d_initial_state = _pointer(d_initial)
+    ENGINE.backward(problem)
+    return (
+        _summed(d_q, q, 2),
+        _summed(d_k, k, 3),
+        d_v,
+        _summed(d_beta, beta, 3),
+        v.new_empty(0) if d_g is None else _summed(d_g, g, 2),  # an operator's result cannot be None
+        d_initial,
+    )
+
+
+def _summed(parts: Tensor, x: Tensor, at: int) -> Tensor:
+    """Add up what the items that share a head found."""
+    if parts.shape == x.shape:
+        return parts
+    return parts.unflatten(at, (x.shape[at], -1)).sum(at + 1).to(x.dtype)
+
+
+@cpu_backward.register_fake
+def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale):
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_g = v.new_empty(0) if g is None else g.new_empty(g.shape)
+    return (*(x.new_empty(x.shape) for x in (q, k, v, beta)), d_g, states.new_empty(sequences, *states.shape[1:]))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, beta, g, initial_state, cu_seqlens, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
+    ctx.scale = scale
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _autograd(ctx, d_o, d_final, d_states):
+    q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
+    if d_o is None:
+        d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
+    d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, ctx.scale)
+    d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+    return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None
+
+
+cpu_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The operator on the engine; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
+    given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    o, final, _ = cpu_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep)
+    return o, final

@@ -1,0 +1,177 @@
+// The engine's C interface: which kernels this processor can run, and how work is spread over threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "problem.h"
+
+namespace deltaproduct {
+namespace {
+
+// Best first.
+const Kernels* const all_kernels[] = {
+#ifdef DELTAPRODUCT_X86
+    &avx512_kernels,
+    &avx2_kernels,
+#endif
+    &portable_kernels,
+};
+
+bool runs_here(const Kernels& kernels) {
+#ifdef DELTAPRODUCT_X86
+    if (&kernels == &avx512_kernels)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+    if (&kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return true;
+}
+
+const Kernels* best_kernels() {
+    for (const Kernels* kernels : all_kernels)
+        if (runs_here(*kernels)) return kernels;
+    return nullptr;
+}
+
+std::atomic<const Kernels*> chosen{best_kernels()};
+
+// GOMP_parallel of the OpenMP runtime that the process already has, which PyTorch computes with: its threads are
+// there, and while they wait they spin, so that threads of our own would have to fight them for the cores.
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+template <class F>
+struct Loop {
+    const F& work;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+
+    void run() {
+        try {
+            for (int64_t i; (i = next++) < count;) work(i);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    }
+    static void run_one(void* loop) { static_cast<Loop*>(loop)->run(); }
+};
+
+// work(0), …, work(count − 1) on up to so many threads, each taking the next when it is done.
+template <class F>
+void parallel_for(int64_t count, int64_t threads, const F& work) {
+    Loop<F> loop{work, count};
+    threads = threads < count ? threads : count;
+    if (threads <= 1) {
+        loop.run();
+    } else if (GompParallel gomp = gomp_parallel.load()) {
+        gomp(Loop<F>::run_one, &loop, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (int64_t i = 1; i < threads; ++i) others.emplace_back(Loop<F>::run_one, &loop);
+        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+        }
+        loop.run();
+        for (std::thread& other : others) other.join();
+    }
+    if (loop.out_of_memory) throw std::bad_alloc();
+}
+
+struct Scratch {
+    void* memory = nullptr;
+    int64_t bytes = 0;
+    ~Scratch() { std::free(memory); }
+};
+thread_local Scratch own_scratch;
+
+// The states at the starts (backward: gradients at the ends) of all segments, [segments,sequences,HV,K,V].
+std::vector<char> segment_states(const Problem& p, const Kernels& kernels, bool reverse) {
+    const int64_t size = p.wide ? sizeof(double) : sizeof(float), heads = p.sequences * p.value_heads;
+    const int64_t state = p.key_dim * p.value_dim * size, items = p.segments * heads * p.value_blocks;
+    const int64_t square = p.key_dim * p.key_dim * size;
+    std::vector<char> a(items * square), b(p.segments * heads * state), states(p.segments * heads * state);
+    const int64_t unused = reverse ? 0 : p.segments - 1;  // nothing comes after the last, or in reverse before the first
+    parallel_for(items, p.threads, [&](int64_t i) {
+        if (i / (heads * p.value_blocks) != unused)
+            kernels.summary(p, i, reverse, &a[i * square], &b[i / p.value_blocks * state]);
+    });
+    const char* given = static_cast<const char*>(reverse ? p.d_final_state : p.initial_state);
+    parallel_for(heads, p.threads, [&](int64_t head) {
+        for (int64_t n = 0; n < p.segments; ++n) {
+            const int64_t to = (reverse ? p.segments - 1 - n : n) * heads + head;
+            const int64_t from = reverse ? to + heads : to - heads;
+            if (n > 0)
+                kernels.compose(p, &a[from * p.value_blocks * square], &b[from * state], &states[from * state], &states[to * state]);
+            else if (given)
+                std::memcpy(&states[to * state], given + head * state, state);
+        }
+    });
+    return states;
+}
+
+int run(const Problem& p, bool reverse) {
+    const Kernels& kernels = *chosen.load();
+    try {
+        const int64_t items = p.segments * p.sequences * p.value_heads * p.value_blocks;
+        std::vector<char> states;
+        if (p.segments > 1) states = segment_states(p, kernels, reverse);
+        const void* starts = p.segments > 1 ? states.data() : nullptr;
+        parallel_for(items, p.threads, [&](int64_t i) { (reverse ? kernels.backward : kernels.forward)(p, i, starts); });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+void* scratch(int64_t bytes) {
+    if (bytes > own_scratch.bytes) {
+        std::free(own_scratch.memory);
+        own_scratch.bytes = 0;
+        own_scratch.memory = std::aligned_alloc(64, bytes);
+        if (!own_scratch.memory) throw std::bad_alloc();
+        own_scratch.bytes = bytes;
+    }
+    return own_scratch.memory;
+}
+
+}  // namespace deltaproduct
+
+// What Python calls. A function that can fail returns 0 where it did not.
+#define API __attribute__((visibility("default")))
+
+extern "C" {
+
+API int64_t deltaproduct_problem_bytes() { return sizeof(deltaproduct::Problem); }
+
+API const char* deltaproduct_kernels() { return deltaproduct::chosen.load()->name; }
+
+// The name of the i-th kernels of this build that the processor can run, best first; null beyond the last.
+API const char* deltaproduct_kernels_here(int32_t i) {
+    for (const deltaproduct::Kernels* kernels : deltaproduct::all_kernels)
+        if (deltaproduct::runs_here(*kernels) && i-- == 0) return kernels->name;
+    return nullptr;
+}
+
+API int deltaproduct_use_kernels(const char* name) {
+    for (const deltaproduct::Kernels* kernels : deltaproduct::all_kernels)
+        if (deltaproduct::runs_here(*kernels) && !std::strcmp(kernels->name, name)) {
+            deltaproduct::chosen = kernels;
+            return 0;
+        }
+    return 1;
+}
+
+API void deltaproduct_use_openmp(void* gomp_parallel) {
+    deltaproduct::gomp_parallel = reinterpret_cast<deltaproduct::GompParallel>(gomp_parallel);
+}
+
+API int deltaproduct_forward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, false); }
+API int deltaproduct_backward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, true); }
+}

@@ -1,0 +1,84 @@
+// One call of the engine, as plain C data: what Python fills in and every kernel reads.
+//
+// Letters as in ops/README.md: B batch, T tokens, N Householder steps per token, H query/key heads, HV value heads,
+// K key and V value dimension. The mirror of these structures is ops/native/library.py.
+#pragma once
+
+#include <cstdint>
+
+namespace deltaproduct {
+
+constexpr int MAX_CHUNK_TOKENS = 64, MAX_CHUNKS_PER_STATE = 8;
+
+enum Dtype : int32_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+
+// A tensor whose last dimension (K or V; nothing for beta and g) is contiguous. Strides are in elements.
+struct Tensor {
+    void* data;  // null: there is none
+    int64_t batch, token, step, head;
+    int32_t dtype;
+};
+
+struct Problem {
+    int64_t batch, length, steps, heads, value_heads, key_dim, value_dim;
+    int64_t sequences;          // B, or the number of packed sequences
+    const int64_t* cu_seqlens;  // [sequences + 1] where sequences are packed, else null
+    double scale;
+
+    // How the work is cut; no result depends on it but through rounding.
+    int32_t wide;              // compute in double
+    int32_t chunk_tokens;      // tokens in a chunk, at most MAX_CHUNK_TOKENS
+    int32_t chunks_per_state;  // a state is kept at the start of every so many chunks
+    int32_t value_blocks;      // a head's V columns are independent: blocks of them are separate work
+    int32_t segments;          // spans of time worked on side by side, joined by their summaries (A, B)
+    int32_t threads;
+
+    Tensor q, k, v, beta, g;
+    Tensor o;          // forward
+    Tensor d_o;        // backward, as all that follow; d_q, d_k, d_beta and d_g have value_heads · value_blocks heads,
+    Tensor d_q, d_k;   // which the caller sums
+    Tensor d_v, d_beta, d_g;
+
+    // Contiguous, in the type that is computed in. Null where not given or not asked for.
+    const void* initial_state;  // [sequences,HV,K,V]
+    void* final_state;          // [sequences,HV,K,V]
+    void* states;               // [slots,HV,K,V], see `first_slot`; written by the forward, read by the backward
+    const void* d_final_state;  // [sequences,HV,K,V]
+    void* d_initial_state;      // [sequences,HV,K,V]
+};
+
+// A sequence's tokens, and where its kept states begin: ⌊first / span⌋ + number, which leaves every sequence room for
+// ⌈length / span⌉ of them, whatever the lengths, without adding them up.
+struct Sequence {
+    int64_t batch, first, last, first_slot, end_slot;
+};
+
+inline Sequence sequence_of(const Problem& p, int64_t number) {
+    const int64_t span = int64_t(p.chunk_tokens) * p.chunks_per_state;
+    if (!p.cu_seqlens) {
+        const int64_t slots = (p.length + span - 1) / span;
+        return {number, 0, p.length, number * slots, (number + 1) * slots};
+    }
+    const int64_t first = p.cu_seqlens[number], last = p.cu_seqlens[number + 1];
+    return {0, first, last, first / span + number, last / span + number + 1};
+}
+
+// What one instruction set offers the engine. `item` numbers segments × sequences × value heads × value blocks, the
+// blocks fastest.
+struct Kernels {
+    const char* name;
+    int vector_bytes;
+    void (*forward)(const Problem&, int64_t item, const void* segment_states);
+    void (*backward)(const Problem&, int64_t item, const void* segment_states);
+    // (A [K,K], B [K,V]) of an item's segment: it maps a state S at its start to A S + B at its end, and in reverse.
+    void (*summary)(const Problem&, int64_t item, bool reverse, void* a, void* b);
+    // out [K,V] = a state + b
+    void (*compose)(const Problem&, const void* a, const void* b, const void* state, void* out);
+};
+
+extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;
+
+// Memory of at least so many bytes for the calling thread alone, aligned for any vector; kept between calls.
+void* scratch(int64_t bytes);
+
+}  // namespace deltaproduct

@@ -1,0 +1,262 @@
+// Small dense products on vectors of one instruction set: tiles held in registers, triangular solves, transposes.
+//
+// Compiled once for every instruction set, into a namespace of its own (DP_ARCH); only plain C headers are used, so that
+// no inline function of the C++ library is compiled for instructions that the machine at hand may lack. All matrices
+// are row-major; `ld` is the distance between rows, and the last dimension is a whole number of vectors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(DP_ARCH) || !defined(DP_VECTOR_BYTES) || !defined(DP_REGISTERS)
+#error "define the instruction set before including simd.h"
+#endif
+
+#define DP_INLINE inline __attribute__((always_inline))
+
+namespace deltaproduct {
+namespace DP_ARCH {
+
+template <class T>
+constexpr int width = DP_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(DP_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+DP_INLINE Vec<T> load(const T* p) {
+    return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+DP_INLINE void store(T* p, Vec<T> x) {
+    *reinterpret_cast<Vec<T>*>(p) = x;
+}
+
+template <class T>
+DP_INLINE T sum_of(Vec<T> x) {
+    T sum = 0;
+    for (int i = 0; i < width<T>; ++i) sum += x[i];
+    return sum;
+}
+
+template <class T>
+struct LaneNumbers;
+template <>
+struct LaneNumbers<float> {
+    typedef int32_t type __attribute__((vector_size(DP_VECTOR_BYTES)));
+};
+template <>
+struct LaneNumbers<double> {
+    typedef int64_t type __attribute__((vector_size(DP_VECTOR_BYTES)));
+};
+
+// x with all but its first lanes set to zero
+template <class T>
+DP_INLINE Vec<T> first_lanes(Vec<T> x, int count) {
+    typename LaneNumbers<T>::type lane;
+    for (int i = 0; i < width<T>; ++i) lane[i] = i;
+    typename LaneNumbers<T>::type bits;
+    memcpy(&bits, &x, sizeof x);
+    bits &= lane < count;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// The terms k of a product that a block of rows [first, last) needs: all of them, or those on one side of a diagonal.
+struct Terms {
+    int from, to;
+};
+struct AllTerms {
+    int count;
+    DP_INLINE Terms operator()(int, int) const { return {0, count}; }
+};
+
+// c (+)= ± a b, for MR rows and NV vectors of columns; TRANSPOSED: element (i,k) of a is at a[k·lda + i].
+template <int MR, int NV, bool TRANSPOSED, bool MINUS, class T>
+DP_INLINE void tile(Terms terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* __restrict__ c, int64_t ldc, bool add) {
+    Vec<T> sum[MR][NV];
+    if (add) {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) sum[i][j] = load(c + i * ldc + j * width<T>);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) sum[i][j] = Vec<T>{};
+    }
+    for (int k = terms.from; k < terms.to; ++k) {
+        Vec<T> row[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * width<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) {
+            const T x = TRANSPOSED ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) {
+                if constexpr (MINUS)
+                    sum[i][j] -= row[j] * x;
+                else
+                    sum[i][j] += row[j] * x;
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) store(c + i * ldc + j * width<T>, sum[i][j]);
+}
+
+// Sixteen sums in flight hide the latency of a multiply-add where there are registers for them, eight elsewhere.
+constexpr int widest_tile = DP_REGISTERS >= 32 ? 4 : 2;
+constexpr int tile_rows(int vectors) { return vectors == 4 ? 4 : vectors == 2 && DP_REGISTERS < 32 ? 4 : vectors == 1 && DP_REGISTERS >= 32 ? 16 : 8; }
+
+template <int NV, bool TRANSPOSED, bool MINUS, class T, class Range>
+void panel(int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+    constexpr int MR = tile_rows(NV);
+    const int64_t step = TRANSPOSED ? 1 : lda;
+    int i = 0;
+    for (; i + MR <= rows; i += MR)
+        tile<MR, NV, TRANSPOSED, MINUS>(terms(i, i + MR), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    if constexpr (MR > 8)
+        for (; i + 8 <= rows; i += 8)
+            tile<8, NV, TRANSPOSED, MINUS>(terms(i, i + 8), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    if constexpr (MR > 4)
+        for (; i + 4 <= rows; i += 4)
+            tile<4, NV, TRANSPOSED, MINUS>(terms(i, i + 4), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 2 <= rows; i += 2)
+        tile<2, NV, TRANSPOSED, MINUS>(terms(i, i + 2), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    for (; i < rows; ++i)
+        tile<1, NV, TRANSPOSED, MINUS>(terms(i, i + 1), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+}
+
+// c [rows, vectors·width] = ± a b, or c += ± a b where `add`. A panel of b stays in the nearest cache while rows pass.
+template <bool TRANSPOSED, bool MINUS, class T, class Range>
+void product(int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+    int j = 0;
+    if constexpr (widest_tile == 4)
+        for (; j + 4 <= vectors; j += 4)
+            panel<4, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+    for (; j + 2 <= vectors; j += 2)
+        panel<2, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+    for (; j < vectors; ++j)
+        panel<1, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+}
+
+// Forward substitution takes as many rows at once as fit in registers.
+constexpr int solve_rows = DP_REGISTERS >= 32 ? 16 : 8;
+
+// x ← (I + L)⁻¹ x for R rows, L strictly lower; with TRANSPOSED, x ← (I + L)⁻ᵀ x.
+template <int R, bool TRANSPOSED, class T>
+DP_INLINE void solve_block(int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
+    for (int j = 0; j < vectors; ++j, x += width<T>) {
+        Vec<T> row[R];
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) row[i] = load(x + i * ldx);
+        if constexpr (TRANSPOSED) {
+#pragma GCC unroll 16
+            for (int r = R - 1; r > 0; --r)
+#pragma GCC unroll 16
+                for (int s = r - 1; s >= 0; --s) row[s] -= row[r] * lower[r * ldl + s];
+        } else {
+#pragma GCC unroll 16
+            for (int r = 0; r < R - 1; ++r)
+#pragma GCC unroll 16
+                for (int s = r + 1; s < R; ++s) row[s] -= row[r] * lower[s * ldl + r];
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) store(x + i * ldx, row[i]);
+    }
+}
+
+template <bool TRANSPOSED, class T>
+void solve_rows_of(int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
+    if (rows <= 2)
+        solve_block<2, TRANSPOSED>(vectors, lower, ldl, x, ldx);
+    else if (rows <= 4)
+        solve_block<4, TRANSPOSED>(vectors, lower, ldl, x, ldx);
+    else if (rows <= 8)
+        solve_block<8, TRANSPOSED>(vectors, lower, ldl, x, ldx);
+    else
+        solve_block<solve_rows, TRANSPOSED>(vectors, lower, ldl, x, ldx);
+}
+
+// The same for any number of rows. Rows up to the next multiple of `solve_rows` must exist and be zero, in x and L.
+template <bool TRANSPOSED, class T>
+void solve(int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
+    const int blocks = (rows + solve_rows - 1) / solve_rows;
+    for (int n = 0; n < blocks; ++n) {
+        const int first = (TRANSPOSED ? blocks - 1 - n : n) * solve_rows;
+        const int count = rows - first < solve_rows ? rows - first : solve_rows;
+        T* block = x + first * ldx;
+        if (TRANSPOSED && n > 0) {  // what the later rows, already solved, take away
+            const int later = first + solve_rows;
+            product<true, true>(
+                count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx, block, ldx, true);
+        } else if (n > 0) {
+            product<false, true>(count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
+        }
+        solve_rows_of<TRANSPOSED>(count, vectors, lower + first * ldl + first, ldl, block, ldx);
+    }
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesTo : LanesTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesTo<0, I...> {
+    using type = Lanes<I...>;
+};
+
+// One round of the transpose of 2h × 2h blocks: a and b exchange their off-diagonal quarters.
+template <int H, class V, int... I>
+DP_INLINE void exchange(V& a, V& b, Lanes<I...>) {
+    constexpr int W = sizeof...(I);
+    const V x = __builtin_shufflevector(a, b, ((I & H) ? W + I - H : I)...);
+    b = __builtin_shufflevector(a, b, ((I & H) ? W + I : I + H)...);
+    a = x;
+}
+
+template <int H, class T>
+DP_INLINE void transpose_rounds(Vec<T> (&row)[width<T>]) {
+    if constexpr (H > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < width<T>; ++i)
+            if (!(i & H)) exchange<H>(row[i], row[i + H], typename LanesTo<width<T>>::type{});
+        transpose_rounds<H / 2, T>(row);
+    }
+}
+
+template <class T>
+DP_INLINE void transpose_square(const T* from, int64_t ldf, T* to, int64_t ldt) {
+    Vec<T> row[width<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < width<T>; ++i) row[i] = load(from + i * ldf);
+    transpose_rounds<width<T> / 2, T>(row);
+#pragma GCC unroll 16
+    for (int i = 0; i < width<T>; ++i) store(to + i * ldt, row[i]);
+}
+#else
+template <class T>
+DP_INLINE void transpose_square(const T* from, int64_t ldf, T* to, int64_t ldt) {
+    for (int i = 0; i < width<T>; ++i)
+        for (int j = 0; j < width<T>; ++j) to[j * ldt + i] = from[i * ldf + j];
+}
+#endif
+
+// to [columns, rows] = fromᵀ; both are whole numbers of vectors.
+template <class T>
+void transpose(int rows, int columns, const T* from, int64_t ldf, T* to, int64_t ldt) {
+    for (int i = 0; i < rows; i += width<T>)
+        for (int j = 0; j < columns; j += width<T>) transpose_square(from + i * ldf + j, ldf, to + j * ldt + i, ldt);
+}
+
+}  // namespace DP_ARCH
+}  // namespace deltaproduct
