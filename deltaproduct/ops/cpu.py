@@ -128,7 +128,7 @@ def cpu_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
-    dtype, cut, o, final, states = _results(q, k, v, beta, cu_seqlens, keep)
+    dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     initial = None if initial_state is None else initial_state.to(dtype).contiguous()
@@ -141,21 +141,21 @@ def cpu_forward(
 
 
 def _results(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
+    empty, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[torch.dtype, Cut, Tensor, Tensor, Tensor]:
     batch, length, steps, heads, value_dim = v.shape
     key_dim, dtype = k.shape[-1], compute_dtype(q, k, v, beta)
     cut = Cut.of(steps, key_dim, value_dim, dtype)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = cut.slots(batch, length, cu_seqlens) if keep else 0
-    o = v.new_empty(batch, length, heads, value_dim)
+    o = empty(v, batch, length, heads, value_dim)
     final = v.new_empty(sequences, heads, key_dim, value_dim, dtype=dtype)
-    return dtype, cut, o, final, v.new_empty(slots, heads, key_dim, value_dim, dtype=dtype)
+    return dtype, cut, o, final, empty(v, slots, heads, key_dim, value_dim, dtype=dtype)
 
 
 @cpu_forward.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep):
-    return _results(q, k, v, beta, cu_seqlens, keep)[2:]
+    return _results(lambda like, *shape, dtype=None: like.new_empty(shape, dtype=dtype), q, k, v, beta, cu_seqlens, keep)[2:]
 
 
 @torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())
@@ -182,13 +182,13 @@ def cpu_backward(
     def parts(x: Tensor, at: int, each: int) -> Tensor:
         """Room for the gradient of x, whose heads are dimension `at`: `each` times the heads where items share one."""
         if each == 1:
-            return torch.empty(x.shape, dtype=x.dtype)
-        return torch.empty(*x.shape[:at], x.shape[at] * each, *x.shape[at + 1 :], dtype=dtype)
+            return ENGINE.empty(x, *x.shape)
+        return ENGINE.empty(x, *x.shape[:at], x.shape[at] * each, *x.shape[at + 1 :], dtype=dtype)
 
     shared = heads // key_heads * blocks
     d_q, d_k, d_beta = parts(q, 2, shared), parts(k, 3, shared), parts(beta, 3, blocks)
     d_g = None if g is None else parts(g, 2, blocks)
-    d_v = torch.empty(v.shape, dtype=v.dtype)
+    d_v = ENGINE.empty(v, *v.shape)
     d_initial = torch.empty(sequences, heads, *states.shape[2:], dtype=dtype)
     d_final = None if d_final is None else d_final.to(dtype).contiguous()
     problem.d_o, problem.d_q = TensorField.of(d_o, per_step=False), TensorField.of(d_q, per_step=False)
@@ -224,6 +224,7 @@ def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros as large as the states
     q, k, v, beta, g, initial_state, cu_seqlens, scale, _ = inputs
     ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
     ctx.scale = scale

@@ -63,36 +63,59 @@ DP_INLINE void narrow(Float16& to, double x) { narrow(to, float(x)); }
 template <class S, class T>
 void read_rows_of(const S* from, const Tensor& x, int tokens, int steps, int columns, T* to, int64_t ld, T factor) {
     constexpr int W = width<T>;
-    for (int t = 0; t < tokens; ++t)
-        for (int j = 0; j < steps; ++j, to += ld) {
-            const S* row = from + t * x.token + j * x.step;
-            int i = 0;
-            for (; i + W <= columns; i += W) {
-                if constexpr (sizeof(S) == sizeof(T))
-                    store(to + i, load(reinterpret_cast<const T*>(row + i)) * factor);
-                else
-                    for (int lane = 0; lane < W; ++lane) to[i + lane] = T(widen(row[i + lane])) * factor;
+    if (ld == 1) {  // one number a row
+        for (int t = 0; t < tokens; ++t)
+            for (int j = 0; j < steps; ++j) *to++ = T(widen(from[t * x.token + j * x.step])) * factor;
+        return;
+    }
+    with_count(columns / W, [&](auto vectors) {
+        for (int t = 0; t < tokens; ++t) {
+            const S* row = from + t * x.token;
+            for (int j = 0; j < steps; ++j, row += x.step, to += ld) {
+                for (int n = 0; n < vectors; ++n) {
+                    if constexpr (sizeof(S) == sizeof(T))
+                        store(to + n * W, load(reinterpret_cast<const T*>(row + n * W)) * factor);
+                    else
+                        for (int lane = 0; lane < W; ++lane) to[n * W + lane] = T(widen(row[n * W + lane])) * factor;
+                }
+                if (vectors * W < columns) {
+                    store(to + vectors * W, Vec<T>{});
+                    for (int i = vectors * W; i < columns; ++i) to[i] = T(widen(row[i])) * factor;
+                }
             }
-            if (i < columns && ld > 1) store(to + i, Vec<T>{});
-            for (; i < columns; ++i) to[i] = T(widen(row[i])) * factor;
         }
+    });
 }
 
 template <class S, class T>
 void write_rows_of(S* to, const Tensor& x, int tokens, int steps, int columns, const T* from, int64_t ld, T factor) {
     constexpr int W = width<T>;
-    for (int t = 0; t < tokens; ++t)
-        for (int j = 0; j < steps; ++j, from += ld) {
-            S* row = to + t * x.token + j * x.step;
-            int i = 0;
-            for (; i + W <= columns; i += W) {
-                if constexpr (sizeof(S) == sizeof(T))
-                    store(reinterpret_cast<T*>(row + i), load(from + i) * factor);
-                else
-                    for (int lane = 0; lane < W; ++lane) narrow(row[i + lane], from[i + lane] * factor);
+    with_count(columns / W, [&](auto vectors) {
+        for (int t = 0; t < tokens; ++t) {
+            S* row = to + t * x.token;
+            for (int j = 0; j < steps; ++j, row += x.step, from += ld) {
+                for (int n = 0; n < vectors; ++n) {
+                    if constexpr (sizeof(S) == sizeof(T))
+                        store(reinterpret_cast<T*>(row + n * W), load(from + n * W) * factor);
+                    else
+                        for (int lane = 0; lane < W; ++lane) narrow(row[n * W + lane], from[n * W + lane] * factor);
+                }
+                for (int i = vectors * W; i < columns; ++i) narrow(row[i], from[i] * factor);
             }
-            for (; i < columns; ++i) narrow(row[i], from[i] * factor);
         }
+    });
+}
+
+// Plan to fetch the cache lines of such rows.
+inline void add_rows(
+    Ahead& ahead, bool write, const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens, int steps,
+    int columns) {
+    const int64_t size = x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2;
+    const char* first = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token + head * x.head + column) * size;
+    for (int t = 0; t < tokens; ++t)
+        for (int j = 0; j < steps; ++j)
+            for (int64_t i = 0; i < columns * size; i += 64)
+                ahead.add(first + (t * x.token + j * x.step) * size + i, write);
 }
 
 // Calls f with a value of the tensor's element type.

@@ -7,6 +7,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "problem.h"
 
 namespace deltaproduct {
@@ -170,6 +174,15 @@ API int deltaproduct_use_kernels(const char* name) {
 
 API void deltaproduct_use_openmp(void* gomp_parallel) {
     deltaproduct::gomp_parallel = reinterpret_cast<deltaproduct::GompParallel>(gomp_parallel);
+}
+
+// Asks for large pages for memory that is about to be written for the first time.
+API void deltaproduct_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // only a hint: may fail
+#endif
 }
 
 API int deltaproduct_forward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, false); }

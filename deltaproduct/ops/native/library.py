@@ -17,6 +17,7 @@ from deltaproduct.errors import UsageError
 NOT_BUILT = "not_built.txt"  # setup.py's reason for building nothing
 NAME = "_engine"  # setup.py builds deltaproduct/ops/native/_engine.<platform's suffix>
 MAX_CHUNKS_PER_STATE = 8  # as in problem.h
+LARGE = 4 << 20  # bytes
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -69,6 +70,7 @@ class Engine:
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.deltaproduct_problem_bytes.restype = ctypes.c_int64
         self._library.deltaproduct_use_openmp.argtypes = [ctypes.c_void_p]
+        self._library.deltaproduct_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         if self._library.deltaproduct_problem_bytes() != ctypes.sizeof(Problem):
             raise OSError(f"{path} belongs to another version of this package")
         self.openmp = _openmp_of_process()
@@ -95,6 +97,13 @@ class Engine:
         if self._library.deltaproduct_use_kernels(name.encode()) != 0:
             here = ", ".join(self.kernels_here())
             raise UsageError(f"There are no kernels {name!r} for this processor; there are {here}.")
+
+    def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """torch.empty for a result. Where it is large, its first writing would otherwise be a fifth page faults."""
+        x = like.new_empty(shape, dtype=dtype)
+        if x.nbytes >= LARGE:
+            self._library.deltaproduct_large_pages(x.data_ptr(), x.nbytes)
+        return x
 
     def forward(self, problem: Problem) -> None:
         self._call(self._library.deltaproduct_forward, problem)

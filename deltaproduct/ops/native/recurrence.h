@@ -66,6 +66,8 @@ struct Sizes {
         ldv = (value_vectors + 1) * W;
         lds = steps;
     }
+    // Bound on the cache lines of a chunk's inputs and results.
+    int64_t lines() const { return rows * 2 * ((key + value) * int64_t(sizeof(T)) / 64 + 4); }
     int64_t state() const { return round_up(key, width<T>) * ldv; }
 };
 
@@ -104,9 +106,12 @@ struct Chunk {
     T* decay;       // [tokens, steps] from a step to a later token
     T whole;        // over the chunk
 
+    Ahead* ahead;  // what to fetch while this chunk is worked on
+
     bool gated() const { return decay != nullptr; }
 
-    void lay_out(Pieces& pieces, const Sizes<T>& z, bool gated) {
+    void lay_out(Pieces& pieces, const Sizes<T>& z, bool gated, Ahead* fetched) {
+        ahead = fetched;
         rows = pieces.take<T>(z.rows * z.ldk);
         scaled = pieces.take<T>(z.steps * z.ldk);
         pairs = pieces.take<T>(z.rows * z.lds);
@@ -150,9 +155,11 @@ void write_state(const Problem& p, const Item& item, const Sizes<T>& z, const T*
 // to = factors from, row by row, for whole vectors.
 template <class T>
 void scale_rows(int rows, int vectors, const T* factors, const T* from, int64_t ld, T* to) {
-    for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < vectors; ++j)
-            store(to + i * ld + j * width<T>, load(from + i * ld + j * width<T>) * factors[i]);
+    with_count(vectors, [=](auto count) {
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < count; ++j)
+                store(to + i * ld + j * width<T>, load(from + i * ld + j * width<T>) * factors[i]);
+    });
 }
 
 template <class T>
@@ -192,23 +199,20 @@ void read_gates(const Problem& p, const Item& item, const Sizes<T>& z, Chunk<T>&
 template <class T>
 void finish_pairs(const Problem& p, const Sizes<T>& z, const Chunk<T>& c, T* pairs) {
     const int n = int(p.steps);
-    const auto finish = [&](T* row, int token, int keep) {
-        const T* decay = c.gated() ? c.decay + token * z.lds : nullptr;
-        for (int j = 0; j < z.step_vectors; ++j, row += width<T>) {
-            const int here = keep - j * width<T>;
-            if (here <= 0) {
-                store(row, Vec<T>{});
-                continue;
+    with_count(z.step_vectors, [&](auto vectors) {
+        const auto finish = [&](T* row, int token, int keep) {
+            const T* decay = c.gated() ? c.decay + token * z.lds : nullptr;
+            for (int j = 0; j < vectors; ++j) {
+                Vec<T> x = load(row + j * width<T>);
+                if (decay) x *= load(decay + j * width<T>);
+                store(row + j * width<T>, first_lanes<T>(x, keep - j * width<T>));
             }
-            Vec<T> x = load(row);
-            if (decay) x *= load(decay + j * width<T>);
-            store(row, here < width<T> ? first_lanes<T>(x, here) : x);
+        };
+        for (int t = 0; t < c.tokens; ++t) {
+            for (int s = t * n; s < (t + 1) * n; ++s) finish(pairs + s * z.lds, t, s);
+            finish(pairs + (z.steps + t) * z.lds, t, (t + 1) * n);
         }
-    };
-    for (int t = 0; t < c.tokens; ++t) {
-        for (int s = t * n; s < (t + 1) * n; ++s) finish(pairs + s * z.lds, t, s);
-        finish(pairs + (z.steps + t) * z.lds, t, (t + 1) * n);
-    }
+    });
     zero_rows(pairs, z.lds, c.steps, z.steps);
 }
 
@@ -217,10 +221,10 @@ template <class T>
 void lower_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, int64_t lda, const T* b, T* pairs) {
     for (int i = 0; i < c.steps; i += width<T>)
         product<false, false>(
-            at_most(c.steps - i, width<T>), i / width<T> + 1, AllTerms{terms}, a + i * lda, lda, b, z.lds, pairs + i * z.lds,
+            *c.ahead, at_most(c.steps - i, width<T>), i / width<T> + 1, AllTerms{terms}, a + i * lda, lda, b, z.lds, pairs + i * z.lds,
             z.lds, false);
     product<false, false>(
-        c.tokens, z.step_vectors, AllTerms{terms}, queries(a, lda, z), lda, b, z.lds, queries(pairs, z.lds, z), z.lds, false);
+        *c.ahead, c.tokens, z.step_vectors, AllTerms{terms}, queries(a, lda, z), lda, b, z.lds, queries(pairs, z.lds, z), z.lds, false);
 }
 
 // Everything about a chunk that no state enters. `columns` [K, steps] is room to work in.
@@ -250,18 +254,40 @@ void read_chunk(const Problem& p, const Item& item, const Sizes<T>& z, int64_t t
     finish_pairs(p, z, c, c.pairs);
 }
 
+// Plan to fetch what the chunk at `token` reads first.
+template <class T>
+void fetch_inputs(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
+    if (token < item.sequence.first || token >= item.sequence.last) return;
+    const int n = int(p.steps), tokens = at_most(item.sequence.last - token, p.chunk_tokens);
+    const int64_t batch = item.sequence.batch;
+    add_rows(ahead, false, p.k, batch, token, item.key_head, 0, tokens, n, z.key);
+    add_rows(ahead, false, p.q, batch, token, item.key_head, 0, tokens, 1, z.key);
+    add_rows(ahead, false, p.v, batch, token, item.head, item.column, tokens, n, z.value);
+}
+
+// Plan to fetch what the chunk at `token` reads and writes in the second half of its backward.
+template <class T>
+void fetch_results(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
+    const int n = int(p.steps), tokens = at_most(item.sequence.last - token, p.chunk_tokens);
+    const int64_t batch = item.sequence.batch;
+    add_rows(ahead, false, p.d_o, batch, token, item.head, item.column, tokens, 1, z.value);
+    add_rows(ahead, true, p.d_v, batch, token, item.head, item.column, tokens, n, z.value);
+    add_rows(ahead, true, p.d_k, batch, token, item.part, 0, tokens, n, z.key);
+    add_rows(ahead, true, p.d_q, batch, token, item.part, 0, tokens, 1, z.key);
+}
+
 // E = (I + L)⁻¹ (V − K̃ S), in the place of V.
 template <class T>
 void find_errors(const Sizes<T>& z, const Chunk<T>& c, const T* state, int vectors, int64_t ldv, T* error) {
-    product<false, true>(c.steps, vectors, AllTerms{z.key}, c.seen, z.ldk, state, ldv, error, ldv, true);
-    solve<false>(c.steps, vectors, c.pairs, z.lds, error, ldv);
+    product<false, true>(*c.ahead, c.steps, vectors, AllTerms{z.key}, c.seen, z.ldk, state, ldv, error, ldv, true);
+    solve<false>(*c.ahead, c.steps, vectors, c.pairs, z.lds, error, ldv);
 }
 
 // S ← exp(G_C) S + W̃ᵀ E
 template <class T>
 void advance(const Sizes<T>& z, const Chunk<T>& c, const T* error, int vectors, int64_t ldv, T* state) {
     if (c.gated()) scale_state(z, ldv, c.whole, state);
-    product<true, false>(z.key, vectors, AllTerms{c.steps}, c.write, z.ldk, error, ldv, state, ldv, true);
+    product<true, false>(*c.ahead, z.key, vectors, AllTerms{c.steps}, c.write, z.ldk, error, ldv, state, ldv, true);
 }
 
 template <class T>
@@ -269,10 +295,12 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
     const Item item(p, number);
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;
+    Ahead ahead;
     T *columns, *out;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
-        c.lay_out(pieces, z, p.g.data != nullptr);
+        c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
+        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         out = pieces.take<T>(p.chunk_tokens * z.ldv);
         return pieces.used();
@@ -289,13 +317,15 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
         for (int64_t n = 0; n < p.chunks_per_state; ++n) {
             const int64_t token = item.sequence.first + (span * p.chunks_per_state + n) * p.chunk_tokens;
             if (token >= item.sequence.last) break;
+            ahead.forget();
+            fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
             read_chunk(p, item, z, token, columns, c);
             find_errors(z, c, state, z.value_vectors, z.ldv, c.error);
             product<false, false>(
-                c.tokens, z.value_vectors, AllTerms{z.key}, queries(c.seen, z.ldk, z), z.ldk, state, z.ldv, out, z.ldv, false);
+                *c.ahead, c.tokens, z.value_vectors, AllTerms{z.key}, queries(c.seen, z.ldk, z), z.ldk, state, z.ldv, out, z.ldv, false);
             const auto own_and_earlier = [&](int, int end) { return Terms{0, int(end * p.steps)}; };
             product<false, false>(
-                c.tokens, z.value_vectors, own_and_earlier, queries(c.pairs, z.lds, z), z.lds, c.error, z.ldv, out, z.ldv, true);
+                *c.ahead, c.tokens, z.value_vectors, own_and_earlier, queries(c.pairs, z.lds, z), z.lds, c.error, z.ldv, out, z.ldv, true);
             write_rows(p.o, item.sequence.batch, token, item.head, item.column, c.tokens, 1, z.value, out, z.ldv, T(p.scale));
             advance(z, c, c.error, z.value_vectors, z.ldv, state);
         }
@@ -334,8 +364,8 @@ struct Adjoint {
     }
 };
 
-template <class T>
-DP_INLINE T dot(int vectors, const T* a, const T* b) {
+template <class N, class T>
+DP_INLINE T dot(N vectors, const T* a, const T* b) {
     Vec<T> sum{};
     for (int j = 0; j < vectors; ++j) sum += load(a + j * width<T>) * load(b + j * width<T>);
     return sum_of<T>(sum);
@@ -345,22 +375,22 @@ DP_INLINE T dot(int vectors, const T* a, const T* b) {
 template <class T>
 void find_d_values(
     const Problem& p, const Sizes<T>& z, const Chunk<T>& c, const T* d_o, const T* d_state, int vectors, int64_t ldv, T* x) {
-    product<false, true>(c.steps, vectors, AllTerms{z.key}, c.write, z.ldk, d_state, ldv, x, ldv, false);
+    product<false, true>(*c.ahead, c.steps, vectors, AllTerms{z.key}, c.write, z.ldk, d_state, ldv, x, ldv, false);
     if (d_o) {
         const auto own_and_later = [&](int first, int) { return Terms{int(first / p.steps), c.tokens}; };
-        product<true, true>(c.steps, vectors, own_and_later, queries(c.pairs, z.lds, z), z.lds, d_o, ldv, x, ldv, true);
+        product<true, true>(*c.ahead, c.steps, vectors, own_and_later, queries(c.pairs, z.lds, z), z.lds, d_o, ldv, x, ldv, true);
     }
     zero_rows(x, ldv, c.steps, z.steps);
-    solve<true>(c.steps, vectors, c.pairs, z.lds, x, ldv);
+    solve<true>(*c.ahead, c.steps, vectors, c.pairs, z.lds, x, ldv);
 }
 
 // dS ← exp(G_C) dS + Q̃ᵀ dO − K̃ᵀ dV; x holds −dV, d_o (none: null) dO.
 template <class T>
 void advance_adjoint(const Sizes<T>& z, const Chunk<T>& c, const T* x, const T* d_o, int vectors, int64_t ldv, T* d_state) {
     if (c.gated()) scale_state(z, ldv, c.whole, d_state);
-    product<true, false>(z.key, vectors, AllTerms{c.steps}, c.seen, z.ldk, x, ldv, d_state, ldv, true);
+    product<true, false>(*c.ahead, z.key, vectors, AllTerms{c.steps}, c.seen, z.ldk, x, ldv, d_state, ldv, true);
     if (d_o)
-        product<true, false>(z.key, vectors, AllTerms{c.tokens}, queries(c.seen, z.ldk, z), z.ldk, d_o, ldv, d_state, ldv, true);
+        product<true, false>(*c.ahead, z.key, vectors, AllTerms{c.tokens}, queries(c.seen, z.ldk, z), z.ldk, d_o, ldv, d_state, ldv, true);
 }
 
 template <class T>
@@ -407,11 +437,11 @@ void backward_chunk(const Problem& p, const Item& item, const Sizes<T>& z, const
     transpose(z.steps, padded_value, c.error, z.ldv, d.error, z.lds);
     lower_product(z, c, z.value, d.values, z.ldv, d.error, d.pairs);
     transpose(padded_key, padded_value, c.state, z.ldv, d.state, z.ldk);
-    product<false, false>(c.steps, z.key_vectors, AllTerms{z.value}, d.values, z.ldv, d.state, z.ldk, d.rows, z.ldk, false);
+    product<false, false>(*c.ahead, c.steps, z.key_vectors, AllTerms{z.value}, d.values, z.ldv, d.state, z.ldk, d.rows, z.ldk, false);
     product<false, false>(
-        c.tokens, z.key_vectors, AllTerms{z.value}, d_o, z.ldv, d.state, z.ldk, queries(d.rows, z.ldk, z), z.ldk, false);
+        *c.ahead, c.tokens, z.key_vectors, AllTerms{z.value}, d_o, z.ldv, d.state, z.ldk, queries(d.rows, z.ldk, z), z.ldk, false);
     transpose(padded_key, padded_value, d_state, z.ldv, d.state, z.ldk);
-    product<false, false>(c.steps, z.key_vectors, AllTerms{z.value}, c.error, z.ldv, d.state, z.ldk, d.write, z.ldk, false);
+    product<false, false>(*c.ahead, c.steps, z.key_vectors, AllTerms{z.value}, c.error, z.ldv, d.state, z.ldk, d.write, z.ldk, false);
     if (c.gated()) {
         double whole = 0;
         for (int i = 0; i < z.key; ++i) whole += dot(z.value_vectors, c.state + i * z.ldv, d_state + i * z.ldv);
@@ -428,22 +458,24 @@ void backward_chunk(const Problem& p, const Item& item, const Sizes<T>& z, const
     const auto later = [&](int first, int) { return Terms{first, c.steps}; };
     const auto own_and_earlier = [&](int, int end) { return Terms{0, int(end * p.steps)}; };
     const auto own_and_later = [&](int first, int) { return Terms{int(first / p.steps), c.tokens}; };
-    product<false, false>(c.steps, z.key_vectors, earlier, d.pairs, z.lds, c.scaled, z.ldk, d.rows, z.ldk, true);
+    product<false, false>(*c.ahead, c.steps, z.key_vectors, earlier, d.pairs, z.lds, c.scaled, z.ldk, d.rows, z.ldk, true);
     product<false, false>(
-        c.tokens, z.key_vectors, own_and_earlier, queries(d.pairs, z.lds, z), z.lds, c.scaled, z.ldk,
+        *c.ahead, c.tokens, z.key_vectors, own_and_earlier, queries(d.pairs, z.lds, z), z.lds, c.scaled, z.ldk,
         queries(d.rows, z.ldk, z), z.ldk, true);
-    product<true, false>(c.steps, z.key_vectors, later, d.pairs, z.lds, c.rows, z.ldk, d.write, z.ldk, true);
+    product<true, false>(*c.ahead, c.steps, z.key_vectors, later, d.pairs, z.lds, c.rows, z.ldk, d.write, z.ldk, true);
     product<true, false>(
-        c.steps, z.key_vectors, own_and_later, queries(d.pairs, z.lds, z), z.lds, queries(c.rows, z.ldk, z), z.ldk, d.write,
+        *c.ahead, c.steps, z.key_vectors, own_and_later, queries(d.pairs, z.lds, z), z.lds, queries(c.rows, z.ldk, z), z.ldk, d.write,
         z.ldk, true);
 
     T* beta = d.seen;
     read_rows(p.beta, batch, c.token, item.head, 0, c.tokens, n, 1, beta, 1);
-    for (int s = 0; s < c.steps; ++s) {
-        T *d_w = d.write + s * z.ldk, *d_k = d.rows + s * z.ldk;
-        d.beta[s] = dot(z.key_vectors, d_w, c.rows + s * z.ldk);
-        for (int j = 0; j < z.key_vectors; ++j) store(d_k + j * W, load(d_k + j * W) + load(d_w + j * W) * beta[s]);
-    }
+    with_count(z.key_vectors, [&](auto vectors) {
+        for (int s = 0; s < c.steps; ++s) {
+            T *d_w = d.write + s * z.ldk, *d_k = d.rows + s * z.ldk;
+            d.beta[s] = dot(vectors, d_w, c.rows + s * z.ldk);
+            for (int j = 0; j < vectors; ++j) store(d_k + j * W, load(d_k + j * W) + load(d_w + j * W) * beta[s]);
+        }
+    });
     write_rows(p.d_k, batch, c.token, item.part, 0, c.tokens, n, z.key, d.rows, z.ldk);
     write_rows(p.d_q, batch, c.token, item.part, 0, c.tokens, 1, z.key, queries(d.rows, z.ldk, z), z.ldk);
     write_rows(p.d_beta, batch, c.token, item.part, 0, c.tokens, n, 1, d.beta, 1);
@@ -457,11 +489,13 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
     const int64_t each = p.chunks_per_state;
     Chunk<T> chunks[MAX_CHUNKS_PER_STATE];
     Adjoint<T> d;
+    Ahead ahead;
     T *columns, *d_state;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
-        for (int64_t i = 0; i < each; ++i) chunks[i].lay_out(pieces, z, p.g.data != nullptr);
+        for (int64_t i = 0; i < each; ++i) chunks[i].lay_out(pieces, z, p.g.data != nullptr, &ahead);
         d.lay_out(pieces, z);
+        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         d_state = pieces.take<T>(z.state());
         return pieces.used();
@@ -484,10 +518,22 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
                 memcpy(c.state, before.state, sizeof(T) * z.state());
                 advance(z, before, before.error, z.value_vectors, z.ldv, c.state);
             }
+            ahead.forget();
+            if (count + 1 < each)
+                fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
+            else
+                fetch_results(p, item, z, token, ahead);
             read_chunk(p, item, z, token, columns, c);
             find_errors(z, c, c.state, z.value_vectors, z.ldv, c.error);
         }
-        while (count-- > 0) backward_chunk(p, item, z, chunks[count], d, d_state);
+        while (count-- > 0) {
+            ahead.forget();
+            if (count > 0)
+                fetch_results(p, item, z, chunks[count - 1].token, ahead);
+            else
+                fetch_inputs(p, item, z, chunks[0].token - each * p.chunk_tokens, ahead);
+            backward_chunk(p, item, z, chunks[count], d, d_state);
+        }
     }
     if (item.segment == 0 && p.d_initial_state) write_state(p, item, z, d_state, p.d_initial_state, item.number);
 }
@@ -499,10 +545,12 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
     const Item item(p, number);
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;
+    Ahead ahead;
     T *columns, *a, *a_error, *values;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
-        c.lay_out(pieces, z, p.g.data != nullptr);
+        c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
+        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         a = pieces.take<T>(z.key * z.ldk);
         a_error = pieces.take<T>(z.steps * z.ldk);

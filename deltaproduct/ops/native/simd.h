@@ -36,6 +36,22 @@ DP_INLINE void store(T* p, Vec<T> x) {
     *reinterpret_cast<Vec<T>*>(p) = x;
 }
 
+// f(n) with n known to the compiler where it is one of the usual numbers of vectors in a row, so that loops unroll.
+template <int N>
+struct Count {
+    constexpr operator int() const { return N; }
+};
+template <class F>
+DP_INLINE void with_count(int n, F f) {
+    switch (n) {
+        case 1: return f(Count<1>{});
+        case 2: return f(Count<2>{});
+        case 4: return f(Count<4>{});
+        case 8: return f(Count<8>{});
+        default: return f(n);
+    }
+}
+
 template <class T>
 DP_INLINE T sum_of(Vec<T> x) {
     T sum = 0;
@@ -65,6 +81,26 @@ DP_INLINE Vec<T> first_lanes(Vec<T> x, int count) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+
+// Cache lines to be fetched while the products run, a few with each tile: asked for all at once, they would wait in
+// line for the few misses that a core can have under way, and the core with them.
+struct Ahead {
+    static constexpr int PER_TILE = 8;
+    const char** lines;  // an odd address: the line will be written
+    int next, end;
+
+    void forget() { next = end = 0; }
+    void add(const char* line, bool write) { lines[end++] = line + write; }
+    DP_INLINE void fetch() {
+        for (int i = 0; i < PER_TILE && next < end; ++i) {
+            const char* line = lines[next++];
+            if (reinterpret_cast<uintptr_t>(line) & 1)
+                __builtin_prefetch(line, 1);
+            else
+                __builtin_prefetch(line, 0);
+        }
+    }
+};
 
 // The terms k of a product that a block of rows [first, last) needs: all of them, or those on one side of a diagonal.
 struct Terms {
@@ -117,12 +153,14 @@ constexpr int widest_tile = DP_REGISTERS >= 32 ? 4 : 2;
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 4 : vectors == 2 && DP_REGISTERS < 32 ? 4 : vectors == 1 && DP_REGISTERS >= 32 ? 16 : 8; }
 
 template <int NV, bool TRANSPOSED, bool MINUS, class T, class Range>
-void panel(int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+void panel(Ahead& ahead, int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
     constexpr int MR = tile_rows(NV);
     const int64_t step = TRANSPOSED ? 1 : lda;
     int i = 0;
-    for (; i + MR <= rows; i += MR)
+    for (; i + MR <= rows; i += MR) {
+        ahead.fetch();
         tile<MR, NV, TRANSPOSED, MINUS>(terms(i, i + MR), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    }
     if constexpr (MR > 8)
         for (; i + 8 <= rows; i += 8)
             tile<8, NV, TRANSPOSED, MINUS>(terms(i, i + 8), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
@@ -135,60 +173,53 @@ void panel(int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t l
         tile<1, NV, TRANSPOSED, MINUS>(terms(i, i + 1), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
 }
 
-// c [rows, vectors·width] = ± a b, or c += ± a b where `add`. A panel of b stays in the nearest cache while rows pass.
+// c [rows, vectors·width] = ± a b, or c += ± a b where `add`. A panel of b stays in the nearest cache while rows pass,
+// and `ahead` is fetched meanwhile.
 template <bool TRANSPOSED, bool MINUS, class T, class Range>
-void product(int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+void product(Ahead& ahead, int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
     int j = 0;
     if constexpr (widest_tile == 4)
         for (; j + 4 <= vectors; j += 4)
-            panel<4, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+            panel<4, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
     for (; j + 2 <= vectors; j += 2)
-        panel<2, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+        panel<2, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
     for (; j < vectors; ++j)
-        panel<1, TRANSPOSED, MINUS>(rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+        panel<1, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
 }
 
-// Forward substitution takes as many rows at once as fit in registers.
-constexpr int solve_rows = DP_REGISTERS >= 32 ? 16 : 8;
+// Substitution goes by blocks of eight rows: within a block row waits for row, and two vectors side by side, where there
+// are registers for them, fill the time; between blocks it is a product.
+constexpr int solve_rows = 8, solve_vectors = DP_REGISTERS >= 32 ? 2 : 1;
 
-// x ← (I + L)⁻¹ x for R rows, L strictly lower; with TRANSPOSED, x ← (I + L)⁻ᵀ x.
-template <int R, bool TRANSPOSED, class T>
-DP_INLINE void solve_block(int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
-    for (int j = 0; j < vectors; ++j, x += width<T>) {
-        Vec<T> row[R];
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) row[i] = load(x + i * ldx);
-        if constexpr (TRANSPOSED) {
-#pragma GCC unroll 16
-            for (int r = R - 1; r > 0; --r)
-#pragma GCC unroll 16
-                for (int s = r - 1; s >= 0; --s) row[s] -= row[r] * lower[r * ldl + s];
-        } else {
-#pragma GCC unroll 16
-            for (int r = 0; r < R - 1; ++r)
-#pragma GCC unroll 16
-                for (int s = r + 1; s < R; ++s) row[s] -= row[r] * lower[s * ldl + r];
+// x ← (I + L)⁻¹ x for eight rows and NV vectors, L strictly lower; with TRANSPOSED, x ← (I + L)⁻ᵀ x.
+template <int NV, bool TRANSPOSED, class T>
+DP_INLINE void solve_block(const T* lower, int64_t ldl, T* x, int64_t ldx) {
+    constexpr int R = solve_rows;
+    Vec<T> row[R][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) row[i][j] = load(x + i * ldx + j * width<T>);
+#pragma GCC unroll 8
+    for (int n = 0; n < R - 1; ++n) {
+        const int r = TRANSPOSED ? R - 1 - n : n;  // done; its part is taken from those that wait for it
+#pragma GCC unroll 8
+        for (int i = n + 1; i < R; ++i) {
+            const int s = TRANSPOSED ? R - 1 - i : i;
+            const T l = TRANSPOSED ? lower[r * ldl + s] : lower[s * ldl + r];
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; ++j) row[s][j] -= row[r][j] * l;
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) store(x + i * ldx, row[i]);
     }
-}
-
-template <bool TRANSPOSED, class T>
-void solve_rows_of(int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
-    if (rows <= 2)
-        solve_block<2, TRANSPOSED>(vectors, lower, ldl, x, ldx);
-    else if (rows <= 4)
-        solve_block<4, TRANSPOSED>(vectors, lower, ldl, x, ldx);
-    else if (rows <= 8)
-        solve_block<8, TRANSPOSED>(vectors, lower, ldl, x, ldx);
-    else
-        solve_block<solve_rows, TRANSPOSED>(vectors, lower, ldl, x, ldx);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) store(x + i * ldx + j * width<T>, row[i][j]);
 }
 
 // The same for any number of rows. Rows up to the next multiple of `solve_rows` must exist and be zero, in x and L.
 template <bool TRANSPOSED, class T>
-void solve(int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
+void solve(Ahead& ahead, int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx) {
     const int blocks = (rows + solve_rows - 1) / solve_rows;
     for (int n = 0; n < blocks; ++n) {
         const int first = (TRANSPOSED ? blocks - 1 - n : n) * solve_rows;
@@ -197,11 +228,15 @@ void solve(int rows, int vectors, const T* lower, int64_t ldl, T* x, int64_t ldx
         if (TRANSPOSED && n > 0) {  // what the later rows, already solved, take away
             const int later = first + solve_rows;
             product<true, true>(
-                count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx, block, ldx, true);
+                ahead, count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx, block, ldx, true);
         } else if (n > 0) {
-            product<false, true>(count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
+            product<false, true>(ahead, count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
         }
-        solve_rows_of<TRANSPOSED>(count, vectors, lower + first * ldl + first, ldl, block, ldx);
+        const T* own = lower + first * ldl + first;
+        int j = 0;
+        for (; j + solve_vectors <= vectors; j += solve_vectors)
+            solve_block<solve_vectors, TRANSPOSED>(own, ldl, block + j * width<T>, ldx);
+        for (; j < vectors; ++j) solve_block<1, TRANSPOSED>(own, ldl, block + j * width<T>, ldx);
     }
 }
 
