@@ -45,7 +45,7 @@ def command_line() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is the GPU if there is one; `UsageError` if the named device is not here."""
+    """ "auto" is the GPU if there is one; `UsageError` if the named device is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -26,7 +26,9 @@ def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     lines = re.findall(r"^deltaproduct ([^#\n\\]*(?:\\\n[^#\n]*)*)", README, re.MULTILINE)
     assert len(lines) >= 10
     started = []
-    for command in ("train.Train", "evaluate.Evaluate", "reproduce.Reproduce", "bench.BenchOps"):
+    commands = ["train.Train", "evaluate.Evaluate", "reproduce.Reproduce"]
+    commands += ["bench.BenchOps", "bench.BenchStep", "bench.BenchTrain"]
+    for command in commands:
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
     monkeypatch.chdir(tmp_path)
     for line in lines:

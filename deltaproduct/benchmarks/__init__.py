@@ -1,19 +1,28 @@
 """What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
 
 from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, QUICK_SHAPES, bench_ops, row_names
-from deltaproduct.benchmarks.peers import textbook_loop
-from deltaproduct.benchmarks.report import OpsBenchmark, OpShape, ScalingBenchmark
+from deltaproduct.benchmarks.peers import PEERS, textbook_loop
+from deltaproduct.benchmarks.report import OpsBenchmark, OpShape, ScalingBenchmark, StepBenchmark, TrainBenchmark
 from deltaproduct.benchmarks.scaling import SCALING_LENGTHS, bench_scaling
+from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_step
+from deltaproduct.benchmarks.train import bench_train
 
 __all__ = [
     "DEFAULT_SHAPES",
+    "PEERS",
     "QUICK_SHAPES",
+    "QUICK_STEP_MODEL",
     "SCALING_LENGTHS",
+    "STEP_MODEL",
     "OpShape",
     "OpsBenchmark",
     "ScalingBenchmark",
+    "StepBenchmark",
+    "TrainBenchmark",
     "bench_ops",
     "bench_scaling",
+    "bench_step",
+    "bench_train",
     "row_names",
     "textbook_loop",
 ]

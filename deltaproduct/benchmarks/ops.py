@@ -1,4 +1,4 @@
-"""The operator's backends against one another, against the loop people write themselves, and against the machine.
+"""The operator's backends against one another, against other people's code, and against the machine.
 
 No row is timed before its output and all its gradients have been held against the float64 reference on the same
 inputs. Then every row runs in turn, again and again, in one process; medians and ranges are reported.
@@ -8,34 +8,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from deltaproduct.benchmarks.peers import TEXTBOOK
-from deltaproduct.benchmarks.problem import (
-    GIB,
-    Problem,
-    chosen_device,
-    chosen_dtype,
-    chosen_repeats,
-    circumstances,
-    first_line,
-)
+from deltaproduct.benchmarks.peers import PEERS, first_line
+from deltaproduct.benchmarks.problem import GIB, Problem, error_limit
 from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, OpShape, Row, ShapeResult, main_timing
 from deltaproduct.benchmarks.roofline import Roofline, measure_roofline
+from deltaproduct.benchmarks.settings import Candidate, Settings, serving
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import BACKENDS, resolve_backend
-from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops import BACKENDS
 
 DEFAULT_SHAPES = (OpShape(64, 128, 4, 32, 2), OpShape(16, 512, 8, 64, 3), OpShape(1, 4096, 4, 128, 2))
 QUICK_SHAPES = (OpShape(4, 64, 2, 16, 2),)
-LOOPS = ("reference", TEXTBOOK)
+LOOPS = ("reference", *(name for name, peer in PEERS.items() if peer.loop))
 LOOP_BYTES = 4 * GIB  # states that a loop may keep for its backward
 LOOP_STEPS = 1 << 14  # Householder steps that a loop may take: beyond them it is launch overhead that is timed
-TEXTBOOK_BYTES = 16 * GIB  # zeros that the textbook loop's backward may write
+ZERO_BYTES = 16 * GIB  # zeros that the backward of a loop which indexes its inputs may write
 
 
 def row_names() -> list[str]:
-    """What `backends` may name: every backend of the operator, and the textbook loop."""
-    return [*BACKENDS, TEXTBOOK]
+    """What `backends` may name: every backend of the operator, and every peer."""
+    return [*BACKENDS, *PEERS]
 
 
 def bench_ops(
@@ -50,11 +42,11 @@ def bench_ops(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> OpsBenchmark:
-    """Check, then time, every backend on every shape.
+    """Check, then time, every backend and every peer on every shape.
 
     Args:
         shapes: None is DEFAULT_SHAPES, or QUICK_SHAPES when `quick`.
-        backends: rows, of `row_names()`; None is all that can serve. Speed-ups need "reference" among them.
+        backends: rows, of `row_names()`; None is all that can serve.
         device: "auto", "cpu" or "cuda".
         dtype: of the inputs: float64, float32, bfloat16 or float16, or its name.
         repeats: timed runs of each row, forward and forward+backward each; None is 7, or 3 when `quick`. A row that
@@ -68,47 +60,40 @@ def bench_ops(
         UsageError: an unknown backend, device or dtype, one that cannot serve and was named, fewer than one repeat.
     """
     say = progress or (lambda line: None)
-    chosen = chosen_device(device)
-    dtype = chosen_dtype(dtype)
-    repeats = chosen_repeats(repeats, quick)
+    settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick)
     if shapes is None:
         shapes = QUICK_SHAPES if quick else DEFAULT_SHAPES
     if not shapes:
         raise UsageError("There is no shape to benchmark.")
-    names, unavailable = _serving(backends, chosen, dtype)
+    candidates: dict[str, Candidate] = {**BACKENDS, **PEERS}
+    names, unavailable = serving(backends, candidates, settings)
 
     def roofline() -> Roofline:
-        return measure_roofline(chosen, compute_dtype(torch.empty(0, dtype=dtype)), repeats=3 if quick else 8)
+        return measure_roofline(settings.device, settings.compute_dtype, repeats=3 if quick else 8)
 
     say("roofline")
     before = roofline()
-    results = [_bench_shape(s, names, chosen, dtype, repeats, backward, seed, say) for s in shapes]
+    results = [_bench_shape(shape, names, settings, say) for shape in shapes]
     best = Roofline.best(before, roofline())
     for result in results:
         for row in result.rows:
             _rate(row, result, best)
     return OpsBenchmark(
-        **circumstances(chosen, dtype, repeats, backward, seed),
+        **settings.circumstances(),
+        error_limit=error_limit(settings.dtype),
+        backward=backward,
         roofline=best,
         shapes=results,
         unavailable=unavailable,
+        versions={name: version for name in names if name in PEERS and (version := PEERS[name].version)},
     )
 
 
-def _bench_shape(
-    shape: OpShape,
-    names: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-    backward: bool,
-    seed: int,
-    say: Callable[[str], None],
-) -> ShapeResult:
-    problem = Problem(shape, device, dtype, seed, backward)
+def _bench_shape(shape: OpShape, names: list[str], settings: Settings, say: Callable[[str], None]) -> ShapeResult:
+    problem = Problem(shape, settings)
     rows, left_out = [], []
     for name in names:
-        if reason := _too_large(name, shape, backward, compute_dtype(problem.d_o).itemsize):
+        if reason := _too_large(name, shape, settings.backward, settings.compute_dtype.itemsize):
             left_out.append(NotRun(name, reason))
             continue
         say(f"{shape.label}: checking {name}")
@@ -116,19 +101,19 @@ def _bench_shape(
         if row.status == "timed":
             say(f"{shape.label}: measuring memory of {name}")
             try:  # the first run at full size is also the warm-up
-                row.peak_extra_bytes = peak_extra_bytes(problem.work(name), device)
+                row.peak_extra_bytes = peak_extra_bytes(problem.work(name), settings.device)
                 problem.forward(name)()
             except Exception as e:
                 row.status, row.reason = "failed", first_line(e)
         rows.append(row)
     timed = [row for row in rows if row.status == "timed"]
-    say(f"{shape.label}: timing {len(timed)} rows, {repeats} runs each")
+    say(f"{shape.label}: timing {len(timed)} rows, {settings.repeats} runs each")
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     for row in timed:
         runs[row.backend, "forward"] = problem.forward(row.backend)
-        if backward:
+        if settings.backward:
             runs[row.backend, "forward_backward"] = problem.work(row.backend)
-    for (name, phase), timing in interleaved(runs, repeats=repeats, device=device).items():
+    for (name, phase), timing in interleaved(runs, repeats=settings.repeats, device=settings.device).items():
         setattr(next(row for row in timed if row.backend == name), phase, timing)
     return ShapeResult(shape, shape.label, shape.forward_flops, problem.checked_length, rows, left_out)
 
@@ -143,8 +128,8 @@ def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str 
     if backward and states > LOOP_BYTES:
         return f"a state per step comes to {states / GIB:.1f} GiB, more than {LOOP_BYTES // GIB}"
     one = 2 * shape.steps * shape.batch * shape.num_heads * shape.head_dim * itemsize  # k and v
-    if name == TEXTBOOK and backward and shape.steps * one > TEXTBOOK_BYTES:
-        zeros, limit = shape.steps * one / GIB, TEXTBOOK_BYTES // GIB
+    if name in PEERS and backward and shape.steps * one > ZERO_BYTES:
+        zeros, limit = shape.steps * one / GIB, ZERO_BYTES // GIB
         return f"its backward, quadratic in T, would write {zeros:.0f} GiB of zeros, more than {limit}"
     return None
 
@@ -159,27 +144,6 @@ def _rate(row: Row, result: ShapeResult, roofline: Roofline) -> None:
     rate = row.gflops or row.forward_gflops
     if rate:
         row.roofline_share = rate / roofline.gflops
-    base = next((r for r in result.rows if r.backend == "reference"), None)
-    mine, theirs = main_timing(row), base and main_timing(base)
-    if mine and theirs:
-        row.speedup = theirs.median_ms / mine.median_ms
-
-
-def _serving(
-    backends: Sequence[str] | None, device: torch.device, dtype: torch.dtype
-) -> tuple[list[str], list[NotRun]]:
-    """The rows to run, and the backends that cannot serve; naming one of those is an error."""
-    dtype = compute_dtype(torch.empty(0, dtype=dtype))
-    if backends is not None:
-        names = list(dict.fromkeys(backends))
-        if not names:
-            raise UsageError(f"There is no backend to benchmark; choose from {', '.join(row_names())}.")
-        for name in names:
-            if name not in row_names():
-                raise UsageError(f"There is no backend {name!r} to benchmark; choose from {', '.join(row_names())}.")
-            if name != TEXTBOOK:
-                resolve_backend(name, device=device, dtype=dtype)
-        return names, []
-    obstacles = {name: b.obstacle(device, dtype) for name, b in BACKENDS.items()}
-    names = [*(name for name, reason in obstacles.items() if reason is None), TEXTBOOK]
-    return names, [NotRun(name, reason) for name, reason in obstacles.items() if reason is not None]
+    if mine := main_timing(row):
+        others = {r.backend: main_timing(r) for r in result.rows if r is not row}
+        row.speedup = {name: theirs.median_ms / mine.median_ms for name, theirs in others.items() if theirs}

@@ -1,87 +1,191 @@
 """Reports as tables for a terminal."""
 
 import re
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deltaproduct.benchmarks.report import OpsBenchmark, ScalingBenchmark, main_timing
+from deltaproduct.benchmarks.report import (
+    OpsBenchmark,
+    Report,
+    Row,
+    ScalingBenchmark,
+    ShapeResult,
+    StepBenchmark,
+    TrainBenchmark,
+    TrainRow,
+    main_timing,
+)
 from deltaproduct.benchmarks.timing import Timing
+from deltaproduct.ops import BACKENDS
+
+PARTS = ("forward", "backward", "optimiser", "operator")  # of a training step
 
 
-def render(report: OpsBenchmark | ScalingBenchmark, console: Console) -> None:
+def render(report: Report, console: Console) -> None:
     """Print a report's tables and, beneath them, what is needed to judge them."""
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    page = _Page(console)
+    match report:
+        case OpsBenchmark():
+            _ops(report, page)
+        case ScalingBenchmark():
+            _scaling(report, page)
+        case StepBenchmark():
+            _step(report, page)
+        case TrainBenchmark():
+            _train(report, page)
+    m = report.machine
+    where = m["cpu"] if report.device == "cpu" else ", ".join(m["gpus"])
+    page.note(f"{where}, cores: {m['cores']}, threads: {m['threads']}, torch {m['torch']}, {report.dtype}.")
+
+
+class _Page:
+    """A console, and how its tables and notes look."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        made = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
         made.padding = (0, 1, 0, 0)  # eight columns in 80 characters
         for i, column in enumerate(columns):
             made.add_column(column, justify="right" if i else "left", no_wrap=True)
-        return made
+        for row in rows:
+            made.add_row(*map(escape, row))
+        self.console.print(made)
 
-    def note(text: str) -> None:
-        console.print(escape(text), highlight=False, soft_wrap=True)
+    def findings(self, rows: Sequence[Row | TrainRow]) -> None:
+        """What kept a row from being timed, and how our own backends compare with all others."""
+        for row in rows:
+            if row.status != "timed":
+                self.note(f"{row.backend} is {row.status} and was not timed: {row.reason}.")
+        for row in rows:
+            if row.speedup and row.backend in BACKENDS and row.backend != "reference":
+                ratios = ", ".join(f"{other} {_number(ratio)}" for other, ratio in row.speedup.items())
+                self.note(f"{row.backend}, speed-up over: {ratios}.")
 
+
+def _ops(report: OpsBenchmark, page: _Page) -> None:
     both = "fwd+bwd" if report.backward else "forward"
-    if isinstance(report, ScalingBenchmark):
-        title = f"{report.backend}, {re.sub('T[0-9]+ ', '', report.label)}, {both}"
-        shown = table(title, "T", "ms", "µs/token", "ratio", "MiB")
-        for p in report.points:
-            shown.add_row(
-                str(p.length), _ms(p.time), _number(p.us_per_token), f"{p.ratio:.2f}", _mib(p.peak_extra_bytes)
-            )
-        if report.points:
-            console.print(shown)
-            note(f"ms: median of {report.repeats}, and below it the range.")
-            note("ratio: µs/token over that of the shortest T; 1 is linear in T.")
-        if report.reason:
-            note(f"{report.backend}: {report.reason}.")
-        note(f"{report.backend}: {report.why_backend}.")
-        if report.error is not None:
-            note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
+    for result in report.shapes:
+        _shape(result, report, page)
+        page.note("")
+    for other in report.unavailable:
+        page.note(f"{other.backend} cannot serve: {other.reason}.")
+    r = report.roofline
+    on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
+    page.note(f"Roofline: {r.gflops:.1f} GFLOP/s, a {r.size}×{r.size} {r.dtype} matrix product in this run, {on}.")
+    page.note(f"ms: median of {report.repeats}, and below it the range. GFLOP/s to MiB: of {both}.")
+    page.note("roofline: share of it. × ref.: how many times as fast as the reference.")
+    page.note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
+    page.note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
+    page.note("MiB: most memory in tensors beyond the inputs, results included; native code's own scratch is not seen.")
+    if report.versions:
+        page.note(f"Peers: {', '.join(f'{name} {version}' for name, version in report.versions.items())}.")
+
+
+def _shape(result: ShapeResult, report: OpsBenchmark, page: _Page) -> None:
+    rows = []
+    for row in result.rows:
+        first = _ms(row.forward) if row.status == "timed" else row.status.upper()
+        rows.append((
+            row.backend,
+            "–" if row.error is None else f"{row.error:.0e}",
+            *([first, _ms(row.forward_backward)] if report.backward else [first]),
+            _number(row.gflops if report.backward else row.forward_gflops),
+            _percent(row.roofline_share),
+            _number(row.speedup.get("reference")),
+            _mib(row.peak_extra_bytes),
+        ))  # fmt: skip
+    times = ("forward ms", "fwd+bwd ms") if report.backward else ("forward ms",)
+    if rows:
+        page.table(result.label, ("backend", "error", *times, "GFLOP/s", "roofline", "× ref.", "MiB"), rows)
     else:
-        for result in report.shapes:
-            times = ["forward ms", "fwd+bwd ms"] if report.backward else ["forward ms"]
-            shown = table(result.label, "backend", "error", *times, "GFLOP/s", "roofline", "× ref.", "MiB")
-            for row in result.rows:
-                first = _ms(row.forward) if row.status == "timed" else row.status.upper()
-                shown.add_row(
-                    escape(row.backend),
-                    "–" if row.error is None else f"{row.error:.0e}",
-                    *([first, _ms(row.forward_backward)] if report.backward else [first]),
-                    _number(row.gflops if report.backward else row.forward_gflops),
-                    "–" if row.roofline_share is None else f"{100 * row.roofline_share:.1f}%",
-                    _number(row.speedup),
-                    _mib(row.peak_extra_bytes),
-                )
-            if result.rows:
-                console.print(shown)
-            else:
-                note(f"{result.label}: no row")
-            if result.rows and result.checked_length < result.shape.length:
-                note(f"Correctness was checked on the first {result.checked_length} tokens.")
-            for row in result.rows:
-                if row.status != "timed":
-                    note(f"{row.backend} is {row.status} and was not timed: {row.reason}.")
-                elif (timing := main_timing(row)) and timing.runs < report.repeats:
-                    note(f"{row.backend} is slow and had {timing.runs} runs.")
-            for other in result.left_out:
-                note(f"{other.backend} is left out: {other.reason}.")
-            note("")
-        for other in report.unavailable:
-            note(f"{other.backend} cannot serve: {other.reason}.")
-        r = report.roofline
-        on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
-        note(f"Roofline: {r.gflops:.1f} GFLOP/s, a {r.size}×{r.size} {r.dtype} matrix product in this run, {on}.")
-        note(f"ms: median of {report.repeats}, and below it the range. GFLOP/s to MiB: of {both}.")
-        note("roofline: share of it. × ref.: how many times as fast as the reference.")
-        note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
-        note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
-        note("MiB: most memory held beyond the inputs, results included.")
-    m = report.machine
-    where = m["cpu"] if report.device == "cpu" else ", ".join(m["gpus"])
-    note(f"{where}, cores: {m['cores']}, threads: {m['threads']}, torch {m['torch']}, {report.dtype}.")
+        page.note(f"{result.label}: no row")
+    if rows and result.checked_length < result.shape.length:
+        page.note(f"Correctness was checked on the first {result.checked_length} tokens.")
+    page.findings(result.rows)
+    for row in result.rows:
+        if (timing := main_timing(row)) and timing.runs < report.repeats:
+            page.note(f"{row.backend} is slow and had {timing.runs} runs.")
+    for other in result.left_out:
+        page.note(f"{other.backend} is left out: {other.reason}.")
+
+
+def _scaling(report: ScalingBenchmark, page: _Page) -> None:
+    title = f"{report.backend}, {re.sub('T[0-9]+ ', '', report.label)}, {'fwd+bwd' if report.backward else 'forward'}"
+    if report.points:
+        rows = [
+            (str(p.length), _ms(p.time), _number(p.us_per_token), f"{p.ratio:.2f}", _mib(p.peak_extra_bytes))
+            for p in report.points
+        ]
+        page.table(title, ("T", "ms", "µs/token", "ratio", "MiB"), rows)
+        page.note(f"ms: median of {report.repeats}, and below it the range.")
+        page.note("ratio: µs/token over that of the shortest T; 1 is linear in T.")
+    if report.reason:
+        page.note(f"{report.backend}: {report.reason}.")
+    page.note(f"{report.backend}: {report.why_backend}.")
+    if report.error is not None:
+        page.note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
+
+
+def _step(report: StepBenchmark, page: _Page) -> None:
+    m, t = report.model, report.times
+    sizes = f"L{m['num_hidden_layers']} D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+    if t is None:
+        page.note(f"{sizes}: not timed, {report.reason}.")
+    else:
+        moved, states = report.moved_bytes, 2 * report.state_bytes
+        page.table(
+            f"One token, B{report.batch_size} {sizes}",
+            ("", "ms", "MB", "GB/s"),
+            [
+                ("token", _ms(t.token), _number(moved / 1e6), _rate(moved, t.token)),
+                ("recurrent steps alone", _ms(t.recurrent), _number(states / 1e6), _rate(states, t.recurrent)),
+                ("floor: reading weights", _ms(t.weights), _number((moved - states) / 1e6),
+                 _rate(moved - states, t.weights)),
+                ("floor: copying states", _ms(t.states), _number(states / 1e6), _rate(states, t.states)),
+                ("floor", _number(t.floor_ms), _number(moved / 1e6), _number(t.floor_gb_per_s)),
+            ],
+        )  # fmt: skip
+        millions = _number(report.num_parameters / 1e6)
+        page.note(f"{_number(t.tokens_per_second)} tokens/s; {millions} million parameters.")
+        page.note(f"A step takes {_number(t.ratio)} × the floor.")
+        page.note(f"ms: median of {report.repeats}, and below it the range. MB and GB: 10⁶ and 10⁹ bytes.")
+        page.note("The floor is memory alone, in this run: as many bytes as weights read once, and as states copied.")
+        ways = ", ".join(f"{way} {_number(timing.median_ms)}" for way, timing in t.weights_by.items())
+        page.note(f"Ways to read the weights, ms; the fastest counts: {ways}.")
+    if report.error is not None:
+        page.note(
+            f"Logits of {report.checked_length} tokens, one by one against all at once: {report.error:.1e} apart, "
+            f"at most {report.error_limit:.1e}."
+        )
+
+
+def _train(report: TrainBenchmark, page: _Page) -> None:
+    rows = []
+    for row in report.rows:
+        error = "–" if row.error is None else f"{row.error:.0e}"
+        first = _ms(row.step) if row.status == "timed" else row.status.upper()
+        rows.append((row.backend, error, first, *(_ms(getattr(row, p)) for p in PARTS), _percent(row.operator_share)))
+    task = report.config["training"]["task"]
+    title = f"A training step of {task}, {report.operator_shape}, ms"
+    page.table(title, ("backend", "error", "step", "fwd", "bwd", "update", "operator", "share"), rows)
+    page.findings(report.rows)
+    for other in report.unavailable:
+        page.note(f"{other.backend} cannot serve: {other.reason}.")
+    page.note(f"Median of {report.repeats}, and below it the range.")
+    page.note(f"Drawing the batch, part of every step: {_number(report.sampling.median_ms)} ms.")
+    page.note("step: the training loop's own, whole. The parts were measured by themselves and need not add up to it.")
+    page.note("fwd: with the loss. update: clipping and AdamW. operator: its forward and backward alone, on random")
+    page.note("inputs of one layer's shape; share: of the step, all layers.")
+    page.note("error: max|x − x64| / max|x64| over the loss and all gradients.")
 
 
 def _ms(t: Timing | None) -> str:
@@ -93,6 +197,15 @@ def _number(x: float | None) -> str:
     if x is None:
         return "–"
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def _rate(size: int, t: Timing) -> str:
+    """GB/s."""
+    return _number(size / t.median_ms / 1e6)
 
 
 def _mib(n: int | None) -> str:

@@ -71,7 +71,7 @@ class OpShape:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A backend that has no row, and why."""
+    """A backend or peer that has no row, and why."""
 
     backend: str
     reason: str
@@ -79,7 +79,7 @@ class NotRun:
 
 @dataclass
 class Row:
-    """One backend on one shape. What was not measured is None.
+    """One backend or peer on one shape. What was not measured is None.
 
     `status` is "timed"; "wrong": its error is above the limit or no finite number, so it was not timed; or "failed": it
     raised. `reason` says more in the last two cases.
@@ -95,7 +95,7 @@ class Row:
     forward_gflops: float | None = None  # GFLOP/s by `OpShape.forward_flops`
     gflops: float | None = None  # GFLOP/s of forward and backward by `OpShape.training_flops`
     roofline_share: float | None = None  # of `gflops`, or of `forward_gflops` without a backward
-    speedup: float | None = None  # over the reference row's time, for the same work as `roofline_share`
+    speedup: dict[str, float] = field(default_factory=dict)  # {other row: its time over this one's}, same work
     peak_extra_bytes: int | None = None  # of one forward and backward (or forward), beyond the inputs
 
 
@@ -118,9 +118,8 @@ class Report:
     device: str
     dtype: str
     repeats: int
-    backward: bool
     seed: int
-    error_limit: float
+    error_limit: float  # the largest error at which something is still timed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold: no NaN, no tuple."""
@@ -131,9 +130,11 @@ class Report:
 class OpsBenchmark(Report):
     """What `bench_ops` found."""
 
+    backward: bool
     roofline: Roofline
     shapes: list[ShapeResult]
-    unavailable: list[NotRun]  # backends that cannot serve here
+    unavailable: list[NotRun]  # backends and peers that cannot serve here
+    versions: dict[str, str]  # of the peers' packages
     benchmark: str = field(default="ops", init=False)
 
 
@@ -150,6 +151,7 @@ class ScalingPoint:
 class ScalingBenchmark(Report):
     """What `bench_scaling` found. `reason` is None, or why points are missing: the backend is wrong, or a T failed."""
 
+    backward: bool
     backend: str
     why_backend: str
     shape: OpShape  # of the shortest T
@@ -159,6 +161,74 @@ class ScalingBenchmark(Report):
     reason: str | None
     points: list[ScalingPoint]
     benchmark: str = field(default="scaling", init=False)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Decoding, and what it cannot be faster than. All of it was measured in turn in one run."""
+
+    token: Timing  # one call of the model: the next token of each sequence
+    recurrent: Timing  # `delta_product_step` alone, on every layer's state
+    weights: Timing  # reading as many bytes as a call reads of the weights, in the fastest of the ways tried
+    weights_by: dict[str, Timing]  # all of those ways
+    states: Timing  # copying as many bytes as the states have
+    floor_ms: float  # medians of weights + states
+    floor_gb_per_s: float  # 1e9 bytes a second: `StepBenchmark.moved_bytes` in that time
+    ratio: float  # token over floor; 1 is as fast as memory allows
+    tokens_per_second: float
+
+
+@dataclass
+class StepBenchmark(Report):
+    """What `bench_step` found. `times` is None if the model's steps are wrong or failed, and `reason` says how."""
+
+    model: dict[str, Any]  # its ModelConfig
+    batch_size: int
+    num_parameters: int
+    weight_bytes: int  # that a step reads: all parameters, but of the embedding only the tokens' own rows
+    state_bytes: int  # of all sequences and layers, convolutions' histories included
+    moved_bytes: int  # weights read once, states read and written once
+    checked_length: int
+    error: float | None  # max|stepwise − whole| / max|whole| of the logits
+    reason: str | None
+    times: StepTimes | None
+    benchmark: str = field(default="step", init=False)
+
+
+@dataclass
+class TrainRow:
+    """Training with one backend; `status`, `reason` and `worst` as in `Row`. What was not measured is None.
+
+    `step` is the training loop's own step, whole. Its parts were measured beside it by themselves and need not add up
+    to it: each runs with other neighbours, and what is small (moving data, counting hits) is in no part.
+    """
+
+    backend: str
+    status: str = "timed"
+    reason: str | None = None
+    error: float | None = None  # largest of the loss's and gradients' max|x − x64| / max|x64|
+    worst: str | None = None  # "loss" or a parameter's name
+    step: Timing | None = None
+    forward: Timing | None = None  # model and loss, recording for a backward
+    backward: Timing | None = None
+    optimiser: Timing | None = None  # clipping and AdamW
+    operator: Timing | None = None  # forward and backward of `delta_product` alone, one layer, random inputs
+    operator_share: float | None = None  # layers × operator over step
+    speedup: dict[str, float] = field(default_factory=dict)  # {other row: its step's time over this one's}
+
+
+@dataclass
+class TrainBenchmark(Report):
+    """What `bench_train` found."""
+
+    config: dict[str, Any]  # the RunConfig
+    batch_size: int
+    tokens: int  # T of a sequence, BOS included
+    operator_shape: str  # an OpShape's label
+    sampling: Timing  # drawing one batch; part of every step, whatever the backend
+    rows: list[TrainRow]
+    unavailable: list[NotRun]
+    benchmark: str = field(default="train", init=False)
 
 
 def main_timing(row: Row) -> Timing | None:

@@ -7,19 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deltaproduct.benchmarks.ops import LOOPS
-from deltaproduct.benchmarks.problem import (
-    Problem,
-    chosen_device,
-    chosen_dtype,
-    chosen_repeats,
-    circumstances,
-    first_line,
-)
+from deltaproduct.benchmarks.peers import first_line
+from deltaproduct.benchmarks.problem import Problem, error_limit
 from deltaproduct.benchmarks.report import OpShape, ScalingBenchmark, ScalingPoint
+from deltaproduct.benchmarks.settings import Settings
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import resolve_backend
-from deltaproduct.ops.inputs import compute_dtype
 
 SCALING_SHAPE = OpShape(1, 4096, 2, 32, 2)
 SCALING_LENGTHS = (4096, 8192, 16384, 32768, 65536)
@@ -51,9 +45,7 @@ def bench_scaling(
         UsageError: as `bench_ops`, a loop was named, or fewer than two different lengths.
     """
     say = progress or (lambda line: None)
-    chosen = chosen_device(device)
-    dtype = chosen_dtype(dtype)
-    repeats = chosen_repeats(repeats, quick)
+    settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick)
     if lengths is None:
         lengths = QUICK_SCALING_LENGTHS if quick else SCALING_LENGTHS
     shapes = [dataclasses.replace(shape, length=t) for t in sorted(set(lengths))]
@@ -61,29 +53,32 @@ def bench_scaling(
         raise UsageError("A scaling benchmark needs at least two different lengths.")
     if backend in LOOPS:
         raise UsageError(f"{backend!r} is a plain loop, which the scaling benchmark leaves out; choose another.")
-    name, why = resolve_backend(backend, device=chosen, dtype=compute_dtype(torch.empty(0, dtype=dtype)))
+    name, why = resolve_backend(backend, device=settings.device, dtype=settings.compute_dtype)
 
-    problem = Problem(shapes[0], chosen, dtype, seed, backward)
+    problem = Problem(shapes[0], settings)
     say(f"{shapes[0].label}: checking {name}")
     row = problem.check(name)
     points: list[ScalingPoint] = []
     if row.status == "timed":
-        problems = {s.length: Problem(s, chosen, dtype, seed, backward) for s in shapes}
+        problems = {s.length: Problem(s, settings) for s in shapes}
         memory: dict[int, int | None] = {}
         for t, p in problems.items():
             say(f"T={t}: measuring memory")
             try:  # the first run at this length is also the warm-up
-                memory[t] = peak_extra_bytes(p.work(name), chosen)
+                memory[t] = peak_extra_bytes(p.work(name), settings.device)
             except Exception as e:
                 row.reason = f"T={t} failed: {first_line(e)}"
                 break
-        say(f"timing {len(memory)} lengths, {repeats} runs each")
-        times = interleaved({t: problems[t].work(name) for t in memory}, repeats=repeats, device=chosen)
+        say(f"timing {len(memory)} lengths, {settings.repeats} runs each")
+        runs = {t: problems[t].work(name) for t in memory}
+        times = interleaved(runs, repeats=settings.repeats, device=settings.device)
         per_token = {t: 1e3 * timing.median_ms / problems[t].shape.tokens for t, timing in times.items()}
         first = per_token.get(shapes[0].length, math.nan)  # there are no points without it
         points = [ScalingPoint(t, times[t], us, us / first, memory[t]) for t, us in per_token.items()]
     return ScalingBenchmark(
-        **circumstances(chosen, dtype, repeats, backward, seed),
+        **settings.circumstances(),
+        error_limit=error_limit(settings.dtype),
+        backward=backward,
         backend=name,
         why_backend=why,
         shape=shapes[0],

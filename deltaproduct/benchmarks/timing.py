@@ -66,19 +66,24 @@ def interleaved(
     *,
     repeats: int,
     device: torch.device,
+    before: Mapping[Key, Callable[[], object]] | None = None,
     seconds_each: float = SECONDS_EACH,
 ) -> dict[Key, Timing]:
     """`repeats` rounds of one run of each entry in turn, each round starting with another entry.
 
-    Warming up is the caller's business. An entry that has used `seconds_each` seconds is left out of later rounds once
-    it has MIN_RUNS runs; `Timing.runs` says how many it had.
+    `before` holds what some entries need to have done each time, off the clock. Warming up is the caller's business. An
+    entry that has used `seconds_each` seconds is left out of later rounds once it has MIN_RUNS runs; `Timing.runs` says
+    how many it had.
     """
+    before = before or {}
     times: dict[Key, list[float]] = {key: [] for key in runs}
     keys = list(runs)
     for i in range(repeats):
         first = i % max(1, len(keys))  # nobody always follows the same neighbour's cache
         for key in keys[first:] + keys[:first]:
             if len(times[key]) < MIN_RUNS or sum(times[key]) < 1e3 * seconds_each:
+                if key in before:
+                    before[key]()
                 times[key].append(time_once(runs[key], device))
     return {key: Timing.of(t) for key, t in times.items()}
 

@@ -1,5 +1,6 @@
-"""`deltaproduct bench`: how fast the operator is on this machine, and how its cost grows."""
+"""`deltaproduct bench`: how fast the operator, decoding and training are on this machine."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,28 +9,39 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from deltaproduct.benchmarks import OpsBenchmark, OpShape, ScalingBenchmark, bench_ops, bench_scaling
+from deltaproduct.benchmarks import (
+    QUICK_STEP_MODEL,
+    STEP_MODEL,
+    OpShape,
+    bench_ops,
+    bench_scaling,
+    bench_step,
+    bench_train,
+)
 from deltaproduct.benchmarks.render import render
+from deltaproduct.benchmarks.report import Report
 from deltaproduct.cli.flags import IntList
+from deltaproduct.experiments.recipes import state_tracking_model
+from deltaproduct.experiments.s3 import s3
 from deltaproduct.files import make_folder, write_json
+from deltaproduct.tasks import get_task
+from deltaproduct.training import RunConfig
 
 
 @dataclass(kw_only=True)
 class _Bench:
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    dtype: Annotated[str, tyro.conf.arg(help="of the inputs: float64, float32, bfloat16 or float16")] = "float32"
     repeats: Annotated[int | None, tyro.conf.arg(help="timed runs of each row; None: 7, or 3 with --quick")] = None
-    backward: Annotated[bool, tyro.conf.arg(help="gradients too")] = True
     quick: Annotated[bool, tyro.conf.arg(help="a tiny problem, a few seconds in all")] = False
     json: Annotated[bool, tyro.conf.arg(help="print the report as JSON and nothing else")] = False
     out: Annotated[Path | None, tyro.conf.arg(help="also write the report to this JSON file")] = None
 
-    def _options(self) -> dict[str, Any]:
-        """What every benchmark takes."""
-        names = ("device", "dtype", "repeats", "backward", "quick")
+    def _options(self, *more: str) -> dict[str, Any]:
+        """What every benchmark takes, and `more` flags."""
+        names = ("device", "repeats", "quick", *more)
         return {name: getattr(self, name) for name in names} | {"progress": self._say}
 
-    def _show(self, report: OpsBenchmark | ScalingBenchmark) -> None:
+    def _show(self, report: Report) -> None:
         if self.out is not None:
             make_folder(self.out.parent)
             write_json(self.out, report.to_dict())
@@ -44,25 +56,69 @@ class _Bench:
 
 
 @dataclass(kw_only=True)
-class BenchOps(_Bench):
-    """Every backend of the operator side by side: correctness first, then interleaved timings and the roofline."""
+class _OperatorBench(_Bench):
+    dtype: Annotated[str, tyro.conf.arg(help="of the inputs: float64, float32, bfloat16 or float16")] = "float32"
+    backward: Annotated[bool, tyro.conf.arg(help="gradients too")] = True
+
+
+@dataclass(kw_only=True)
+class BenchOps(_OperatorBench):
+    """Every backend of the operator and every peer: correctness first, then interleaved timings and the roofline."""
 
     shapes: Annotated[
         tuple[str, ...], tyro.conf.arg(help="such as 'B64 T128 H4 K32 N2', with ' gated' for a gate; none: the usual")
     ] = ()
-    backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run; none: all that can serve")] = ()
+    backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run, peers too; none: all that can serve")] = ()
 
     def run(self) -> None:
         shapes = [OpShape.parse(s) for s in self.shapes]
-        self._show(bench_ops(shapes or None, backends=self.backends or None, **self._options()))
+        options = self._options("dtype", "backward")
+        self._show(bench_ops(shapes or None, backends=self.backends or None, **options))
 
 
 @dataclass(kw_only=True)
-class BenchScaling(_Bench):
+class BenchScaling(_OperatorBench):
     """One backend at growing sequence length: the time per token, which stays the same where cost is linear."""
 
     backend: Annotated[str, tyro.conf.arg(help="auto, chunkwise, cpu or triton")] = "auto"
     lengths: Annotated[IntList | None, tyro.conf.arg(help="None: 4096 to 65536")] = None
 
     def run(self) -> None:
-        self._show(bench_scaling(self.lengths, backend=self.backend, **self._options()))
+        self._show(bench_scaling(self.lengths, backend=self.backend, **self._options("dtype", "backward")))
+
+
+@dataclass(kw_only=True)
+class BenchStep(_Bench):
+    """Decoding one token with a whole model, beside the time of streaming its weights and states from memory."""
+
+    repeats: Annotated[int | None, tyro.conf.arg(help="timed tokens; None: 20, or 5 with --quick")] = None
+    num_hidden_layers: Annotated[int | None, tyro.conf.arg(help="None: 24, or 2 with --quick")] = None
+    hidden_size: Annotated[int | None, tyro.conf.arg(help="None: 1024, or 64 with --quick")] = None
+    num_heads: Annotated[int | None, tyro.conf.arg(help="None: 8, or 2 with --quick")] = None
+    head_dim: Annotated[int | None, tyro.conf.arg(help="None: 128, or 16 with --quick")] = None
+    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token")] = 2
+    batch_size: Annotated[int, tyro.conf.arg(help="sequences decoded at once")] = 1
+
+    def run(self) -> None:
+        names = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "num_householder")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        config = dataclasses.replace(QUICK_STEP_MODEL if self.quick else STEP_MODEL, **given)
+        self._show(bench_step(config, **self._options("batch_size")))
+
+
+@dataclass(kw_only=True)
+class BenchTrain(_Bench):
+    """A whole training step of `deltaproduct reproduce s3`, with each backend, and its parts.
+
+    `reproduce` gives each of its processes a share of the cores: OMP_NUM_THREADS=1 measures the step as it runs there.
+    """
+
+    task: Annotated[str, tyro.conf.arg(help="the same run on another task, such as S5")] = "S3"
+    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token")] = 2
+    backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run; none: all that can serve")] = ()
+
+    def run(self) -> None:
+        task = get_task(self.task)
+        training = dataclasses.replace(s3(seeds=1)[0].config.training, task=task.name)
+        model = state_tracking_model(task, num_householder=self.num_householder, allow_neg_eigval=True)
+        self._show(bench_train(RunConfig(training, model), backends=self.backends or None, **self._options()))

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str]) -> Any:
     """The command that the arguments describe, as an object with a `run` method."""
-    from deltaproduct.cli.bench import BenchOps, BenchScaling
+    from deltaproduct.cli.bench import BenchOps, BenchScaling, BenchStep, BenchTrain
     from deltaproduct.cli.doctor import Doctor
     from deltaproduct.cli.evaluate import Evaluate
     from deltaproduct.cli.reproduce import Reproduce
@@ -47,7 +47,12 @@ def _parse(arguments: list[str]) -> Any:
     defaults = resumed_defaults(arguments[1:]) if arguments[:1] == ["train"] else None
     sub = tyro.conf.subcommand
     tasks = Annotated[TasksList, sub("list")] | Annotated[TasksShow, sub("show")]
-    bench = Annotated[BenchOps, sub("ops")] | Annotated[BenchScaling, sub("scaling")]
+    bench = (
+        Annotated[BenchOps, sub("ops")]
+        | Annotated[BenchScaling, sub("scaling")]
+        | Annotated[BenchStep, sub("step")]
+        | Annotated[BenchTrain, sub("train")]
+    )
     commands: Any = (
         Annotated[Reproduce, sub("reproduce")]
         | Annotated[Train, sub("train", default=defaults) if defaults else sub("train")]

@@ -169,4 +169,3 @@ def run_jobs(
 def _in_short(result: dict[str, Any]) -> str:
     figures = "  ".join(f"{n}: {a:.3f}" for n, a in result["accuracy"].items())
     return f"{result['label']} seed {result['seed']}  {figures}  ({result['wall_seconds']:.0f} s)"
-

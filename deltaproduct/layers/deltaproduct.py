@@ -134,9 +134,7 @@ class DeltaProduct(Mixer):
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return DeltaProductState(recurrent, *(conv.init_state(batch_size) for conv in convs))
 
-    def mix(
-        self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, DeltaProductState]:
+    def mix(self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaProductState]:
         q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
         if x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]

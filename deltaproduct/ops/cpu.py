@@ -5,6 +5,7 @@ in cache, threads over sequences × value heads. Where there are fewer of those 
 are independent, and then its time are divided as well.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +142,7 @@ def cpu_forward(
 
 
 def _results(
-    empty, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
+    empty: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[torch.dtype, Cut, Tensor, Tensor, Tensor]:
     batch, length, steps, heads, value_dim = v.shape
     key_dim, dtype = k.shape[-1], compute_dtype(q, k, v, beta)
@@ -153,9 +154,13 @@ def _results(
     return dtype, cut, o, final, empty(v, slots, heads, key_dim, value_dim, dtype=dtype)
 
 
+def _fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
 @cpu_forward.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep):
-    return _results(lambda like, *shape, dtype=None: like.new_empty(shape, dtype=dtype), q, k, v, beta, cu_seqlens, keep)[2:]
+    return _results(_fake_empty, q, k, v, beta, cu_seqlens, keep)[2:]
 
 
 @torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())

@@ -1,0 +1,188 @@
+"""A whole training step with each backend, as the training loop does it, and its parts beside it."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deltaproduct.benchmarks.peers import first_line
+from deltaproduct.benchmarks.problem import Problem, error_limit, judge
+from deltaproduct.benchmarks.report import OpShape, TrainBenchmark, TrainRow
+from deltaproduct.benchmarks.settings import Settings, serving
+from deltaproduct.benchmarks.timing import interleaved
+from deltaproduct.errors import UsageError
+from deltaproduct.models.config import check_fits
+from deltaproduct.ops import BACKENDS
+from deltaproduct.tasks import get_task
+from deltaproduct.training import RunConfig
+from deltaproduct.training.checkpoint import Progress
+from deltaproduct.training.loop import masked_loss, new_model, new_optimizer, sample_batch, train_step
+
+QUICK_BATCH, QUICK_LENGTH = 8, 16
+SAMPLING = ("", "sampling")
+
+
+def bench_train(
+    config: RunConfig,
+    *,
+    backends: Sequence[str] | None = None,
+    device: str = "auto",
+    repeats: int | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> TrainBenchmark:
+    """Check, then time, the training step of a run's last stage with every backend.
+
+    Args:
+        config: the run; float32, no accumulation, layers of DeltaProduct with as many value as query/key heads.
+        backends: rows; None is every backend that can serve.
+        device, repeats, progress: as for `bench_ops`.
+        quick: a batch of 8 sequences of length 16 in place of the run's.
+
+    Raises:
+        UsageError: a run that is none of the above, an unknown backend or device, or a named one that cannot serve.
+    """
+    say = progress or (lambda line: None)
+    training = config.training
+    if quick:
+        training = dataclasses.replace(
+            training, lengths=(QUICK_LENGTH,), batch_sizes=(QUICK_BATCH,), stage_steps=(), num_samples=None
+        )
+        config = dataclasses.replace(config, training=training)
+    settings = Settings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
+    check_fits(config.model, get_task(training.task))
+    names, unavailable = serving(backends, BACKENDS, settings)
+    shape = operator_shape(config)
+    problem = Problem(shape, settings)
+
+    rows: list[TrainRow] = []
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    before: dict[tuple[str, str], Callable[[], object]] = {}
+    say("gradients of the float64 reference")
+    wanted = _Training(config, "reference", settings.device, torch.float64).loss_and_gradients()
+    for name in names:
+        say(f"checking {name}")
+        try:
+            trained = _Training(config, name, settings.device)
+            row = TrainRow(name, **judge(trained.loss_and_gradients(), wanted, error_limit(settings.dtype)))
+            parts: dict[str, Callable[[], object]] = {
+                "step": trained.step,
+                "forward": trained.forward,
+                "backward": trained.backward,
+                "optimiser": trained.update,
+                "operator": problem.work(name),
+            }
+            if row.status == "timed":
+                trained.prepare_backward()
+                for run in parts.values():  # to warm up
+                    run()
+                runs |= {(name, part): run for part, run in parts.items()}
+                before[name, "backward"] = trained.prepare_backward
+        except Exception as e:  # a finding, as in `bench_ops`
+            row = TrainRow(name, status="failed", reason=first_line(e))
+        rows.append(row)
+    say(f"timing {sum(row.status == 'timed' for row in rows)} rows, {settings.repeats} runs each")
+    runs[SAMPLING] = _sampler(config)
+    runs[SAMPLING]()
+    times = interleaved(runs, before=before, repeats=settings.repeats, device=settings.device)
+    for (name, part), timing in times.items():
+        if (name, part) != SAMPLING:
+            setattr(next(row for row in rows if row.backend == name), part, timing)
+    for row in rows:
+        if row.step and row.operator:
+            row.operator_share = config.model.num_hidden_layers * row.operator.median_ms / row.step.median_ms
+            others = {r.backend: r.step for r in rows if r is not row}
+            row.speedup = {name: theirs.median_ms / row.step.median_ms for name, theirs in others.items() if theirs}
+    return TrainBenchmark(
+        **settings.circumstances(),
+        error_limit=error_limit(settings.dtype),
+        config=json.loads(json.dumps(config.to_dict())),  # lists where there are tuples
+        batch_size=shape.batch,
+        tokens=shape.length,
+        operator_shape=shape.label,
+        sampling=times[SAMPLING],
+        rows=rows,
+        unavailable=unavailable,
+    )
+
+
+def operator_shape(config: RunConfig) -> OpShape:
+    """What the operator is given in a step of the run's last stage."""
+    model, training = config.model, config.training
+    if training.precision != "float32" or training.grad_accumulation != 1:
+        raise UsageError("bench train measures runs in float32 without gradient accumulation.")
+    if model.mixer != "deltaproduct" or model.layer_overrides:
+        raise UsageError("bench train measures models whose layers are all alike and DeltaProduct.")
+    if model.num_v_heads not in (None, model.num_heads) or model.expand_v != 1:
+        raise UsageError("bench train measures layers whose value heads are as many and as wide as the key heads.")
+    stage = len(training.lengths) - 1
+    return OpShape(
+        training.batch_size(stage),
+        1 + training.lengths[stage],  # BOS
+        model.num_heads,
+        model.head_dim,
+        model.num_householder,
+        gate=model.use_forget_gate,
+    )
+
+
+def _sampler(config: RunConfig) -> Callable[[], object]:
+    """Draw the batch of another step of the last stage with each call."""
+    task, training, stage = get_task(config.training.task), config.training, len(config.training.lengths) - 1
+    numbers = itertools.count()
+    return lambda: sample_batch(task, training, next(numbers), stage)
+
+
+class _Training:
+    """What the training loop holds while it runs, at the first step of the run's last stage."""
+
+    def __init__(
+        self, config: RunConfig, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.settings, self.device = config.training, device
+        self.task = get_task(self.settings.task)
+        self.model = new_model(config).to(device, dtype).use_backend(backend).train()
+        self.optimizer = new_optimizer(self.model, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate(0)
+        self.progress = Progress(stage=len(self.settings.lengths) - 1)
+        batch = sample_batch(self.task, self.settings, 0, self.progress.stage)
+        self.tokens, self.labels, self.mask = (x.to(device) for x in batch)
+        self.loss: Tensor | None = None
+
+    def step(self) -> object:
+        """The loop's own step, on the next batch."""
+        result = train_step(self.model, self.optimizer, self.task, self.settings, self.progress, self.device)
+        self.progress.step += 1
+        return result
+
+    def forward(self) -> Tensor:
+        logits, _ = self.model(self.tokens)
+        return masked_loss(logits, self.labels, self.mask)
+
+    def prepare_backward(self) -> None:
+        """What `backward` needs each time: no gradients, and a loss that has not been gone through."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = self.forward()
+
+    def backward(self) -> None:
+        assert self.loss is not None
+        self.loss.backward()
+
+    def update(self) -> None:
+        """Clip and update, with the gradients of whichever backward came last."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip if self.settings.clip > 0 else math.inf)
+        self.optimizer.step()
+
+    def loss_and_gradients(self) -> dict[str, Tensor]:
+        """Of the first batch, by name."""
+        self.prepare_backward()
+        self.backward()
+        assert self.loss is not None
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return {"loss": self.loss.detach()} | gradients
