@@ -15,7 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
 from deltaproduct.ops import delta_product, delta_product_step
-from deltaproduct.ops.inputs import compute_dtype, l2_normalise
+from deltaproduct.ops.inputs import compute_dtype
 
 
 class DeltaProductState(NamedTuple):
@@ -138,12 +138,14 @@ class DeltaProduct(Mixer):
         q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
         if x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
-            o, recurrent = delta_product_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent)
+            o, recurrent = delta_product_step(
+                q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent, qk_l2norm=True
+            )
             o = o[:, None]
         else:
             o, final = delta_product(
                 q, k, v, beta, g, initial_state=state.recurrent, output_final_state=True, cu_seqlens=cu_seqlens,
-                backend=self.backend,
+                qk_l2norm=True, backend=self.backend,
             )  # fmt: skip
             assert final is not None  # it was asked for
             recurrent = final
@@ -155,8 +157,8 @@ class DeltaProduct(Mixer):
     def project(
         self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
-        """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with q and k
-        normalised, and the convolutions' histories after the last token."""
+        """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with
+        `qk_l2norm=True`, and the convolutions' histories after the last token."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         histories: list[Tensor | None] = [None, None, None]
         if self.use_short_conv:
@@ -166,8 +168,8 @@ class DeltaProduct(Mixer):
         activation = ACTIVATIONS[self.qkv_activation]
         q, k, v = activation(q), activation(k), activation(v)
         n = self.num_householder
-        q = l2_normalise(rearrange(q, "b t (h k) -> b t h k", h=self.num_heads))
-        k = l2_normalise(rearrange(k, "b t (n h k) -> b t n h k", n=n, h=self.num_heads))
+        q = rearrange(q, "b t (h k) -> b t h k", h=self.num_heads)
+        k = rearrange(k, "b t (n h k) -> b t n h k", n=n, h=self.num_heads)
         v = rearrange(v, "b t (n h v) -> b t n h v", n=n, h=self.num_v_heads)
         # In float32 even under autocast: near 2 a bfloat16 sigmoid has steps of 1/128, and reflections need exactly 2.
         logits = self.b_proj(x)

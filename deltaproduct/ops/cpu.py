@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.inputs import NORM_EPS, compute_dtype
 from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
@@ -42,7 +42,8 @@ class Cut:
 
     @classmethod
     def of(cls, steps: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> "Cut":
-        tokens = max(1, CHUNK_STEPS // steps)
+        short = steps == 1 and key_dim <= 16  # there a chunk's own matrices outweigh the state
+        tokens = max(1, (CHUNK_STEPS // 2 if short else CHUNK_STEPS) // steps)
         chunk = tokens * steps
         floats = key_dim * value_dim + chunk * (3 * key_dim + value_dim + 2 * chunk)
         each = WORKSPACE_BYTES // (floats * dtype.itemsize)
@@ -84,6 +85,7 @@ def _problem(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    qk_l2norm: bool,
     dtype: torch.dtype,
     cut: Cut,
 ) -> Problem:
@@ -102,6 +104,7 @@ def _problem(
         sequences=sequences,
         cu_seqlens=_pointer(cu_seqlens),
         scale=scale,
+        norm_eps=NORM_EPS if qk_l2norm else 0.0,
         wide=dtype == torch.float64,
         chunk_tokens=cut.chunk_tokens,
         chunks_per_state=cut.chunks_per_state,
@@ -127,13 +130,14 @@ def cpu_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
+    qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
     dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     initial = None if initial_state is None else initial_state.to(dtype).contiguous()
-    problem = _problem(q, k, v, beta, g, cu_seqlens, scale, dtype, cut)
+    problem = _problem(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
     problem.o = TensorField.of(o, per_step=False)
     problem.initial_state, problem.final_state = _pointer(initial), _pointer(final)
     problem.states = _pointer(states) if keep else None
@@ -159,7 +163,7 @@ def _fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 
 @cpu_forward.register_fake
-def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep):
+def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False):
     return _results(_fake_empty, q, k, v, beta, cu_seqlens, keep)[2:]
 
 
@@ -175,13 +179,14 @@ def cpu_backward(
     states: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
+    qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     dtype, heads, key_heads = states.dtype, v.shape[3], k.shape[3]
     cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], dtype)
     d_o, q_in, k_in, v_in = _aligned(d_o), _aligned(q), _aligned(k), _aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, dtype, cut)
+    problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
     sequences, blocks = problem.sequences, problem.value_blocks
 
     def parts(x: Tensor, at: int, each: int) -> Tensor:
@@ -222,7 +227,7 @@ def _summed(parts: Tensor, x: Tensor, at: int) -> Tensor:
 
 
 @cpu_backward.register_fake
-def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale):
+def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale, qk_l2norm=False):
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_g = v.new_empty(0) if g is None else g.new_empty(g.shape)
     return (*(x.new_empty(x.shape) for x in (q, k, v, beta)), d_g, states.new_empty(sequences, *states.shape[1:]))
@@ -230,9 +235,9 @@ def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale):
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros as large as the states
-    q, k, v, beta, g, initial_state, cu_seqlens, scale, _ = inputs
+    q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm = inputs
     ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
-    ctx.scale = scale
+    ctx.scale, ctx.qk_l2norm = scale, qk_l2norm
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
@@ -240,9 +245,11 @@ def _autograd(ctx, d_o, d_final, d_states):
     q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
     if d_o is None:
         d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
-    d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, ctx.scale)
+    d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(
+        d_o, d_final, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.qk_l2norm
+    )
     d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
-    return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None
+    return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None, None
 
 
 cpu_forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -257,9 +264,27 @@ def cpu(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator on the engine; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
     given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    o, final, _ = cpu_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep)
+    o, final, _ = cpu_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm)
     return o, final
+
+
+def cpu_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """One token on the engine; shapes as in `delta_product_step`. Returns (o [B,HV,V], state)."""
+    g = None if g is None else g.unsqueeze(1)
+    q, k, v, beta = (x.unsqueeze(1) for x in (q, k, v, beta))
+    o, state = cpu(q, k, v, beta, g, state, None, scale, qk_l2norm)
+    return o.squeeze(1), state

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
-from deltaproduct.ops.cpu import cpu
+from deltaproduct.ops.cpu import cpu, cpu_step
 from deltaproduct.ops.cpu import obstacle as cpu_obstacle
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
@@ -31,6 +31,8 @@ class Backend:
     run: Callable[..., tuple[Tensor, Tensor]] | None
     states: Callable[..., Tensor] | None
     obstacle: Callable[[torch.device, torch.dtype], str | None]
+    step: Callable[..., tuple[Tensor, Tensor]] | None = None  # one token; None: the reference's own loop body
+    normalises: bool = False  # `run` takes qk_l2norm as a last argument, and does it more cheaply than PyTorch
 
 
 def _never(device: torch.device, dtype: torch.dtype) -> None:
@@ -48,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("triton", "GPU kernels", None, None, _no_triton),
-        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle),
+        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle, cpu_step, normalises=True),
         Backend("chunkwise", "chunks as matrix products, any device", chunkwise, chunkwise_states, _never),
         Backend("reference", "the plain loop: the specification", reference, reference_states, _never),
     )
@@ -124,13 +126,16 @@ def delta_product(
         check_cu_seqlens(cu_seqlens, k)
     check_state(initial_state, k, v, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(q, k, v, beta))
-    if qk_l2norm:
-        q, k = l2_normalise(q), l2_normalise(k)
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     # The loop over nothing is nothing, and chunked layouts need at least one token.
-    run = reference if 0 in k.shape[:2] else BACKENDS[name].run
+    chosen = BACKENDS["reference" if 0 in k.shape[:2] else name]
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.autocast(k.device.type, enabled=False):
-        o, final_state = run(q, k, v, beta, g, initial_state, cu_seqlens, scale)
+        if chosen.normalises:
+            o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm)
+        else:
+            if qk_l2norm:
+                q, k = l2_normalise(q), l2_normalise(k)
+            o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale)
     return o, final_state if output_final_state else None
 
 
@@ -155,10 +160,13 @@ def delta_product_step(
     check_query(q.unsqueeze(1), k_t)
     check_state(state, k_t, v_t, k.shape[0])
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
-    if qk_l2norm:
-        q, k = l2_normalise(q), l2_normalise(k)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    name, _ = resolve_backend(device=k.device, dtype=dtype)
     with torch.autocast(k.device.type, enabled=False):
+        if BACKENDS[name].step is not None and k.shape[0] > 0:
+            return BACKENDS[name].step(q, k, v, beta, g, state, scale, qk_l2norm)
+        if qk_l2norm:
+            q, k = l2_normalise(q), l2_normalise(k)
         q, k = (expand_heads(x.to(dtype), heads) for x in (q, k))
         g = None if g is None else g.to(dtype)
         o, state = token_step(state.to(dtype), q, k, v.to(dtype), beta.to(dtype), g, scale)

@@ -54,6 +54,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("cu_seqlens", ctypes.c_void_p),
         ("scale", ctypes.c_double),
+        ("norm_eps", ctypes.c_double),
         *((name, ctypes.c_int32) for name in _CUTS),
         *((name, TensorField) for name in _TENSORS),
         *((name, ctypes.c_void_p) for name in _STATES),

@@ -24,6 +24,7 @@ struct Problem {
     int64_t sequences;          // B, or the number of packed sequences
     const int64_t* cu_seqlens;  // [sequences + 1] where sequences are packed, else null
     double scale;
+    double norm_eps;  // not 0: q and k are first divided by √(Σx² + norm_eps), and the gradients are those of the given
 
     // How the work is cut; no result depends on it but through rounding.
     int32_t wide;              // compute in double

@@ -94,6 +94,7 @@ struct Chunk {
     int64_t token;      // its first
     int tokens, steps;  // how many it really has
     T* rows;            // [steps + tokens, K] keys, then queries
+    T* norms;           // [steps + tokens] what they were multiplied by to be normalised
     T* scaled;          // [steps, K] W = β k
     T* pairs;           // [steps + tokens, steps] L, then P
     T* error;           // [steps, V] V, then E
@@ -113,6 +114,7 @@ struct Chunk {
     void lay_out(Pieces& pieces, const Sizes<T>& z, bool gated, Ahead* fetched) {
         ahead = fetched;
         rows = pieces.take<T>(z.rows * z.ldk);
+        norms = pieces.take<T>(z.rows);
         scaled = pieces.take<T>(z.steps * z.ldk);
         pairs = pieces.take<T>(z.rows * z.lds);
         error = pieces.take<T>(z.steps * z.ldv);
@@ -227,6 +229,40 @@ void lower_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, 
         *c.ahead, c.tokens, z.step_vectors, AllTerms{terms}, queries(a, lda, z), lda, b, z.lds, queries(pairs, z.lds, z), z.lds, false);
 }
 
+template <class N, class T>
+DP_INLINE T dot(N vectors, const T* a, const T* b) {
+    Vec<T> sum{};
+    for (int j = 0; j < vectors; ++j) sum += load(a + j * width<T>) * load(b + j * width<T>);
+    return sum_of<T>(sum);
+}
+
+// x ← x / √(Σx² + ε) for every row, and the factor
+template <class T>
+void normalise_rows(double eps, int rows, int vectors, T* x, int64_t ld, T* norms) {
+    with_count(vectors, [=](auto count) {
+        for (int i = 0; i < rows; ++i) {
+            T* row = x + i * ld;
+            const T norm = T(1 / sqrt(dot(count, row, row) + T(eps)));
+            for (int j = 0; j < count; ++j) store(row + j * width<T>, load(row + j * width<T>) * norm);
+            norms[i] = norm;
+        }
+    });
+}
+
+// The gradient in x of the above, in the place of the one in x̂ = x·norm: dx = norm (dx̂ − x̂ (x̂·dx̂))
+template <class T>
+void denormalise_rows(int rows, int vectors, const T* x, const T* norms, int64_t ld, T* d) {
+    with_count(vectors, [=](auto count) {
+        for (int i = 0; i < rows; ++i) {
+            const T *row = x + i * ld;
+            T* d_row = d + i * ld;
+            const T along = dot(count, row, d_row);
+            for (int j = 0; j < count; ++j)
+                store(d_row + j * width<T>, (load(d_row + j * width<T>) - load(row + j * width<T>) * along) * norms[i]);
+        }
+    });
+}
+
 // Everything about a chunk that no state enters. `columns` [K, steps] is room to work in.
 template <class T>
 void read_chunk(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, T* columns, Chunk<T>& c) {
@@ -240,6 +276,10 @@ void read_chunk(const Problem& p, const Item& item, const Sizes<T>& z, int64_t t
     read_rows(p.k, batch, token, item.key_head, 0, c.tokens, n, z.key, c.rows, z.ldk);
     read_rows(p.q, batch, token, item.key_head, 0, c.tokens, 1, z.key, queries(c.rows, z.ldk, z), z.ldk);
     read_rows(p.v, batch, token, item.head, item.column, c.tokens, n, z.value, c.error, z.ldv);
+    if (p.norm_eps != 0) {
+        normalise_rows(p.norm_eps, c.steps, z.key_vectors, c.rows, z.ldk, c.norms);
+        normalise_rows(p.norm_eps, c.tokens, z.key_vectors, queries(c.rows, z.ldk, z), z.ldk, c.norms + z.steps);
+    }
     scale_rows(c.steps, z.key_vectors, beta, c.rows, z.ldk, c.scaled);
     zero_rows(c.scaled, z.ldk, c.steps, z.steps);
     zero_rows(c.error, z.ldv, c.steps, z.steps);
@@ -364,13 +404,6 @@ struct Adjoint {
     }
 };
 
-template <class N, class T>
-DP_INLINE T dot(N vectors, const T* a, const T* b) {
-    Vec<T> sum{};
-    for (int j = 0; j < vectors; ++j) sum += load(a + j * width<T>) * load(b + j * width<T>);
-    return sum_of<T>(sum);
-}
-
 // −dE = −Pᵀ dO − W̃ dS, then −dV = (I + L)⁻ᵀ (−dE), in the first rows of x; dO (none: null) is in the rows below.
 template <class T>
 void find_d_values(
@@ -476,6 +509,11 @@ void backward_chunk(const Problem& p, const Item& item, const Sizes<T>& z, const
             for (int j = 0; j < vectors; ++j) store(d_k + j * W, load(d_k + j * W) + load(d_w + j * W) * beta[s]);
         }
     });
+    if (p.norm_eps != 0) {
+        denormalise_rows(c.steps, z.key_vectors, c.rows, c.norms, z.ldk, d.rows);
+        denormalise_rows(
+            c.tokens, z.key_vectors, queries(c.rows, z.ldk, z), c.norms + z.steps, z.ldk, queries(d.rows, z.ldk, z));
+    }
     write_rows(p.d_k, batch, c.token, item.part, 0, c.tokens, n, z.key, d.rows, z.ldk);
     write_rows(p.d_q, batch, c.token, item.part, 0, c.tokens, 1, z.key, queries(d.rows, z.ldk, z), z.ldk);
     write_rows(p.d_beta, batch, c.token, item.part, 0, c.tokens, n, 1, d.beta, 1);
