@@ -30,7 +30,8 @@ DP_INLINE double widen(double x) { return x; }
 DP_INLINE float widen(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 DP_INLINE float widen(Float16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
-    const uint32_t finite = bits_of(float_of(rest) * 0x1p112f);  // moves the exponent's bias; exact, subnormals included
+    const uint32_t finite =
+        bits_of(float_of(rest) * 0x1p112f);  // moves the exponent's bias; exact, subnormals included
     return float_of(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : finite));
 }
 
@@ -108,10 +109,11 @@ void write_rows_of(S* to, const Tensor& x, int tokens, int steps, int columns, c
 
 // Plan to fetch the cache lines of such rows.
 inline void add_rows(
-    Ahead& ahead, bool write, const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens, int steps,
-    int columns) {
+    Ahead& ahead, bool write, const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens,
+    int steps, int columns) {
     const int64_t size = x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2;
-    const char* first = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token + head * x.head + column) * size;
+    const char* first =
+        static_cast<const char*>(x.data) + (batch * x.batch + token * x.token + head * x.head + column) * size;
     for (int t = 0; t < tokens; ++t)
         for (int j = 0; j < steps; ++j)
             for (int64_t i = 0; i < columns * size; i += 64)
@@ -133,8 +135,8 @@ DP_INLINE void with_dtype(int32_t dtype, F f) {
 // (ld > 1), what lies beyond `columns` in the last of them becomes zero.
 template <class T>
 void read_rows(
-    const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens, int steps, int columns, T* to,
-    int64_t ld, T factor = 1) {
+    const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens, int steps, int columns,
+    T* to, int64_t ld, T factor = 1) {
     const int64_t offset = batch * x.batch + token * x.token + head * x.head + column;
     with_dtype(x.dtype, [&](auto element) {
         read_rows_of(static_cast<const decltype(element)*>(x.data) + offset, x, tokens, steps, columns, to, ld, factor);

@@ -28,8 +28,9 @@ const Kernels* const all_kernels[] = {
 bool runs_here(const Kernels& kernels) {
 #ifdef DELTAPRODUCT_X86
     if (&kernels == &avx512_kernels)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("fma");
     if (&kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return true;
@@ -99,7 +100,8 @@ std::vector<char> segment_states(const Problem& p, const Kernels& kernels, bool 
     const int64_t state = p.key_dim * p.value_dim * size, items = p.segments * heads * p.value_blocks;
     const int64_t square = p.key_dim * p.key_dim * size;
     std::vector<char> a(items * square), b(p.segments * heads * state), states(p.segments * heads * state);
-    const int64_t unused = reverse ? 0 : p.segments - 1;  // nothing comes after the last, or in reverse before the first
+    const int64_t unused =
+        reverse ? 0 : p.segments - 1;  // nothing comes after the last, or in reverse before the first
     parallel_for(items, p.threads, [&](int64_t i) {
         if (i / (heads * p.value_blocks) != unused)
             kernels.summary(p, i, reverse, &a[i * square], &b[i / p.value_blocks * state]);
@@ -110,7 +112,9 @@ std::vector<char> segment_states(const Problem& p, const Kernels& kernels, bool 
             const int64_t to = (reverse ? p.segments - 1 - n : n) * heads + head;
             const int64_t from = reverse ? to + heads : to - heads;
             if (n > 0)
-                kernels.compose(p, &a[from * p.value_blocks * square], &b[from * state], &states[from * state], &states[to * state]);
+                kernels.compose(
+                    p, &a[from * p.value_blocks * square], &b[from * state], &states[from * state],
+                    &states[to * state]);
             else if (given)
                 std::memcpy(&states[to * state], given + head * state, state);
         }
@@ -125,7 +129,8 @@ int run(const Problem& p, bool reverse) {
         std::vector<char> states;
         if (p.segments > 1) states = segment_states(p, kernels, reverse);
         const void* starts = p.segments > 1 ? states.data() : nullptr;
-        parallel_for(items, p.threads, [&](int64_t i) { (reverse ? kernels.backward : kernels.forward)(p, i, starts); });
+        parallel_for(
+            items, p.threads, [&](int64_t i) { (reverse ? kernels.backward : kernels.forward)(p, i, starts); });
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

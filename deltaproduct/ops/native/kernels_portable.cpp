@@ -6,10 +6,6 @@
 #else
 #define DP_REGISTERS 16
 #endif
-#include "recurrence.h"
+#include "kernels.h"
 
-namespace deltaproduct {
-const Kernels portable_kernels = {
-    "portable", DP_VECTOR_BYTES, portable::any_forward, portable::any_backward, portable::any_summary,
-    portable::any_compose};
-}
+const deltaproduct::Kernels deltaproduct::portable_kernels = deltaproduct::portable::table;

@@ -35,9 +35,9 @@ struct Problem {
     int32_t threads;
 
     Tensor q, k, v, beta, g;
-    Tensor o;          // forward
-    Tensor d_o;        // backward, as all that follow; d_q, d_k, d_beta and d_g have value_heads · value_blocks heads,
-    Tensor d_q, d_k;   // which the caller sums
+    Tensor o;         // forward
+    Tensor d_o;       // backward, as all that follow; d_q, d_k, d_beta and d_g have value_heads · value_blocks heads,
+    Tensor d_q, d_k;  // which the caller sums
     Tensor d_v, d_beta, d_g;
 
     // Contiguous, in the type that is computed in. Null where not given or not asked for.
@@ -68,7 +68,6 @@ inline Sequence sequence_of(const Problem& p, int64_t number) {
 // blocks fastest.
 struct Kernels {
     const char* name;
-    int vector_bytes;
     void (*forward)(const Problem&, int64_t item, const void* segment_states);
     void (*backward)(const Problem&, int64_t item, const void* segment_states);
     // (A [K,K], B [K,V]) of an item's segment: it maps a state S at its start to A S + B at its end, and in reverse.

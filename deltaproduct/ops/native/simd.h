@@ -1,8 +1,8 @@
 // Small dense products on vectors of one instruction set: tiles held in registers, triangular solves, transposes.
 //
-// Compiled once for every instruction set, into a namespace of its own (DP_ARCH); only plain C headers are used, so that
-// no inline function of the C++ library is compiled for instructions that the machine at hand may lack. All matrices
-// are row-major; `ld` is the distance between rows, and the last dimension is a whole number of vectors.
+// Compiled once for every instruction set, into a namespace of its own (DP_ARCH); only plain C headers are used, so
+// that no inline function of the C++ library is compiled for instructions that the machine at hand may lack. All
+// matrices are row-major; `ld` is the distance between rows, and the last dimension is a whole number of vectors.
 #pragma once
 
 #include <cstdint>
@@ -113,7 +113,8 @@ struct AllTerms {
 
 // c (+)= ± a b, for MR rows and NV vectors of columns; TRANSPOSED: element (i,k) of a is at a[k·lda + i].
 template <int MR, int NV, bool TRANSPOSED, bool MINUS, class T>
-DP_INLINE void tile(Terms terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* __restrict__ c, int64_t ldc, bool add) {
+DP_INLINE void tile(
+    Terms terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* __restrict__ c, int64_t ldc, bool add) {
     Vec<T> sum[MR][NV];
     if (add) {
 #pragma GCC unroll 16
@@ -150,10 +151,14 @@ DP_INLINE void tile(Terms terms, const T* a, int64_t lda, const T* b, int64_t ld
 
 // Sixteen sums in flight hide the latency of a multiply-add where there are registers for them, eight elsewhere.
 constexpr int widest_tile = DP_REGISTERS >= 32 ? 4 : 2;
-constexpr int tile_rows(int vectors) { return vectors == 4 ? 4 : vectors == 2 && DP_REGISTERS < 32 ? 4 : vectors == 1 && DP_REGISTERS >= 32 ? 16 : 8; }
+constexpr int tile_rows(int vectors) {
+    return vectors == 4 ? 4 : vectors == 2 && DP_REGISTERS < 32 ? 4 : vectors == 1 && DP_REGISTERS >= 32 ? 16 : 8;
+}
 
 template <int NV, bool TRANSPOSED, bool MINUS, class T, class Range>
-void panel(Ahead& ahead, int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+void panel(
+    Ahead& ahead, int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    bool add) {
     constexpr int MR = tile_rows(NV);
     const int64_t step = TRANSPOSED ? 1 : lda;
     int i = 0;
@@ -176,7 +181,9 @@ void panel(Ahead& ahead, int rows, Range terms, const T* a, int64_t lda, const T
 // c [rows, vectors·width] = ± a b, or c += ± a b where `add`. A panel of b stays in the nearest cache while rows pass,
 // and `ahead` is fetched meanwhile.
 template <bool TRANSPOSED, bool MINUS, class T, class Range>
-void product(Ahead& ahead, int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+void product(
+    Ahead& ahead, int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+    int64_t ldc, bool add) {
     int j = 0;
     if constexpr (widest_tile == 4)
         for (; j + 4 <= vectors; j += 4)
@@ -187,8 +194,8 @@ void product(Ahead& ahead, int rows, int vectors, Range terms, const T* a, int64
         panel<1, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
 }
 
-// Substitution goes by blocks of eight rows: within a block row waits for row, and two vectors side by side, where there
-// are registers for them, fill the time; between blocks it is a product.
+// Substitution goes by blocks of eight rows: within a block row waits for row, and two vectors side by side, where
+// there are registers for them, fill the time; between blocks it is a product.
 constexpr int solve_rows = 8, solve_vectors = DP_REGISTERS >= 32 ? 2 : 1;
 
 // x ← (I + L)⁻¹ x for eight rows and NV vectors, L strictly lower; with TRANSPOSED, x ← (I + L)⁻ᵀ x.
@@ -228,9 +235,11 @@ void solve(Ahead& ahead, int rows, int vectors, const T* lower, int64_t ldl, T* 
         if (TRANSPOSED && n > 0) {  // what the later rows, already solved, take away
             const int later = first + solve_rows;
             product<true, true>(
-                ahead, count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx, block, ldx, true);
+                ahead, count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx,
+                block, ldx, true);
         } else if (n > 0) {
-            product<false, true>(ahead, count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
+            product<false, true>(
+                ahead, count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
         }
         const T* own = lower + first * ldl + first;
         int j = 0;
