@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 # Each worker would start a thread per core; two workers on two cores would then fight over them.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all sanitize lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -46,6 +46,22 @@ test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows the
 
 test-all: setup  ## run all tests
 	$(PYTEST) -m "" $(PYTEST_ARGS)
+
+# Nothing that the address sanitizer sees anyway, nor alignment, which vectors declare: they double the build.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize=null,object-size,vptr,alignment -fno-sanitize-recover=all
+
+# The sanitizers' runtimes come before Python, which is built without them, and libstdc++ with them, so that they find
+# the throw that PyTorch uses. Leaks are not looked for: what Python and PyTorch keep until the end would be reported.
+sanitize: setup  ## run the native engine's tests on a build of it that traps what C++ leaves undefined (GCC only)
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	echo "Building the engine with GCC's sanitizers ..."; \
+	DELTAPRODUCT_CXXFLAGS="-O1 -g1 $(SANITIZERS)" $(VENV)/bin/python setup.py -q build_ext \
+		--build-lib "$$folder" --build-temp "$$folder/objects"; \
+	engine=$$(ls "$$folder"/deltaproduct/ops/native/_engine.*); \
+	for name in asan ubsan stdc++; do runtimes="$$runtimes $$($${CXX:-g++} -print-file-name=lib$$name.so)"; done; \
+	DELTAPRODUCT_ENGINE="$$engine" LD_PRELOAD="$$runtimes" ASAN_OPTIONS="detect_leaks=0:log_path=$$folder/found" \
+		UBSAN_OPTIONS="print_stacktrace=1:log_path=$$folder/found" \
+		$(PYTEST) --max-worker-restart=0 tests/test_native.py $(PYTEST_ARGS) || { cat "$$folder"/found.*; exit 1; }
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check

@@ -174,7 +174,6 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
         Pieces pieces(memory);
         for (int64_t i = 0; i < each; ++i) chunks[i].lay_out(pieces, z, p.g.data != nullptr, &ahead);
         d.lay_out(pieces, z);
-        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         d_state = pieces.take<T>(z.state());
         return pieces.used();

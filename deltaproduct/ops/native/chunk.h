@@ -65,8 +65,6 @@ struct Sizes {
         ldv = (value_vectors + 1) * W;
         lds = steps;
     }
-    // Bound on the cache lines of a chunk's inputs and results.
-    int64_t lines() const { return rows * 2 * ((key + value) * int64_t(sizeof(T)) / 64 + 4); }
     int64_t state() const { return round_up(key, width<T>) * ldv; }
 };
 

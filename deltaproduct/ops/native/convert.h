@@ -107,17 +107,14 @@ void write_rows_of(S* to, const Tensor& x, int tokens, int steps, int columns, c
     });
 }
 
-// Plan to fetch the cache lines of such rows.
+// Plan to fetch such rows.
 inline void add_rows(
     Ahead& ahead, bool write, const Tensor& x, int64_t batch, int64_t token, int64_t head, int64_t column, int tokens,
     int steps, int columns) {
     const int64_t size = x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2;
-    const char* first =
-        static_cast<const char*>(x.data) + (batch * x.batch + token * x.token + head * x.head + column) * size;
-    for (int t = 0; t < tokens; ++t)
-        for (int j = 0; j < steps; ++j)
-            for (int64_t i = 0; i < columns * size; i += 64)
-                ahead.add(first + (t * x.token + j * x.step) * size + i, write);
+    const int64_t first = (batch * x.batch + token * x.token + head * x.head + column) * size;
+    ahead.add(
+        static_cast<const char*>(x.data) + first, tokens, x.token * size, steps, x.step * size, columns * size, write);
 }
 
 // Calls f with a value of the tensor's element type.

@@ -30,7 +30,6 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
         c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
-        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         out = pieces.take<T>(p.chunk_tokens * z.ldv);
         return pieces.used();

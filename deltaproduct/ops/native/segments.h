@@ -18,7 +18,6 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
         c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
-        ahead = {pieces.take<const char*>(z.lines()), 0, 0};
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         a = pieces.take<T>(z.key * z.ldk);
         a_error = pieces.take<T>(z.steps * z.ldk);

@@ -82,24 +82,46 @@ DP_INLINE Vec<T> first_lanes(Vec<T> x, int count) {
     return x;
 }
 
-// Cache lines to be fetched while the products run, a few with each tile: asked for all at once, they would wait in
-// line for the few misses that a core can have under way, and the core with them.
-struct Ahead {
-    static constexpr int PER_TILE = 8;
-    const char** lines;  // an odd address: the line will be written
-    int next, end;
+// Rows of tensors to be fetched while the products run, a few cache lines with each tile: asked for all at once, they
+// would wait in line for the few misses that a core can have under way, and the core with them.
+class Ahead {
+public:
+    void forget() { count_ = done_ = 0; }
 
-    void forget() { next = end = 0; }
-    void add(const char* line, bool write) { lines[end++] = line + write; }
+    // tokens × steps rows of so many bytes, which will be read or written
+    void add(const char* first, int tokens, int64_t token, int steps, int64_t step, int64_t bytes, bool write) {
+        runs_[count_++] = {first, tokens, steps, 0, token - steps * step, step, bytes, write};
+    }
+
     DP_INLINE void fetch() {
-        for (int i = 0; i < PER_TILE && next < end; ++i) {
-            const char* line = lines[next++];
-            if (reinterpret_cast<uintptr_t>(line) & 1)
-                __builtin_prefetch(line, 1);
-            else
-                __builtin_prefetch(line, 0);
+        for (int64_t bytes = 0; bytes < PER_TILE && done_ < count_;) {
+            Run& run = runs_[done_];
+            for (int64_t i = 0; i < run.bytes; i += LINE) {
+                if (run.write)
+                    __builtin_prefetch(run.row + i, 1);
+                else
+                    __builtin_prefetch(run.row + i, 0);
+            }
+            bytes += run.bytes;
+            run.row += run.step;
+            if (++run.at == run.steps) {
+                run.at = 0;
+                run.row += run.rest;
+                if (--run.tokens == 0) ++done_;
+            }
         }
     }
+
+private:
+    static constexpr int64_t LINE = 64, PER_TILE = 8 * LINE;
+    struct Run {
+        const char* row;
+        int tokens, steps, at;  // tokens left, rows a token, rows done of this token
+        int64_t rest, step, bytes;
+        bool write;
+    };
+    Run runs_[4];
+    int count_ = 0, done_ = 0;
 };
 
 // The terms k of a product that a block of rows [first, last) needs: all of them, or those on one side of a diagonal.
