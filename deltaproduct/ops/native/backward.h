@@ -106,6 +106,7 @@ void backward_chunk(
     const int padded_key = z.key_vectors * W, padded_value = z.value_vectors * W;
     transpose(z.steps, padded_value, c.error, z.ldv, d.error, z.lds);
     lower_product(z, c, z.value, d.values, z.ldv, d.error, d.pairs);
+    query_product(z, c, z.value, d.values, z.ldv, d.error, d.pairs);
     transpose(padded_key, padded_value, c.state, z.ldv, d.state, z.ldk);
     product<false, false>(
         *c.ahead, c.steps, z.key_vectors, AllTerms{z.value}, d.values, z.ldv, d.state, z.ldk, d.rows, z.ldk, false);
@@ -169,12 +170,13 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
     Chunk<T> chunks[MAX_CHUNKS_PER_STATE];
     Adjoint<T> d;
     Ahead ahead;
-    T *columns, *d_state;
+    Room<T> room;
+    T* d_state;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
         for (int64_t i = 0; i < each; ++i) chunks[i].lay_out(pieces, z, p.g.data != nullptr, &ahead);
         d.lay_out(pieces, z);
-        columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
+        room.lay_out(pieces, z);
         d_state = pieces.take<T>(z.state());
         return pieces.used();
     };
@@ -201,7 +203,7 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
                 fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
             else
                 fetch_results(p, item, z, token, ahead);
-            read_chunk(p, item, z, token, columns, c);
+            read_chunk(p, item, z, token, room, c);
             find_errors(z, c, c.state, z.value_vectors, z.ldv, c.error);
         }
         while (count-- > 0) {

@@ -216,16 +216,65 @@ void finish_pairs(const Problem& p, const Sizes<T>& z, const Chunk<T>& c, T* pai
     zero_rows(pairs, z.lds, c.steps, z.steps);
 }
 
-// a b for the rows of keys, on and below the diagonal in blocks of a vector's width, and for those of queries.
+// a b for the rows of keys, on and below the diagonal in blocks of a vector's width.
 template <class T>
 void lower_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, int64_t lda, const T* b, T* pairs) {
     for (int i = 0; i < c.steps; i += width<T>)
         product<false, false>(
             *c.ahead, at_most(c.steps - i, width<T>), i / width<T> + 1, AllTerms{terms}, a + i * lda, lda, b, z.lds,
             pairs + i * z.lds, z.lds, false);
+}
+
+// a b for the rows of queries.
+template <class T>
+void query_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, int64_t lda, const T* b, T* pairs) {
     product<false, false>(
         *c.ahead, c.tokens, z.step_vectors, AllTerms{terms}, queries(a, lda, z), lda, b, z.lds,
         queries(pairs, z.lds, z), z.lds, false);
+}
+
+template <class To, class From>
+DP_INLINE void convert_row(int count, const From* __restrict__ from, To* __restrict__ to) {
+    for (int i = 0; i < count; ++i) to[i] = To(from[i]);
+}
+
+// What the interactions of keys are computed in.
+template <class T>
+struct Room {
+    T* columns;            // [K, steps] W transposed
+    double* wide_columns;  // the same
+    double* wide_rows;     // [width, K]
+    double* wide_pairs;    // [width, steps]
+
+    void lay_out(Pieces& pieces, const Sizes<T>& z) {
+        columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
+        if constexpr (sizeof(T) == sizeof(double)) return;
+        wide_columns = pieces.take<double>(z.key * z.lds);
+        wide_rows = pieces.take<double>(width<double> * z.ldk);
+        wide_pairs = pieces.take<double>(width<double> * z.lds);
+    }
+};
+
+// K Wᵀ on and below the diagonal: always in double, and then rounded. Where keys are almost parallel, an error e_s is
+// the end of a long sum of L_sr e_r that nearly cancels; a product's own rounding in each L_sr would be the largest
+// error of all, several times that of the plain loop (docs/LOG.md).
+template <class T>
+void key_interactions(const Sizes<T>& z, const Chunk<T>& c, const Room<T>& room) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+        lower_product(z, c, z.key, c.rows, z.ldk, room.columns, c.pairs);
+    } else {
+        constexpr int W = width<double>;
+        convert_row(int(z.key * z.lds), room.columns, room.wide_columns);
+        for (int i = 0; i < c.steps; i += W) {
+            const int rows = at_most(c.steps - i, W), vectors = i / W + 1;
+            for (int r = 0; r < rows; ++r) convert_row(z.key, c.rows + (i + r) * z.ldk, room.wide_rows + r * z.ldk);
+            product<false, false>(
+                *c.ahead, rows, vectors, AllTerms{z.key}, room.wide_rows, z.ldk, room.wide_columns, z.lds,
+                room.wide_pairs, z.lds, false);
+            for (int r = 0; r < rows; ++r)
+                convert_row(vectors * W, room.wide_pairs + r * z.lds, c.pairs + (i + r) * z.lds);
+        }
+    }
 }
 
 template <class N, class T>
@@ -262,15 +311,16 @@ void denormalise_rows(int rows, int vectors, const T* x, const T* norms, int64_t
     });
 }
 
-// Everything about a chunk that no state enters. `columns` [K, steps] is room to work in.
+// Everything about a chunk that no state enters.
 template <class T>
-void read_chunk(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, T* columns, Chunk<T>& c) {
+void read_chunk(
+    const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, const Room<T>& room, Chunk<T>& c) {
     const int n = int(p.steps);
     c.token = token;
     c.tokens = at_most(item.sequence.last - token, p.chunk_tokens);
     c.steps = c.tokens * n;
     const int64_t batch = item.sequence.batch;
-    T* beta = columns;  // not needed yet
+    T* beta = room.columns;  // not needed yet
     read_rows(p.beta, batch, token, item.head, 0, c.tokens, n, 1, beta, 1);
     read_rows(p.k, batch, token, item.key_head, 0, c.tokens, n, z.key, c.rows, z.ldk);
     read_rows(p.q, batch, token, item.key_head, 0, c.tokens, 1, z.key, queries(c.rows, z.ldk, z), z.ldk);
@@ -290,8 +340,9 @@ void read_chunk(const Problem& p, const Item& item, const Sizes<T>& z, int64_t t
             c.tokens, z.key_vectors, c.from_start + z.steps, queries(c.rows, z.ldk, z), z.ldk,
             queries(c.seen, z.ldk, z));
     }
-    transpose(z.steps, z.key_vectors * width<T>, c.scaled, z.ldk, columns, z.lds);
-    lower_product(z, c, z.key, c.rows, z.ldk, columns, c.pairs);
+    transpose(z.steps, z.key_vectors * width<T>, c.scaled, z.ldk, room.columns, z.lds);
+    key_interactions(z, c, room);
+    query_product(z, c, z.key, c.rows, z.ldk, room.columns, c.pairs);
     finish_pairs(p, z, c, c.pairs);
 }
 

@@ -26,11 +26,12 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;
     Ahead ahead;
-    T *columns, *out;
+    Room<T> room;
+    T* out;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
         c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
-        columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
+        room.lay_out(pieces, z);
         out = pieces.take<T>(p.chunk_tokens * z.ldv);
         return pieces.used();
     };
@@ -49,7 +50,7 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
             if (token >= item.sequence.last) break;
             ahead.forget();
             fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
-            read_chunk(p, item, z, token, columns, c);
+            read_chunk(p, item, z, token, room, c);
             find_errors(z, c, state, z.value_vectors, z.ldv, c.error);
             product<false, false>(
                 *c.ahead, c.tokens, z.value_vectors, AllTerms{z.key}, queries(c.seen, z.ldk, z), z.ldk, state, z.ldv,

@@ -14,11 +14,12 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;
     Ahead ahead;
-    T *columns, *a, *a_error, *values;
+    Room<T> room;
+    T *a, *a_error, *values;
     const auto lay_out = [&](void* memory) {
         Pieces pieces(memory);
         c.lay_out(pieces, z, p.g.data != nullptr, &ahead);
-        columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
+        room.lay_out(pieces, z);
         a = pieces.take<T>(z.key * z.ldk);
         a_error = pieces.take<T>(z.steps * z.ldk);
         values = pieces.take<T>(z.rows * z.ldv);
@@ -36,7 +37,7 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
         const int64_t chunk = reverse ? last - 1 - i : first + i;
         const int64_t token = item.sequence.first + chunk * p.chunk_tokens;
         if (token >= item.sequence.last) continue;
-        read_chunk(p, item, z, token, columns, c);
+        read_chunk(p, item, z, token, room, c);
         if (reverse) {
             T* d_o = queries(values, z.ldv, z);
             read_d_o(p, item, z, c, d_o);
