@@ -235,7 +235,11 @@ void query_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, 
 
 template <class To, class From>
 DP_INLINE void convert_row(int count, const From* __restrict__ from, To* __restrict__ to) {
-    for (int i = 0; i < count; ++i) to[i] = To(from[i]);
+    constexpr int W = width<double>;
+    typedef From Some __attribute__((vector_size(W * sizeof(From)), aligned(sizeof(From)), may_alias));
+    typedef To Other __attribute__((vector_size(W * sizeof(To)), aligned(sizeof(To)), may_alias));
+    for (int i = 0; i < count; i += W)
+        *reinterpret_cast<Other*>(to + i) = __builtin_convertvector(*reinterpret_cast<const Some*>(from + i), Other);
 }
 
 // What the interactions of keys are computed in.
@@ -267,7 +271,8 @@ void key_interactions(const Sizes<T>& z, const Chunk<T>& c, const Room<T>& room)
         convert_row(int(z.key * z.lds), room.columns, room.wide_columns);
         for (int i = 0; i < c.steps; i += W) {
             const int rows = at_most(c.steps - i, W), vectors = i / W + 1;
-            for (int r = 0; r < rows; ++r) convert_row(z.key, c.rows + (i + r) * z.ldk, room.wide_rows + r * z.ldk);
+            for (int r = 0; r < rows; ++r)
+                convert_row(z.key_vectors * width<T>, c.rows + (i + r) * z.ldk, room.wide_rows + r * z.ldk);
             product<false, false>(
                 *c.ahead, rows, vectors, AllTerms{z.key}, room.wide_rows, z.ldk, room.wide_columns, z.lds,
                 room.wide_pairs, z.lds, false);

@@ -52,13 +52,14 @@ std::atomic<GompParallel> gomp_parallel{nullptr};
 template <class F>
 struct Loop {
     const F& work;
-    const int64_t count;
+    const int64_t count, grain;
     std::atomic<int64_t> next{0};
     std::atomic<bool> out_of_memory{false};
 
     void run() {
         try {
-            for (int64_t i; (i = next++) < count;) work(i);
+            for (int64_t i; (i = next.fetch_add(grain)) < count;)
+                for (int64_t j = i; j < i + grain && j < count; ++j) work(j);
         } catch (const std::bad_alloc&) {
             out_of_memory = true;
         }
@@ -66,10 +67,12 @@ struct Loop {
     static void run_one(void* loop) { static_cast<Loop*>(loop)->run(); }
 };
 
-// work(0), …, work(count − 1) on up to so many threads, each taking the next when it is done.
+// work(0), …, work(count − 1) on up to so many threads, each taking the next `grain` of them when it is done; one by
+// one where there would be too few grains to keep all threads busy to the end.
 template <class F>
-void parallel_for(int64_t count, int64_t threads, const F& work) {
-    Loop<F> loop{work, count};
+void parallel_for(int64_t count, int64_t threads, const F& work, int64_t grain = 1) {
+    if (grain * threads * 4 > count) grain = 1;
+    Loop<F> loop{work, count, grain};
     threads = threads < count ? threads : count;
     if (threads <= 1) {
         loop.run();
@@ -129,8 +132,11 @@ int run(const Problem& p, bool reverse) {
         std::vector<char> states;
         if (p.segments > 1) states = segment_states(p, kernels, reverse);
         const void* starts = p.segments > 1 ? states.data() : nullptr;
+        // The heads of a sequence lie side by side in memory: what one fetches too much of, the next finds in its
+        // cache.
         parallel_for(
-            items, p.threads, [&](int64_t i) { (reverse ? kernels.backward : kernels.forward)(p, i, starts); });
+            items, p.threads, [&](int64_t i) { (reverse ? kernels.backward : kernels.forward)(p, i, starts); },
+            p.value_heads * p.value_blocks);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
