@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CompileError, LinkError
 
 FOLDER = "deltaproduct/ops/native"
 REASON = "not_built.txt"  # read by deltaproduct/ops/native/library.py
@@ -33,7 +33,7 @@ class BuildEngine(build_ext):
         try:
             self._build(path)
             reason.unlink(missing_ok=True)
-        except (BaseError, OSError) as e:
+        except (BaseError, CompileError, LinkError, OSError) as e:
             why = " ".join(str(e).split()) or type(e).__name__
             reason.write_text(why + "\n", encoding="utf-8")
             self.warn(f"the native CPU engine was not built ({why}); the package works without it, more slowly")

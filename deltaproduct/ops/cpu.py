@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import NORM_EPS, compute_dtype
+from deltaproduct.ops.inputs import NORM_EPS, check_cu_seqlens, compute_dtype
 from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
@@ -133,6 +133,8 @@ def cpu_forward(
     qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, k)  # a compiled graph has not, and C++ reads memory by these numbers
     dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
