@@ -1,5 +1,6 @@
-"""What this machine is: written beside every result, and shown by `deltaproduct doctor`."""
+"""What this machine is: written beside every result, and shown by `deltaproduct doctor`; and what it is asked to do."""
 
+import ctypes
 import os
 import platform
 import sys
@@ -55,3 +56,24 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here.")
     return device
+
+
+# mallopt's parameters and values (malloc.h): blocks of what size are mapped one by one, and how much free memory at the
+# heap's end is given back. The values fit its `int`.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_OF_HEAP, KEPT_FREE = 1 << 30, (1 << 31) - 1  # bytes
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep the memory of freed tensors for the next ones; True if it will.
+
+    glibc gives large blocks back to the system as soon as they are freed, and the system clears every page of the next
+    one: in a loop that allocates the same tensors again and again that is a tenth to a fifth of the time (docs/LOG.md).
+    The price is that the process keeps what it once used, up to 2 GiB, so this is for programs and not done on import.
+    A user's own MALLOC_… settings stand, and so does any other C library or allocator.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Either call ends glibc's own adjustment of both, so that the second without the first would make things worse.
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_OF_HEAP) and mallopt(M_TRIM_THRESHOLD, KEPT_FREE))

@@ -33,7 +33,7 @@ from deltaproduct.benchmarks import (
 from deltaproduct.benchmarks.peers import Peer, as_gated_delta_rule
 from deltaproduct.benchmarks.render import _number, render
 from deltaproduct.benchmarks.settings import Settings
-from deltaproduct.benchmarks.timing import MIN_RUNS, interleaved, peak_extra_bytes
+from deltaproduct.benchmarks.timing import MIN_RUNS, Timing, interleaved, peak_extra_bytes
 from deltaproduct.cli import bench as cli
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.s3 import s3
@@ -113,7 +113,8 @@ def test_quick_times_every_row(quick):
         for timing in (row.forward, row.forward_backward):
             assert 0 < timing.min_ms <= timing.median_ms <= timing.max_ms and timing.runs == quick.repeats
         assert row.gflops > 0 and row.forward_gflops > 0 and row.peak_extra_bytes > 0
-        assert row.roofline_share == pytest.approx(row.gflops / quick.roofline.gflops)
+        assert row.roofline_share == pytest.approx(row.gflops / quick.shapes[0].roofline.gflops)
+        assert 0 < row.best_roofline_share <= row.roofline_share
         assert set(row.speedup) == set(rows) - {row.backend}
     assert all(other.reason for other in quick.unavailable)
     assert quick.machine["torch"] == torch.__version__ and quick.command
@@ -152,7 +153,7 @@ def test_forward_alone():
     report = bench_ops([TINY], backends=["chunkwise", "reference"], device="cpu", repeats=1, backward=False)
     for row in rows_of(report).values():
         assert row.forward and row.forward_backward is None and row.gflops is None and row.worst == "o"
-        assert row.roofline_share == pytest.approx(row.forward_gflops / report.roofline.gflops)
+        assert row.roofline_share == pytest.approx(row.forward_gflops / report.shapes[0].roofline.gflops)
     assert "fwd+bwd" not in shown(report)
 
 
@@ -162,7 +163,7 @@ def test_other_dtypes(dtype):
     report = bench_ops([shape], device="cpu", dtype=dtype, repeats=1)
     assert report.dtype == dtype and {r.status for r in report.shapes[0].rows} == {"timed"}
     assert {"chunkwise", "reference", "textbook_loop"} <= set(rows_of(report))
-    assert report.roofline.dtype == ("float64" if dtype == "float64" else "float32")
+    assert report.shapes[0].roofline.dtype == ("float64" if dtype == "float64" else "float32")
 
 
 # --- Correctness comes first ------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def test_a_wrong_backend_is_reported_and_not_timed(add_backend, monkeypatch, run
     assert row.status == "wrong" and says in row.reason
     assert row.forward is row.forward_backward is row.gflops is row.peak_extra_bytes is None
     assert row.speedup == rows_of(report)["reference"].speedup == {}
-    assert {name for name, _ in timed} == {"reference"}
+    assert {name for name, _ in timed} == {"reference", "roofline"}
     assert rows_of(report)["reference"].status == "timed"
     assert "fake is wrong and was not timed" in shown(report)
     json.dumps(report.to_dict(), allow_nan=False)
@@ -474,8 +475,10 @@ def test_rounds_are_interleaved():
 
 
 def test_roofline_is_a_rate():
-    found = roofline.measure_roofline(CPU, repeats=1)
-    assert found.gflops > 0.01 and found.size == 64 and found.threads == torch.get_num_threads()
+    product = roofline.MatrixProduct(CPU)
+    found = product.roofline(Timing.of([4.0, 1.0, 2.0]))
+    assert product.size == found.size == 64 and found.threads == torch.get_num_threads()
+    assert found.gflops == pytest.approx(2 * 64**3 / 2e-3 / 1e9) and found.best_gflops == 2 * found.gflops
 
 
 # --- Scaling ----------------------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def test_curriculum_moves_on_when_learnt_or_when_time_is_up():
     for loss in (2.0, 2.0, 2.0, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
         stages.append(progress.stage)
         advance(progress, settings, loss)
+
     # Three steps without learning, then until the running mean of .9, .9, .1, .1, … is below one half.
     def mean(losses):
         recent_first = [(0.9**i, x) for i, x in enumerate(reversed(losses))]
@@ -234,5 +235,3 @@ def test_a_run_is_not_overwritten_or_mixed_up(tmp_path):
 def test_mixed_precision_trains(tmp_path):
     model = train(run_config(steps=3, precision="bfloat16"), tmp_path / "r", show=False)
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
-
-

@@ -11,7 +11,7 @@ import torch
 from deltaproduct.benchmarks.peers import PEERS, first_line
 from deltaproduct.benchmarks.problem import GIB, Problem, error_limit
 from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, OpShape, Row, ShapeResult, main_timing
-from deltaproduct.benchmarks.roofline import Roofline, measure_roofline
+from deltaproduct.benchmarks.roofline import MatrixProduct
 from deltaproduct.benchmarks.settings import Candidate, Settings, serving
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
@@ -19,6 +19,7 @@ from deltaproduct.ops import BACKENDS
 
 DEFAULT_SHAPES = (OpShape(64, 128, 4, 32, 2), OpShape(16, 512, 8, 64, 3), OpShape(1, 4096, 4, 128, 2))
 QUICK_SHAPES = (OpShape(4, 64, 2, 16, 2),)
+PRODUCT = ("roofline", "product")  # the key of the matrix product among what is timed
 LOOPS = ("reference", *(name for name, peer in PEERS.items() if peer.loop))
 LOOP_BYTES = 4 * GIB  # states that a loop may keep for its backward
 LOOP_STEPS = 1 << 14  # Householder steps that a loop may take: beyond them it is launch overhead that is timed
@@ -68,28 +69,22 @@ def bench_ops(
     candidates: dict[str, Candidate] = {**BACKENDS, **PEERS}
     names, unavailable = serving(backends, candidates, settings)
 
-    def roofline() -> Roofline:
-        return measure_roofline(settings.device, settings.compute_dtype, repeats=3 if quick else 8)
-
     say("roofline")
-    before = roofline()
-    results = [_bench_shape(shape, names, settings, say) for shape in shapes]
-    best = Roofline.best(before, roofline())
-    for result in results:
-        for row in result.rows:
-            _rate(row, result, best)
+    product = MatrixProduct(settings.device, settings.compute_dtype)
+    results = [_bench_shape(shape, names, settings, product, say) for shape in shapes]
     return OpsBenchmark(
         **settings.circumstances(),
         error_limit=error_limit(settings.dtype),
         backward=backward,
-        roofline=best,
         shapes=results,
         unavailable=unavailable,
         versions={name: version for name in names if name in PEERS and (version := PEERS[name].version)},
     )
 
 
-def _bench_shape(shape: OpShape, names: list[str], settings: Settings, say: Callable[[str], None]) -> ShapeResult:
+def _bench_shape(
+    shape: OpShape, names: list[str], settings: Settings, product: MatrixProduct, say: Callable[[str], None]
+) -> ShapeResult:
     problem = Problem(shape, settings)
     rows, left_out = [], []
     for name in names:
@@ -108,14 +103,26 @@ def _bench_shape(shape: OpShape, names: list[str], settings: Settings, say: Call
         rows.append(row)
     timed = [row for row in rows if row.status == "timed"]
     say(f"{shape.label}: timing {len(timed)} rows, {settings.repeats} runs each")
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    runs: dict[tuple[str, str], Callable[[], object]] = {PRODUCT: product}
     for row in timed:
         runs[row.backend, "forward"] = problem.forward(row.backend)
         if settings.backward:
             runs[row.backend, "forward_backward"] = problem.work(row.backend)
-    for (name, phase), timing in interleaved(runs, repeats=settings.repeats, device=settings.device).items():
+    times = interleaved(runs, repeats=settings.repeats, device=settings.device)
+    result = ShapeResult(
+        shape,
+        shape.label,
+        shape.forward_flops,
+        problem.checked_length,
+        product.roofline(times.pop(PRODUCT)),
+        rows,
+        left_out,
+    )
+    for (name, phase), timing in times.items():
         setattr(next(row for row in timed if row.backend == name), phase, timing)
-    return ShapeResult(shape, shape.label, shape.forward_flops, problem.checked_length, rows, left_out)
+    for row in timed:
+        _rate(row, result)
+    return result
 
 
 def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str | None:
@@ -134,7 +141,7 @@ def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str 
     return None
 
 
-def _rate(row: Row, result: ShapeResult, roofline: Roofline) -> None:
+def _rate(row: Row, result: ShapeResult) -> None:
     """Fill in what follows from the times."""
     shape = result.shape
     if row.forward:
@@ -143,7 +150,8 @@ def _rate(row: Row, result: ShapeResult, roofline: Roofline) -> None:
         row.gflops = shape.training_flops / row.forward_backward.median_ms / 1e6
     rate = row.gflops or row.forward_gflops
     if rate:
-        row.roofline_share = rate / roofline.gflops
+        row.roofline_share = rate / result.roofline.gflops
+        row.best_roofline_share = rate / result.roofline.best_gflops
     if mine := main_timing(row):
         others = {r.backend: main_timing(r) for r in result.rows if r is not row}
         row.speedup = {name: theirs.median_ms / mine.median_ms for name, theirs in others.items() if theirs}

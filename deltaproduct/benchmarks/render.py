@@ -78,11 +78,8 @@ def _ops(report: OpsBenchmark, page: _Page) -> None:
         page.note("")
     for other in report.unavailable:
         page.note(f"{other.backend} cannot serve: {other.reason}.")
-    r = report.roofline
-    on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
-    page.note(f"Roofline: {r.gflops:.1f} GFLOP/s, a {r.size}×{r.size} {r.dtype} matrix product in this run, {on}.")
     page.note(f"ms: median of {report.repeats}, and below it the range. GFLOP/s to MiB: of {both}.")
-    page.note("roofline: share of it. × ref.: how many times as fast as the reference.")
+    page.note("roofline: share of it, at medians of both. × ref.: how many times as fast as the reference.")
     page.note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
     page.note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
     page.note("MiB: most memory in tensors beyond the inputs, results included; native code's own scratch is not seen.")
@@ -110,6 +107,10 @@ def _shape(result: ShapeResult, report: OpsBenchmark, page: _Page) -> None:
         page.note(f"{result.label}: no row")
     if rows and result.checked_length < result.shape.length:
         page.note(f"Correctness was checked on the first {result.checked_length} tokens.")
+    r = result.roofline
+    on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
+    rate = f"{r.gflops:.0f} GFLOP/s (best run {r.best_gflops:.0f})"
+    page.note(f"Roofline: {rate}, a {r.size}×{r.size} {r.dtype} matrix product in turn with the rows, {on}.")
     page.findings(result.rows)
     for row in result.rows:
         if (timing := main_timing(row)) and timing.runs < report.repeats:

@@ -94,7 +94,8 @@ class Row:
     forward_backward: Timing | None = None
     forward_gflops: float | None = None  # GFLOP/s by `OpShape.forward_flops`
     gflops: float | None = None  # GFLOP/s of forward and backward by `OpShape.training_flops`
-    roofline_share: float | None = None  # of `gflops`, or of `forward_gflops` without a backward
+    roofline_share: float | None = None  # of `gflops`, or of `forward_gflops` without a backward; medians of both
+    best_roofline_share: float | None = None  # the same rate over the fastest product seen
     speedup: dict[str, float] = field(default_factory=dict)  # {other row: its time over this one's}, same work
     peak_extra_bytes: int | None = None  # of one forward and backward (or forward), beyond the inputs
 
@@ -105,6 +106,7 @@ class ShapeResult:
     label: str
     forward_flops: int
     checked_length: int  # tokens of the prefix on which correctness was checked; all of them where it equals T
+    roofline: Roofline
     rows: list[Row]
     left_out: list[NotRun]
 
@@ -131,7 +133,6 @@ class OpsBenchmark(Report):
     """What `bench_ops` found."""
 
     backward: bool
-    roofline: Roofline
     shapes: list[ShapeResult]
     unavailable: list[NotRun]  # backends and peers that cannot serve here
     versions: dict[str, str]  # of the peers' packages

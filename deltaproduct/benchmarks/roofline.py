@@ -1,15 +1,15 @@
-"""What this machine can do at best: the rate of a plain matrix product, measured in the run that it is compared with.
+"""What this machine can do at best: the rate of a plain matrix product, run in turn with what it is compared with.
 
 The recurrence, however it is arranged, is multiplications and additions, and a large square product is the best rate
-of them that PyTorch reaches here with the same threads. Data-sheet figures would be flattering or unfair.
+of them that PyTorch reaches here with the same threads. Data-sheet figures would be flattering or unfair, and so would
+a product measured while the machine was quieter, or busier, than it was for the rows.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from deltaproduct.benchmarks.timing import time_once
+from deltaproduct.benchmarks.timing import Timing, time_once
 
 SIZES = {"cpu": (1024,), "cuda": (2048, 4096)}  # rows; smaller ones leave a GPU idle, larger ones only take longer
 SIZES_DEFAULT = (1024,)
@@ -17,37 +17,41 @@ SIZES_DEFAULT = (1024,)
 
 @dataclass(frozen=True)
 class Roofline:
-    """The best rate seen of a square matrix product [size,size] @ [size,size], 2·size³ flops."""
+    """Rates of a square matrix product [size,size] @ [size,size], 2·size³ flops."""
 
-    gflops: float  # GFLOP/s
+    gflops: float  # GFLOP/s at the median of runs in turn with the rows
+    best_gflops: float  # at the fastest of them
     size: int
     dtype: str
     threads: int  # PyTorch's CPU threads
     precision: str  # torch.get_float32_matmul_precision(): "highest" is float32 throughout, others allow TF32
 
-    @classmethod
-    def best(cls, *several: "Roofline") -> "Roofline":
-        """Of measurements at different moments of one run: the one least disturbed by other jobs."""
-        return max(several, key=lambda r: r.gflops)
 
+class MatrixProduct:
+    """The product to run in turn with the rows: of the sizes of SIZES, the one with the best rate, warmed up."""
 
-def measure_roofline(device: torch.device, dtype: torch.dtype = torch.float32, *, repeats: int = 8) -> Roofline:
-    """The best of `repeats` products of each size of SIZES, after one to warm up."""
-    found = []
-    for size in SIZES.get(device.type, SIZES_DEFAULT):
-        generator = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        product = partial(torch.mm, a, b, out=out)
-        product()
-        best_ms = min(time_once(product, device) for _ in range(repeats))
-        found.append(
-            Roofline(
-                gflops=2 * size**3 / best_ms / 1e6,
-                size=size,
-                dtype=str(dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
-                precision=torch.get_float32_matmul_precision(),
-            )
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        rates = {}
+        for size in SIZES.get(device.type, SIZES_DEFAULT):
+            generator = torch.Generator().manual_seed(0)
+            a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+            self._operands = a, b, torch.empty_like(a)
+            self()
+            rates[size] = (size**3 / min(time_once(self, device) for _ in range(3)), self._operands)
+        self.size, (_, self._operands) = max(rates.items(), key=lambda item: item[1][0])
+
+    def __call__(self) -> None:
+        a, b, out = self._operands
+        torch.mm(a, b, out=out)
+
+    def roofline(self, timing: Timing) -> Roofline:
+        """What these runs of the product say."""
+        return Roofline(
+            gflops=2 * self.size**3 / timing.median_ms / 1e6,
+            best_gflops=2 * self.size**3 / timing.min_ms / 1e6,
+            size=self.size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            precision=torch.get_float32_matmul_precision(),
         )
-    return Roofline.best(*found)

@@ -22,7 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"deltaproduct {deltaproduct.__version__}")
         return
     try:
-        _parse(arguments).run()
+        command = _parse(arguments)
+        from deltaproduct.machine import keep_freed_memory  # as all that imports torch: --version need not wait for it
+
+        keep_freed_memory()
+        command.run()
     except UsageError as e:
         _fail(str(e))
     except KeyboardInterrupt:

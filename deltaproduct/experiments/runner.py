@@ -19,7 +19,7 @@ from rich.console import Console
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult, evaluate_lengths, scores
 from deltaproduct.files import make_folder, read_json, write_json
-from deltaproduct.machine import command_line, describe_machine
+from deltaproduct.machine import command_line, describe_machine, keep_freed_memory
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, train
@@ -138,7 +138,7 @@ def run_jobs(
         steps = sum(job.config.training.steps for job in jobs)
         with (
             progress_bar(experiment, steps, show=show) as bar,
-            ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+            ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool,
         ):
             waiting: dict[Future[dict[str, Any]], Job] = {
                 pool.submit(run, job, out, threads=max(1, cores // workers), show=False): job for job in jobs

@@ -21,7 +21,9 @@ from deltaproduct.ops.native.library import (
 )
 
 WORKSPACE_BYTES = 600 << 10  # of one thread in the backward: well within the second-level cache of today's cores
-CHUNK_STEPS = 32  # Householder steps in a chunk; measured against 16, 48 and 64 (docs/LOG.md)
+# Householder steps in a chunk, measured against others (docs/LOG.md). Small states are cheap to move on, and the
+# chunk's own matrices outweigh them.
+CHUNK_STEPS, SMALL_KEY_CHUNK_STEPS, SMALL_KEY_DIM = 32, 16, 48
 MIN_VALUE_BLOCK = 16  # columns; below, the work that every block repeats outweighs the rest
 MIN_SPANS_PER_SEGMENT = 4
 
@@ -42,8 +44,7 @@ class Cut:
 
     @classmethod
     def of(cls, steps: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> "Cut":
-        short = steps == 1 and key_dim <= 16  # there a chunk's own matrices outweigh the state
-        tokens = max(1, (CHUNK_STEPS // 2 if short else CHUNK_STEPS) // steps)
+        tokens = max(1, (SMALL_KEY_CHUNK_STEPS if key_dim <= SMALL_KEY_DIM else CHUNK_STEPS) // steps)
         chunk = tokens * steps
         floats = key_dim * value_dim + chunk * (3 * key_dim + value_dim + 2 * chunk)
         each = WORKSPACE_BYTES // (floats * dtype.itemsize)

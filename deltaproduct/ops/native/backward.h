@@ -10,24 +10,24 @@ namespace DP_ARCH {
 // What the backward of one chunk works in.
 template <class T>
 struct Adjoint {
-    T* values;  // [steps + tokens, V] −dV, then scale · dO
-    T* error;   // [V, steps] E transposed
-    T* pairs;   // [steps + tokens, steps] dL, then dP
-    T* state;   // [V, K] S transposed, then dS transposed
-    T* rows;    // [steps + tokens, K] dK and dQ
-    T* write;   // [steps, K] dW
-    T* beta;    // [steps]
-    T* seen;    // [steps + tokens] Σ over K of a gradient times its value, for the gates
+    T* values;   // [steps + tokens, V] −dV, then scale · dO
+    T* error;    // [V, steps] E transposed
+    T* pairs;    // [steps + tokens, steps] dL, then dP
+    T* state;    // [V, K] S transposed
+    T* adjoint;  // [V, K] dS transposed
+    T* rows;     // [steps + tokens, K] dK and dQ
+    T* write;    // [steps, K] dW
+    T* beta;     // [steps]
 
     void lay_out(Pieces& pieces, const Sizes<T>& z) {
         values = pieces.take<T>(z.rows * z.ldv);
         error = pieces.take<T>(z.value_vectors * width<T> * z.lds);
         pairs = pieces.take<T>(z.rows * z.lds);
         state = pieces.take<T>(z.value_vectors * width<T> * z.ldk);
+        adjoint = pieces.take<T>(z.value_vectors * width<T> * z.ldk);
         rows = pieces.take<T>(z.rows * z.ldk);
         write = pieces.take<T>(z.steps * z.ldk);
         beta = pieces.take<T>(z.steps);
-        seen = pieces.take<T>(z.rows);
     }
 };
 
@@ -36,27 +36,30 @@ template <class T>
 void find_d_values(
     const Problem& p, const Sizes<T>& z, const Chunk<T>& c, const T* d_o, const T* d_state, int vectors, int64_t ldv,
     T* x) {
-    product<false, true>(*c.ahead, c.steps, vectors, AllTerms{z.key}, c.write, z.ldk, d_state, ldv, x, ldv, false);
+    const auto write = times(c.write, z.ldk, d_state, ldv, AllTerms{z.key});
     if (d_o) {
         const int n = int(p.steps);
         const auto own_and_later = [&](int first, int) { return Terms{first / n, c.tokens}; };
-        product<true, true>(
-            *c.ahead, c.steps, vectors, own_and_later, queries(c.pairs, z.lds, z), z.lds, d_o, ldv, x, ldv, true);
+        product<true>(
+            *c.ahead, c.steps, vectors, x, ldv, false, write,
+            transposed_times(queries(c.pairs, z.lds, z), z.lds, d_o, ldv, own_and_later));
+    } else {
+        product<true>(*c.ahead, c.steps, vectors, x, ldv, false, write);
     }
     zero_rows(x, ldv, c.steps, z.steps);
     solve<true>(*c.ahead, c.steps, vectors, c.pairs, z.lds, x, ldv);
 }
 
-// dS ← exp(G_C) dS + Q̃ᵀ dO − K̃ᵀ dV; x holds −dV, d_o (none: null) dO.
+// dS ← exp(G_C) dS + Q̃ᵀ dO − K̃ᵀ dV; x holds −dV, and dO in the rows below where there are `outputs`.
 template <class T>
 void advance_adjoint(
-    const Sizes<T>& z, const Chunk<T>& c, const T* x, const T* d_o, int vectors, int64_t ldv, T* d_state) {
+    const Sizes<T>& z, const Chunk<T>& c, bool outputs, const T* x, int vectors, int64_t ldv, T* d_state) {
     if (c.gated()) scale_state(z, ldv, c.whole, d_state);
-    product<true, false>(*c.ahead, z.key, vectors, AllTerms{c.steps}, c.seen, z.ldk, x, ldv, d_state, ldv, true);
-    if (d_o)
-        product<true, false>(
-            *c.ahead, z.key, vectors, AllTerms{c.tokens}, queries(c.seen, z.ldk, z), z.ldk, d_o, ldv, d_state, ldv,
-            true);
+    const auto steps_and_tokens = [&](int, int) {
+        return Terms{0, c.steps, z.steps, z.steps + (outputs ? c.tokens : 0)};
+    };
+    product<false>(
+        *c.ahead, z.key, vectors, d_state, ldv, true, transposed_times(c.seen, z.ldk, x, ldv, steps_and_tokens));
 }
 
 template <class T>
@@ -108,47 +111,39 @@ void backward_chunk(
     lower_product(z, c, z.value, d.values, z.ldv, d.error, d.pairs);
     query_product(z, c, z.value, d.values, z.ldv, d.error, d.pairs);
     transpose(padded_key, padded_value, c.state, z.ldv, d.state, z.ldk);
-    product<false, false>(
-        *c.ahead, c.steps, z.key_vectors, AllTerms{z.value}, d.values, z.ldv, d.state, z.ldk, d.rows, z.ldk, false);
-    product<false, false>(
-        *c.ahead, c.tokens, z.key_vectors, AllTerms{z.value}, d_o, z.ldv, d.state, z.ldk, queries(d.rows, z.ldk, z),
-        z.ldk, false);
-    transpose(padded_key, padded_value, d_state, z.ldv, d.state, z.ldk);
-    product<false, false>(
-        *c.ahead, c.steps, z.key_vectors, AllTerms{z.value}, c.error, z.ldv, d.state, z.ldk, d.write, z.ldk, false);
+    transpose(padded_key, padded_value, d_state, z.ldv, d.adjoint, z.ldk);
+
+    // dK and dQ from the state at the start, dW from the gradient of the one at the end; and what the interactions add:
+    // to dK and dQ from L and P as rows, to dW from them as columns. In one go, unless a gate stands between.
+    const int rows = z.steps + c.tokens;
+    const auto from_state = [&](AllTerms terms) { return times(d.values, z.ldv, d.state, z.ldk, terms); };
+    const auto from_adjoint = [&](AllTerms terms) { return times(c.error, z.ldv, d.adjoint, z.ldk, terms); };
+    AllTerms all{z.value};
     if (c.gated()) {
+        product<false>(*c.ahead, rows, z.key_vectors, d.rows, z.ldk, false, from_state(all));
+        product<false>(*c.ahead, c.steps, z.key_vectors, d.write, z.ldk, false, from_adjoint(all));
+        all.count = 0;
         double whole = 0;
         for (int i = 0; i < z.key; ++i) whole += dot(z.value_vectors, c.state + i * z.ldv, d_state + i * z.ldv);
         write_d_gates(p, item, z, c, d, whole * c.whole);
-        T* d_q = queries(d.rows, z.ldk, z);
-        scale_rows(c.steps, z.key_vectors, c.from_start, d.rows, z.ldk, d.rows);
-        scale_rows(c.tokens, z.key_vectors, c.from_start + z.steps, d_q, z.ldk, d_q);
+        scale_rows(rows, z.key_vectors, c.from_start, d.rows, z.ldk, d.rows);
         scale_rows(c.steps, z.key_vectors, c.to_end, d.write, z.ldk, d.write);
     }
     finish_pairs(p, z, c, d.pairs);
+    const auto earlier = [&](int, int end) { return Terms{0, end <= z.steps ? end : (end - z.steps) * n}; };
+    const auto later = [&](int first, int) { return Terms{first, c.steps, z.steps + first / n, z.steps + c.tokens}; };
+    product<false>(
+        *c.ahead, rows, z.key_vectors, d.rows, z.ldk, c.gated(), from_state(all),
+        times(d.pairs, z.lds, c.scaled, z.ldk, earlier));
+    product<false>(
+        *c.ahead, c.steps, z.key_vectors, d.write, z.ldk, c.gated(), from_adjoint(all),
+        transposed_times(d.pairs, z.lds, c.rows, z.ldk, later));
 
-    // What the interactions add: dK and dQ from L and P as rows, dW from them as columns.
-    const auto earlier = [&](int, int end) { return Terms{0, end}; };
-    const auto later = [&](int first, int) { return Terms{first, c.steps}; };
-    const auto own_and_earlier = [&](int, int end) { return Terms{0, end * n}; };
-    const auto own_and_later = [&](int first, int) { return Terms{first / n, c.tokens}; };
-    product<false, false>(
-        *c.ahead, c.steps, z.key_vectors, earlier, d.pairs, z.lds, c.scaled, z.ldk, d.rows, z.ldk, true);
-    product<false, false>(
-        *c.ahead, c.tokens, z.key_vectors, own_and_earlier, queries(d.pairs, z.lds, z), z.lds, c.scaled, z.ldk,
-        queries(d.rows, z.ldk, z), z.ldk, true);
-    product<true, false>(*c.ahead, c.steps, z.key_vectors, later, d.pairs, z.lds, c.rows, z.ldk, d.write, z.ldk, true);
-    product<true, false>(
-        *c.ahead, c.steps, z.key_vectors, own_and_later, queries(d.pairs, z.lds, z), z.lds, queries(c.rows, z.ldk, z),
-        z.ldk, d.write, z.ldk, true);
-
-    T* beta = d.seen;
-    read_rows(p.beta, batch, c.token, item.head, 0, c.tokens, n, 1, beta, 1);
     with_count(z.key_vectors, [&](auto vectors) {
         for (int s = 0; s < c.steps; ++s) {
             T *d_w = d.write + s * z.ldk, *d_k = d.rows + s * z.ldk;
             d.beta[s] = dot(vectors, d_w, c.rows + s * z.ldk);
-            for (int j = 0; j < vectors; ++j) store(d_k + j * W, load(d_k + j * W) + load(d_w + j * W) * beta[s]);
+            for (int j = 0; j < vectors; ++j) store(d_k + j * W, load(d_k + j * W) + load(d_w + j * W) * c.beta[s]);
         }
     });
     if (p.norm_eps != 0) {
@@ -159,7 +154,7 @@ void backward_chunk(
     write_rows(p.d_k, batch, c.token, item.part, 0, c.tokens, n, z.key, d.rows, z.ldk);
     write_rows(p.d_q, batch, c.token, item.part, 0, c.tokens, 1, z.key, queries(d.rows, z.ldk, z), z.ldk);
     write_rows(p.d_beta, batch, c.token, item.part, 0, c.tokens, n, 1, d.beta, 1);
-    advance_adjoint(z, c, d.values, d_o, z.value_vectors, z.ldv, d_state);
+    advance_adjoint(z, c, true, d.values, z.value_vectors, z.ldv, d_state);
 }
 
 template <class T>

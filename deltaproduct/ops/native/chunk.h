@@ -92,6 +92,7 @@ struct Chunk {
     int tokens, steps;  // how many it really has
     T* rows;            // [steps + tokens, K] keys, then queries
     T* norms;           // [steps + tokens] what they were multiplied by to be normalised
+    T* beta;            // [steps]
     T* scaled;          // [steps, K] W = β k
     T* pairs;           // [steps + tokens, steps] L, then P
     T* error;           // [steps, V] V, then E
@@ -112,6 +113,7 @@ struct Chunk {
         ahead = fetched;
         rows = pieces.take<T>(z.rows * z.ldk);
         norms = pieces.take<T>(z.rows);
+        beta = pieces.take<T>(z.steps);
         scaled = pieces.take<T>(z.steps * z.ldk);
         pairs = pieces.take<T>(z.rows * z.lds);
         error = pieces.take<T>(z.steps * z.ldv);
@@ -220,17 +222,26 @@ void finish_pairs(const Problem& p, const Sizes<T>& z, const Chunk<T>& c, T* pai
 template <class T>
 void lower_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, int64_t lda, const T* b, T* pairs) {
     for (int i = 0; i < c.steps; i += width<T>)
-        product<false, false>(
-            *c.ahead, at_most(c.steps - i, width<T>), i / width<T> + 1, AllTerms{terms}, a + i * lda, lda, b, z.lds,
-            pairs + i * z.lds, z.lds, false);
+        product<false>(
+            *c.ahead, at_most(c.steps - i, width<T>), i / width<T> + 1, pairs + i * z.lds, z.lds, false,
+            times(a + i * lda, lda, b, z.lds, AllTerms{terms}));
 }
 
 // a b for the rows of queries.
 template <class T>
 void query_product(const Sizes<T>& z, const Chunk<T>& c, int terms, const T* a, int64_t lda, const T* b, T* pairs) {
-    product<false, false>(
-        *c.ahead, c.tokens, z.step_vectors, AllTerms{terms}, queries(a, lda, z), lda, b, z.lds,
-        queries(pairs, z.lds, z), z.lds, false);
+    product<false>(
+        *c.ahead, c.tokens, z.step_vectors, queries(pairs, z.lds, z), z.lds, false,
+        times(queries(a, lda, z), lda, b, z.lds, AllTerms{terms}));
+}
+
+template <class T>
+void scale_columns(int rows, int vectors, const T* factors, T* x, int64_t ld) {
+    with_count(vectors, [=](auto count) {
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < count; ++j)
+                store(x + i * ld + j * width<T>, load(x + i * ld + j * width<T>) * load(factors + j * width<T>));
+    });
 }
 
 template <class To, class From>
@@ -242,40 +253,41 @@ DP_INLINE void convert_row(int count, const From* __restrict__ from, To* __restr
         *reinterpret_cast<Other*>(to + i) = __builtin_convertvector(*reinterpret_cast<const Some*>(from + i), Other);
 }
 
-// What the interactions of keys are computed in.
+// What the interactions are computed in.
 template <class T>
 struct Room {
-    T* columns;            // [K, steps] W transposed
+    T* columns;            // [K, steps] keys transposed
     double* wide_columns;  // the same
-    double* wide_rows;     // [width, K]
+    double* wide_beta;     // [steps]
     double* wide_pairs;    // [width, steps]
 
     void lay_out(Pieces& pieces, const Sizes<T>& z) {
         columns = pieces.take<T>(z.key_vectors * width<T> * z.lds);
         if constexpr (sizeof(T) == sizeof(double)) return;
         wide_columns = pieces.take<double>(z.key * z.lds);
-        wide_rows = pieces.take<double>(width<double> * z.ldk);
+        wide_beta = pieces.take<double>(z.steps);
         wide_pairs = pieces.take<double>(width<double> * z.lds);
     }
 };
 
-// K Wᵀ on and below the diagonal: always in double, and then rounded. Where keys are almost parallel, an error e_s is
+// K Kᵀ β on and below the diagonal: always in double, and then rounded. Where keys are almost parallel, an error e_s is
 // the end of a long sum of L_sr e_r that nearly cancels; a product's own rounding in each L_sr would be the largest
 // error of all, several times that of the plain loop (docs/LOG.md).
 template <class T>
 void key_interactions(const Sizes<T>& z, const Chunk<T>& c, const Room<T>& room) {
     if constexpr (sizeof(T) == sizeof(double)) {
         lower_product(z, c, z.key, c.rows, z.ldk, room.columns, c.pairs);
+        scale_columns(c.steps, z.step_vectors, c.beta, c.pairs, z.lds);
     } else {
         constexpr int W = width<double>;
         convert_row(int(z.key * z.lds), room.columns, room.wide_columns);
+        convert_row(z.steps, c.beta, room.wide_beta);
         for (int i = 0; i < c.steps; i += W) {
             const int rows = at_most(c.steps - i, W), vectors = i / W + 1;
-            for (int r = 0; r < rows; ++r)
-                convert_row(z.key_vectors * width<T>, c.rows + (i + r) * z.ldk, room.wide_rows + r * z.ldk);
-            product<false, false>(
-                *c.ahead, rows, vectors, AllTerms{z.key}, room.wide_rows, z.ldk, room.wide_columns, z.lds,
-                room.wide_pairs, z.lds, false);
+            product<false>(
+                *c.ahead, rows, vectors, room.wide_pairs, z.lds, false,
+                transposed_times(room.wide_columns + i, z.lds, room.wide_columns, z.lds, AllTerms{z.key}));
+            scale_columns(rows, vectors, room.wide_beta, room.wide_pairs, z.lds);
             for (int r = 0; r < rows; ++r)
                 convert_row(vectors * W, room.wide_pairs + r * z.lds, c.pairs + (i + r) * z.lds);
         }
@@ -325,8 +337,7 @@ void read_chunk(
     c.tokens = at_most(item.sequence.last - token, p.chunk_tokens);
     c.steps = c.tokens * n;
     const int64_t batch = item.sequence.batch;
-    T* beta = room.columns;  // not needed yet
-    read_rows(p.beta, batch, token, item.head, 0, c.tokens, n, 1, beta, 1);
+    read_rows(p.beta, batch, token, item.head, 0, c.tokens, n, 1, c.beta, 1);
     read_rows(p.k, batch, token, item.key_head, 0, c.tokens, n, z.key, c.rows, z.ldk);
     read_rows(p.q, batch, token, item.key_head, 0, c.tokens, 1, z.key, queries(c.rows, z.ldk, z), z.ldk);
     read_rows(p.v, batch, token, item.head, item.column, c.tokens, n, z.value, c.error, z.ldv);
@@ -334,7 +345,7 @@ void read_chunk(
         normalise_rows(p.norm_eps, c.steps, z.key_vectors, c.rows, z.ldk, c.norms);
         normalise_rows(p.norm_eps, c.tokens, z.key_vectors, queries(c.rows, z.ldk, z), z.ldk, c.norms + z.steps);
     }
-    scale_rows(c.steps, z.key_vectors, beta, c.rows, z.ldk, c.scaled);
+    scale_rows(c.steps, z.key_vectors, c.beta, c.rows, z.ldk, c.scaled);
     zero_rows(c.scaled, z.ldk, c.steps, z.steps);
     zero_rows(c.error, z.ldv, c.steps, z.steps);
     if (c.gated()) {
@@ -345,9 +356,10 @@ void read_chunk(
             c.tokens, z.key_vectors, c.from_start + z.steps, queries(c.rows, z.ldk, z), z.ldk,
             queries(c.seen, z.ldk, z));
     }
-    transpose(z.steps, z.key_vectors * width<T>, c.scaled, z.ldk, room.columns, z.lds);
+    transpose(z.steps, z.key_vectors * width<T>, c.rows, z.ldk, room.columns, z.lds);
     key_interactions(z, c, room);
     query_product(z, c, z.key, c.rows, z.ldk, room.columns, c.pairs);
+    scale_columns(c.tokens, z.step_vectors, c.beta, queries(c.pairs, z.lds, z), z.lds);
     finish_pairs(p, z, c, c.pairs);
 }
 

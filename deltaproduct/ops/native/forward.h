@@ -9,7 +9,7 @@ namespace DP_ARCH {
 // E = (I + L)⁻¹ (V − K̃ S), in the place of V.
 template <class T>
 void find_errors(const Sizes<T>& z, const Chunk<T>& c, const T* state, int vectors, int64_t ldv, T* error) {
-    product<false, true>(*c.ahead, c.steps, vectors, AllTerms{z.key}, c.seen, z.ldk, state, ldv, error, ldv, true);
+    product<true>(*c.ahead, c.steps, vectors, error, ldv, true, times(c.seen, z.ldk, state, ldv, AllTerms{z.key}));
     solve<false>(*c.ahead, c.steps, vectors, c.pairs, z.lds, error, ldv);
 }
 
@@ -17,7 +17,8 @@ void find_errors(const Sizes<T>& z, const Chunk<T>& c, const T* state, int vecto
 template <class T>
 void advance(const Sizes<T>& z, const Chunk<T>& c, const T* error, int vectors, int64_t ldv, T* state) {
     if (c.gated()) scale_state(z, ldv, c.whole, state);
-    product<true, false>(*c.ahead, z.key, vectors, AllTerms{c.steps}, c.write, z.ldk, error, ldv, state, ldv, true);
+    product<false>(
+        *c.ahead, z.key, vectors, state, ldv, true, transposed_times(c.write, z.ldk, error, ldv, AllTerms{c.steps}));
 }
 
 template <class T>
@@ -52,13 +53,11 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
             fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
             read_chunk(p, item, z, token, room, c);
             find_errors(z, c, state, z.value_vectors, z.ldv, c.error);
-            product<false, false>(
-                *c.ahead, c.tokens, z.value_vectors, AllTerms{z.key}, queries(c.seen, z.ldk, z), z.ldk, state, z.ldv,
-                out, z.ldv, false);
             const auto own_and_earlier = [&](int, int end) { return Terms{0, end * n}; };
-            product<false, false>(
-                *c.ahead, c.tokens, z.value_vectors, own_and_earlier, queries(c.pairs, z.lds, z), z.lds, c.error, z.ldv,
-                out, z.ldv, true);
+            product<false>(
+                *c.ahead, c.tokens, z.value_vectors, out, z.ldv, false,
+                times(queries(c.seen, z.ldk, z), z.ldk, state, z.ldv, AllTerms{z.key}),
+                times(queries(c.pairs, z.lds, z), z.lds, c.error, z.ldv, own_and_earlier));
             write_rows(
                 p.o, item.sequence.batch, token, item.head, item.column, c.tokens, 1, z.value, out, z.ldv, T(p.scale));
             advance(z, c, c.error, z.value_vectors, z.ldv, state);

@@ -42,9 +42,9 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
             T* d_o = queries(values, z.ldv, z);
             read_d_o(p, item, z, c, d_o);
             find_d_values<T>(p, z, c, d_o, b, z.value_vectors, z.ldv, values);
-            advance_adjoint<T>(z, c, values, d_o, z.value_vectors, z.ldv, b);
+            advance_adjoint<T>(z, c, true, values, z.value_vectors, z.ldv, b);
             find_d_values<T>(p, z, c, nullptr, a, z.key_vectors, z.ldk, a_error);
-            advance_adjoint<T>(z, c, a_error, nullptr, z.key_vectors, z.ldk, a);
+            advance_adjoint<T>(z, c, false, a_error, z.key_vectors, z.ldk, a);
         } else {
             find_errors(z, c, b, z.value_vectors, z.ldv, c.error);
             advance(z, c, c.error, z.value_vectors, z.ldv, b);

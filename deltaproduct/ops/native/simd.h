@@ -52,11 +52,23 @@ DP_INLINE void with_count(int n, F f) {
     }
 }
 
+// By halves: lane after lane, every addition would wait for the one before.
+template <class T, int BYTES>
+DP_INLINE T sum_of_bytes(const T* x) {
+    if constexpr (BYTES == 2 * sizeof(T)) {
+        return x[0] + x[1];
+    } else {
+        typedef T Half __attribute__((vector_size(BYTES / 2)));
+        Half low, high;
+        memcpy(&low, x, sizeof low);
+        memcpy(&high, x + BYTES / 2 / sizeof(T), sizeof high);
+        low += high;
+        return sum_of_bytes<T, BYTES / 2>(reinterpret_cast<const T*>(&low));
+    }
+}
 template <class T>
 DP_INLINE T sum_of(Vec<T> x) {
-    T sum = 0;
-    for (int i = 0; i < width<T>; ++i) sum += x[i];
-    return sum;
+    return sum_of_bytes<T, DP_VECTOR_BYTES>(reinterpret_cast<const T*>(&x));
 }
 
 template <class T>
@@ -124,19 +136,67 @@ private:
     int count_ = 0, done_ = 0;
 };
 
-// The terms k of a product that a block of rows [first, last) needs: all of them, or those on one side of a diagonal.
+// The terms k of a product that a block of rows [first, last) needs: all of them, or those on one side of a diagonal;
+// in one span or, where keys and queries are summed over together, in two.
 struct Terms {
-    int from, to;
+    int from, to, then_from = 0, then_to = 0;
 };
 struct AllTerms {
     int count;
     DP_INLINE Terms operator()(int, int) const { return {0, count}; }
 };
 
-// c (+)= ± a b, for MR rows and NV vectors of columns; TRANSPOSED: element (i,k) of a is at a[k·lda + i].
-template <int MR, int NV, bool TRANSPOSED, bool MINUS, class T>
-DP_INLINE void tile(
-    Terms terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* __restrict__ c, int64_t ldc, bool add) {
+// A product a b; TRANSPOSED: element (i,k) of a is at a[k·lda + i].
+template <bool TRANSPOSED, class T, class Range>
+struct Product {
+    const T* a;
+    int64_t lda;
+    const T* b;
+    int64_t ldb;
+    Range terms;
+
+    DP_INLINE Product from_column(int j) const { return {a, lda, b + j, ldb, terms}; }
+};
+template <class T, class Range>
+DP_INLINE Product<false, T, Range> times(const T* a, int64_t lda, const T* b, int64_t ldb, Range terms) {
+    return {a, lda, b, ldb, terms};
+}
+template <class T, class Range>
+DP_INLINE Product<true, T, Range> transposed_times(const T* a, int64_t lda, const T* b, int64_t ldb, Range terms) {
+    return {a, lda, b, ldb, terms};
+}
+
+// sum ± the rows [first, first + MR) and the first NV vectors of columns of a product
+template <int MR, int NV, bool MINUS, class T, bool TRANSPOSED, class Range>
+DP_INLINE void accumulate(Vec<T> (&sum)[MR][NV], int first, const Product<TRANSPOSED, T, Range>& p) {
+    const Terms terms = p.terms(first, first + MR);
+    const T* a = p.a + first * (TRANSPOSED ? 1 : p.lda);
+    const auto span = [&](int from, int to) __attribute__((always_inline)) {
+        for (int k = from; k < to; ++k) {
+            Vec<T> row[NV];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) row[j] = load(p.b + k * p.ldb + j * width<T>);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; ++i) {
+                const T x = TRANSPOSED ? a[k * p.lda + i] : a[i * p.lda + k];
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; ++j) {
+                    if constexpr (MINUS)
+                        sum[i][j] -= row[j] * x;
+                    else
+                        sum[i][j] += row[j] * x;
+                }
+            }
+        }
+    };
+    span(terms.from, terms.to);
+    span(terms.then_from, terms.then_to);
+}
+
+// c (+)= ± the sum of products, for MR rows and NV vectors of columns. All sums stay in registers throughout.
+template <int MR, int NV, bool MINUS, class T, class... Products>
+DP_INLINE void tile(int first, T* __restrict__ c, int64_t ldc, bool add, const Products&... products) {
+    c += first * ldc;
     Vec<T> sum[MR][NV];
     if (add) {
 #pragma GCC unroll 16
@@ -149,22 +209,7 @@ DP_INLINE void tile(
 #pragma GCC unroll 4
             for (int j = 0; j < NV; ++j) sum[i][j] = Vec<T>{};
     }
-    for (int k = terms.from; k < terms.to; ++k) {
-        Vec<T> row[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * width<T>);
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) {
-            const T x = TRANSPOSED ? a[k * lda + i] : a[i * lda + k];
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) {
-                if constexpr (MINUS)
-                    sum[i][j] -= row[j] * x;
-                else
-                    sum[i][j] += row[j] * x;
-            }
-        }
-    }
+    (accumulate<MR, NV, MINUS, T>(sum, first, products), ...);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
@@ -177,43 +222,33 @@ constexpr int tile_rows(int vectors) {
     return vectors == 4 ? 4 : vectors == 2 && DP_REGISTERS < 32 ? 4 : vectors == 1 && DP_REGISTERS >= 32 ? 16 : 8;
 }
 
-template <int NV, bool TRANSPOSED, bool MINUS, class T, class Range>
-void panel(
-    Ahead& ahead, int rows, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-    bool add) {
-    constexpr int MR = tile_rows(NV);
-    const int64_t step = TRANSPOSED ? 1 : lda;
-    int i = 0;
-    for (; i + MR <= rows; i += MR) {
-        ahead.fetch();
-        tile<MR, NV, TRANSPOSED, MINUS>(terms(i, i + MR), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+// The rows from `first` on by tiles of MR rows, and what is left by tiles of half as many.
+template <int MR, int NV, bool MINUS, class T, class... Products>
+DP_INLINE void panel(Ahead& ahead, int first, int rows, T* c, int64_t ldc, bool add, const Products&... products) {
+    for (; first + MR <= rows; first += MR) {
+        if constexpr (MR >= 4) ahead.fetch();
+        tile<MR, NV, MINUS>(first, c, ldc, add, products...);
     }
-    if constexpr (MR > 8)
-        for (; i + 8 <= rows; i += 8)
-            tile<8, NV, TRANSPOSED, MINUS>(terms(i, i + 8), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
-    if constexpr (MR > 4)
-        for (; i + 4 <= rows; i += 4)
-            tile<4, NV, TRANSPOSED, MINUS>(terms(i, i + 4), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
-    for (; i + 2 <= rows; i += 2)
-        tile<2, NV, TRANSPOSED, MINUS>(terms(i, i + 2), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
-    for (; i < rows; ++i)
-        tile<1, NV, TRANSPOSED, MINUS>(terms(i, i + 1), a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+    if constexpr (MR > 1) panel<MR / 2, NV, MINUS>(ahead, first, rows, c, ldc, add, products...);
 }
 
-// c [rows, vectors·width] = ± a b, or c += ± a b where `add`. A panel of b stays in the nearest cache while rows pass,
-// and `ahead` is fetched meanwhile.
-template <bool TRANSPOSED, bool MINUS, class T, class Range>
-void product(
-    Ahead& ahead, int rows, int vectors, Range terms, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-    int64_t ldc, bool add) {
+template <int NV, bool MINUS, class T, class... Products>
+void columns(Ahead& ahead, int rows, T* c, int64_t ldc, bool add, Products... products) {
+    panel<tile_rows(NV), NV, MINUS>(ahead, 0, rows, c, ldc, add, products...);
+}
+
+// c [rows, vectors·width] = ± the sum of products, or c += it where `add`. A panel of b stays in the nearest cache
+// while rows pass, and `ahead` is fetched meanwhile.
+template <bool MINUS, class T, class... Products>
+void product(Ahead& ahead, int rows, int vectors, T* c, int64_t ldc, bool add, Products... products) {
+    constexpr int W = width<T>;
     int j = 0;
     if constexpr (widest_tile == 4)
         for (; j + 4 <= vectors; j += 4)
-            panel<4, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+            columns<4, MINUS>(ahead, rows, c + j * W, ldc, add, products.from_column(j * W)...);
     for (; j + 2 <= vectors; j += 2)
-        panel<2, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
-    for (; j < vectors; ++j)
-        panel<1, TRANSPOSED, MINUS>(ahead, rows, terms, a, lda, b + j * width<T>, ldb, c + j * width<T>, ldc, add);
+        columns<2, MINUS>(ahead, rows, c + j * W, ldc, add, products.from_column(j * W)...);
+    for (; j < vectors; ++j) columns<1, MINUS>(ahead, rows, c + j * W, ldc, add, products.from_column(j * W)...);
 }
 
 // Substitution goes by blocks of eight rows: within a block row waits for row, and two vectors side by side, where
@@ -256,12 +291,12 @@ void solve(Ahead& ahead, int rows, int vectors, const T* lower, int64_t ldl, T* 
         T* block = x + first * ldx;
         if (TRANSPOSED && n > 0) {  // what the later rows, already solved, take away
             const int later = first + solve_rows;
-            product<true, true>(
-                ahead, count, vectors, AllTerms{rows - later}, lower + later * ldl + first, ldl, x + later * ldx, ldx,
-                block, ldx, true);
+            product<true>(
+                ahead, count, vectors, block, ldx, true,
+                transposed_times(lower + later * ldl + first, ldl, x + later * ldx, ldx, AllTerms{rows - later}));
         } else if (n > 0) {
-            product<false, true>(
-                ahead, count, vectors, AllTerms{first}, lower + first * ldl, ldl, x, ldx, block, ldx, true);
+            product<true>(
+                ahead, count, vectors, block, ldx, true, times(lower + first * ldl, ldl, x, ldx, AllTerms{first}));
         }
         const T* own = lower + first * ldl + first;
         int j = 0;
