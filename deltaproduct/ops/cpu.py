@@ -6,7 +6,7 @@ are independent, and then its time are divided as well.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,6 +137,8 @@ def cpu_forward(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)  # a compiled graph has not, and C++ reads memory by these numbers
     dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
+    if cu_seqlens is None and not keep:  # nothing of the backward's, so that a few tokens can be a small chunk
+        cut = replace(cut, chunk_tokens=min(cut.chunk_tokens, v.shape[1]))
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     initial = None if initial_state is None else initial_state.to(dtype).contiguous()

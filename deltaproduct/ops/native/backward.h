@@ -54,7 +54,7 @@ void find_d_values(
 template <class T>
 void advance_adjoint(
     const Sizes<T>& z, const Chunk<T>& c, bool outputs, const T* x, int vectors, int64_t ldv, T* d_state) {
-    if (c.gated()) scale_state(z, ldv, c.whole, d_state);
+    if (c.gated()) scale_state(z, vectors, ldv, c.whole, d_state);
     const auto steps_and_tokens = [&](int, int) {
         return Terms{0, c.steps, z.steps, z.steps + (outputs ? c.tokens : 0)};
     };
@@ -191,7 +191,7 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
             if (count > 0) {
                 const Chunk<T>& before = chunks[count - 1];
                 memcpy(c.state, before.state, sizeof(T) * z.state());
-                advance(z, before, before.error, z.value_vectors, z.ldv, c.state);
+                advance(z, before, before.error, z.ldv, z.value_vectors, c.state, z.ldv);
             }
             ahead.forget();
             if (count + 1 < each)
@@ -199,7 +199,7 @@ void backward(const Problem& p, int64_t number, const void* segment_states) {
             else
                 fetch_results(p, item, z, token, ahead);
             read_chunk(p, item, z, token, room, c);
-            find_errors(z, c, c.state, z.value_vectors, z.ldv, c.error);
+            find_errors(z, c, c.state, z.ldv, z.value_vectors, c.error, z.ldv);
         }
         while (count-- > 0) {
             ahead.forget();

@@ -165,8 +165,12 @@ void scale_rows(int rows, int vectors, const T* factors, const T* from, int64_t 
 }
 
 template <class T>
-void scale_state(const Sizes<T>& z, int64_t ld, T factor, T* state) {
-    for (int64_t i = 0; i < z.key * ld; i += width<T>) store(state + i, load(state + i) * factor);
+void scale_state(const Sizes<T>& z, int vectors, int64_t ld, T factor, T* state) {
+    with_count(vectors, [&](auto count) {
+        for (int i = 0; i < z.key; ++i)
+            for (int j = 0; j < count; ++j)
+                store(state + i * ld + j * width<T>, load(state + i * ld + j * width<T>) * factor);
+    });
 }
 
 // Decays within a chunk, as products of the tokens' gates. Products in double keep each to a rounding of the type that

@@ -6,19 +6,55 @@
 namespace deltaproduct {
 namespace DP_ARCH {
 
-// E = (I + L)⁻¹ (V − K̃ S), in the place of V.
+// E = (I + L)⁻¹ (V − K̃ S), in the place of V. So many vectors of columns, of a state with rows lds apart.
 template <class T>
-void find_errors(const Sizes<T>& z, const Chunk<T>& c, const T* state, int vectors, int64_t ldv, T* error) {
-    product<true>(*c.ahead, c.steps, vectors, error, ldv, true, times(c.seen, z.ldk, state, ldv, AllTerms{z.key}));
-    solve<false>(*c.ahead, c.steps, vectors, c.pairs, z.lds, error, ldv);
+void find_errors(
+    const Sizes<T>& z, const Chunk<T>& c, const T* state, int64_t lds, int vectors, T* error, int64_t lde) {
+    product<true>(*c.ahead, c.steps, vectors, error, lde, true, times(c.seen, z.ldk, state, lds, AllTerms{z.key}));
+    solve<false>(*c.ahead, c.steps, vectors, c.pairs, z.lds, error, lde);
 }
 
 // S ← exp(G_C) S + W̃ᵀ E
 template <class T>
-void advance(const Sizes<T>& z, const Chunk<T>& c, const T* error, int vectors, int64_t ldv, T* state) {
-    if (c.gated()) scale_state(z, ldv, c.whole, state);
+void advance(const Sizes<T>& z, const Chunk<T>& c, const T* error, int64_t lde, int vectors, T* state, int64_t lds) {
+    if (c.gated()) scale_state(z, vectors, lds, c.whole, state);
     product<false>(
-        *c.ahead, z.key, vectors, state, ldv, true, transposed_times(c.write, z.ldk, error, ldv, AllTerms{c.steps}));
+        *c.ahead, z.key, vectors, state, lds, true, transposed_times(c.write, z.ldk, error, lde, AllTerms{c.steps}));
+}
+
+// All of a chunk for so many vectors of columns, from column `first` on, of which `state` begins with the first.
+template <class T>
+void run_columns(
+    const Problem& p, const Sizes<T>& z, const Chunk<T>& c, int first, int vectors, T* state, int64_t lds, T* out) {
+    T* error = c.error + first;
+    find_errors(z, c, state, lds, vectors, error, z.ldv);
+    const auto own_and_earlier = [&](int, int end) { return Terms{0, end * int(p.steps)}; };
+    product<false>(
+        *c.ahead, c.tokens, vectors, out + first, z.ldv, false,
+        times(queries(c.seen, z.ldk, z), z.ldk, state, lds, AllTerms{z.key}),
+        times(queries(c.pairs, z.lds, z), z.lds, error, z.ldv, own_and_earlier));
+    advance(z, c, error, z.ldv, vectors, state, lds);
+}
+
+// The whole of a short sequence, where its columns are whole vectors: the state goes from tensor to tensor, a few
+// columns at a time, which stay in the nearest cache while they are read, used and moved on. A token costs little more
+// than that.
+template <class T>
+void run_in_place(const Problem& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, T* out) {
+    constexpr int AT_ONCE = 4;
+    const int64_t ld = p.value_dim, offset = (item.number * p.value_heads + item.head) * p.key_dim * ld + item.column;
+    const T* from = p.initial_state ? static_cast<const T*>(p.initial_state) + offset : nullptr;
+    T* state = static_cast<T*>(p.final_state) + offset;
+    for (int j = 0; j < z.value_vectors; j += AT_ONCE) {
+        const int first = j * width<T>, vectors = at_most(z.value_vectors - j, AT_ONCE);
+        for (int i = 0; i < z.key; ++i) {
+            if (from)
+                memcpy(state + i * ld + first, from + i * ld + first, sizeof(T) * vectors * width<T>);
+            else
+                memset(state + i * ld + first, 0, sizeof(T) * vectors * width<T>);
+        }
+        run_columns(p, z, c, first, vectors, state + first, ld, out);
+    }
 }
 
 template <class T>
@@ -38,8 +74,18 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
     };
     lay_out(scratch(lay_out(nullptr)));
     T* state = c.state;
-    const int n = int(p.steps);
+    const auto write_outputs = [&] {
+        write_rows(
+            p.o, item.sequence.batch, c.token, item.head, item.column, c.tokens, 1, z.value, out, z.ldv, T(p.scale));
+    };
 
+    const int64_t length = item.sequence.last - item.sequence.first;
+    if (0 < length && length <= p.chunk_tokens && !p.states && z.value % width<T> == 0) {
+        read_chunk(p, item, z, item.sequence.first, room, c);
+        run_in_place(p, item, z, c, out);
+        write_outputs();
+        return;
+    }
     if (segment_states && item.segment > 0)
         read_state(p, item, z, segment_states, item.segment * p.sequences + item.number, state);
     else
@@ -52,15 +98,8 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
             ahead.forget();
             fetch_inputs(p, item, z, token + p.chunk_tokens, ahead);
             read_chunk(p, item, z, token, room, c);
-            find_errors(z, c, state, z.value_vectors, z.ldv, c.error);
-            const auto own_and_earlier = [&](int, int end) { return Terms{0, end * n}; };
-            product<false>(
-                *c.ahead, c.tokens, z.value_vectors, out, z.ldv, false,
-                times(queries(c.seen, z.ldk, z), z.ldk, state, z.ldv, AllTerms{z.key}),
-                times(queries(c.pairs, z.lds, z), z.lds, c.error, z.ldv, own_and_earlier));
-            write_rows(
-                p.o, item.sequence.batch, token, item.head, item.column, c.tokens, 1, z.value, out, z.ldv, T(p.scale));
-            advance(z, c, c.error, z.value_vectors, z.ldv, state);
+            run_columns(p, z, c, 0, z.value_vectors, state, z.ldv, out);
+            write_outputs();
         }
     }
     if (item.segment == p.segments - 1) {

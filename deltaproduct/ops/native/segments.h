@@ -46,11 +46,11 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
             find_d_values<T>(p, z, c, nullptr, a, z.key_vectors, z.ldk, a_error);
             advance_adjoint<T>(z, c, false, a_error, z.key_vectors, z.ldk, a);
         } else {
-            find_errors(z, c, b, z.value_vectors, z.ldv, c.error);
-            advance(z, c, c.error, z.value_vectors, z.ldv, b);
+            find_errors(z, c, b, z.ldv, z.value_vectors, c.error, z.ldv);
+            advance(z, c, c.error, z.ldv, z.value_vectors, b, z.ldv);
             memset(a_error, 0, sizeof(T) * z.steps * z.ldk);
-            find_errors(z, c, a, z.key_vectors, z.ldk, a_error);
-            advance(z, c, a_error, z.key_vectors, z.ldk, a);
+            find_errors(z, c, a, z.ldk, z.key_vectors, a_error, z.ldk);
+            advance(z, c, a_error, z.ldk, z.key_vectors, a, z.ldk);
         }
     }
     for (int i = 0; i < z.key; ++i) memcpy(static_cast<T*>(a_out) + i * p.key_dim, a + i * z.ldk, sizeof(T) * z.key);
