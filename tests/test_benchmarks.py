@@ -37,11 +37,12 @@ from deltaproduct.benchmarks.timing import MIN_RUNS, Timing, interleaved, peak_e
 from deltaproduct.cli import bench as cli
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.s3 import s3
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS, delta_product
 from deltaproduct.ops.reference import reference
 from deltaproduct.training.loop import sample_batch
 
+NATIVE = BACKENDS["cpu"].obstacle(torch.device("cpu"), torch.float32) is None
 CPU = torch.device("cpu")
 TINY = OpShape(2, 8, 1, 4, 2)
 S3 = s3(seeds=1)[0].config
@@ -508,9 +509,11 @@ def test_quick_scaling_resolves_a_backend():
 def test_step_report_is_consistent(quick_step):
     r, t = quick_step, quick_step.times
     assert r.reason is None and 0 <= r.error < r.error_limit < 1e-3 and r.repeats == 3 and r.batch_size == 1
-    for timing in (t.token, t.recurrent, t.weights, t.states, *t.weights_by.values()):
+    for timing in (t.token, t.recurrent, t.weights, t.states, *t.token_by.values(), *t.weights_by.values()):
         assert 0 < timing.min_ms <= timing.median_ms <= timing.max_ms and timing.runs == 3
     assert t.weights.median_ms == min(way.median_ms for way in t.weights_by.values()) and len(t.weights_by) >= 2
+    assert set(t.token_by) == ({"model", "decoder"} if NATIVE else {"model"})
+    assert t.token.median_ms == min(way.median_ms for way in t.token_by.values())
     assert t.floor_ms == pytest.approx(t.weights.median_ms + t.states.median_ms)
     assert t.ratio == pytest.approx(t.token.median_ms / t.floor_ms)
     assert t.tokens_per_second == pytest.approx(1e3 / t.token.median_ms)
@@ -552,15 +555,24 @@ def test_a_model_whose_steps_are_wrong_is_not_timed(monkeypatch, fault):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.skipif(not NATIVE, reason="without the native engine there is one way only")
+def test_a_decoder_that_is_wrong_is_not_timed(monkeypatch):
+    right = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: right(self, tokens) * 1.001)
+    report = bench_step(quick=True, device="cpu", repeats=1)
+    assert report.times is None and "the error of decoder" in report.reason
+
+
 def test_decoding_carries_the_state():
     model = SequenceModel(QUICK_STEP_MODEL).eval()
     tokens = torch.randint(256, (2, 4), generator=torch.Generator().manual_seed(0))
-    run = step._decoder(model, tokens)
-    got = torch.cat([run() for _ in range(8)], dim=1)
     with torch.no_grad():
         want, _ = model(torch.cat((tokens, tokens), dim=1))
     limit = step.error_limit(QUICK_STEP_MODEL) * want.abs().max().item()
-    torch.testing.assert_close(got, want, rtol=0, atol=limit)
+    for decode in step._decoders(model, 2).values():
+        run = step._rounds(decode, tokens)
+        got = torch.stack([run() for _ in range(8)], dim=1)
+        torch.testing.assert_close(got, want, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_forget_gate": True, "num_v_heads": 4, "expand_v": 2.0}])

@@ -417,3 +417,36 @@ def test_too_little_memory_is_an_error_and_not_the_end(threads):
     with pytest.raises(MemoryError, match="native CPU engine could not allocate"):
         delta_product(one.expand(1, 1, 1, 1), k, beta[..., None], beta, backend="cpu")
     assert same(computed(*problem), want)
+
+
+# --- Short sequences, which work on the states' own tensors -----------------------------------------------------------
+
+
+@EVERY_KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("length", "value_dim"), [(1, 16), (1, 80), (3, 64), (1, 17), (5, 144)])
+@pytest.mark.parametrize("options", [{}, {"gated": True, "initial": True}, {"initial": True}, {"gated": True}])
+def test_few_tokens_without_a_backward(kernels, dtype, length, value_dim, options, poisoned):
+    """Whole vectors of columns or not, with and without a gate and a state; the given state stays as it was."""
+    ENGINE.use_kernels(kernels)
+    rng = np.random.default_rng(length * value_dim)
+    x = {
+        "q": rng.standard_normal((2, length, 2, 24)),
+        "k": unit(rng.standard_normal((2, length, 2, 2, 24))),
+        "v": rng.standard_normal((2, length, 2, 4, value_dim)),
+        "beta": rng.uniform(0, 2, (2, length, 2, 4)),
+    }
+    if options.get("gated"):
+        x["g"] = -rng.exponential(0.5, (2, length, 4))
+    if options.get("initial"):
+        x["initial_state"] = rng.standard_normal((2, 4, 24, value_dim))
+    given = {name: torch.from_numpy(value).to(dtype) for name, value in x.items()}
+    kept = {name: value.clone() for name, value in given.items()}
+    with torch.no_grad():
+        o, state = delta_product(**given, output_final_state=True, backend="cpu")
+        wide = {name: value.double() for name, value in given.items()}
+        want, want_state = delta_product(**wide, output_final_state=True, backend="reference")
+    limit = ROUNDINGS * UNIT[dtype] * (2 * length + 24 + value_dim) ** 0.5
+    for got, wanted in ((o, want), (state, want_state)):
+        assert relative_error(got.double().numpy(), wanted.numpy()) < limit
+    assert all(torch.equal(given[name], kept[name]) for name in given)

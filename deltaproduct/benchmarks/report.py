@@ -168,7 +168,8 @@ class ScalingBenchmark(Report):
 class StepTimes:
     """Decoding, and what it cannot be faster than. All of it was measured in turn in one run."""
 
-    token: Timing  # one call of the model: the next token of each sequence
+    token: Timing  # the next token of each sequence, in the fastest of the ways
+    token_by: dict[str, Timing]  # by a call of the model and, where there is one, by the native decoder
     recurrent: Timing  # `delta_product_step` alone, on every layer's state
     weights: Timing  # reading as many bytes as a call reads of the weights, in the fastest of the ways tried
     weights_by: dict[str, Timing]  # all of those ways

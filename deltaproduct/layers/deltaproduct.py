@@ -16,6 +16,7 @@ from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
 from deltaproduct.ops import delta_product, delta_product_step
 from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.tape import Tape
 
 
 class DeltaProductState(NamedTuple):
@@ -180,6 +181,38 @@ class DeltaProduct(Mixer):
             rate = self.a_proj(x)
             g = -self.A_log.exp() * F.softplus(rate.to(compute_dtype(rate)) + self.dt_bias)
         return q, k, v, beta, g, histories
+
+    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> DeltaProductState:
+        n, heads, key_heads, batch = self.num_householder, self.num_v_heads, self.num_heads, tape.batch_size
+        with tape.together():
+            projected = [tape.product(x, proj.weight) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            logits = tape.product(x, self.b_proj.weight, bias=self.b_proj.bias)
+            rate = tape.product(x, self.a_proj.weight) if self.use_forget_gate else None
+            output_gate = tape.product(x, self.g_proj.weight) if self.use_output_gate else None
+        convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.use_short_conv else [None] * 3
+        with tape.together():
+            qkv, histories = zip(
+                *(
+                    tape.convolution(y, None if conv is None else conv.weight, self.qkv_activation)
+                    for y, conv in zip(projected, convs, strict=True)
+                ),
+                strict=True,
+            )
+            beta = tape.sigmoid(logits, 2.0 if self.allow_neg_eigval else 1.0)
+            g = None if rate is None else tape.gate(rate, self.A_log, self.dt_bias)
+        q, k, v = qkv
+        o, recurrent = tape.token(
+            q.view(batch, key_heads, self.head_dim),
+            k.view(batch, n, key_heads, self.head_dim),
+            v.view(batch, n, heads, self.head_v_dim),
+            beta.view(batch, n, heads),
+            g,
+        )
+        o = self.o_norm.record(tape, o).view(batch, -1)
+        if output_gate is not None:
+            o = tape.silu_times(output_gate, o)
+        tape.product(o, self.o_proj.weight, onto=onto)
+        return DeltaProductState(recurrent, *histories)
 
 
 class DeltaNet(DeltaProduct):

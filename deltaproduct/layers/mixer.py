@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.inputs import check_cu_seqlens
+from deltaproduct.ops.tape import Tape
 
 
 class Mixer(nn.Module, ABC):
@@ -64,6 +65,17 @@ class Mixer(nn.Module, ABC):
         if state is None:
             state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         return self.mix(x, state, cu_seqlens)
+
+    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> Any:
+        """Record one token for native decoding: the mixer's output for x [B,D] is added to `onto` [B,D].
+
+        Returns:
+            The state, as tensors that every playing of the tape moves on in place.
+
+        Raises:
+            UsageError: this mixer has no native decoding; calling it token by token with the carried state always goes.
+        """
+        raise UsageError(f"{type(self).__name__} has no native decoding; call the model token by token.")
 
     @classmethod
     def arguments(cls) -> list[str]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.tape import Tape
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
 
@@ -53,6 +54,10 @@ class RMSNorm(nn.Module):
                 return _RMSNorm.apply(x, self.weight, self.eps)
             dtype = compute_dtype(x)  # PyTorch's own forward is the better one, by far where a single token is decoded
             return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+    def record(self, tape: Tape, x: Tensor) -> Tensor:
+        """Record this for native decoding."""
+        return tape.norm(x, self.weight, self.eps)
 
 
 class ShortConvolution(nn.Module):
@@ -110,3 +115,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> None:
+        """Record this for native decoding: the output is added to `onto`."""
+        with tape.together():
+            gate, up = tape.product(x, self.gate_proj.weight), tape.product(x, self.up_proj.weight)
+        tape.product(tape.silu_times(gate, up), self.down_proj.weight, onto=onto)

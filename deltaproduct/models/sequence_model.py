@@ -16,6 +16,7 @@ from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.ops import resolve_backend
+from deltaproduct.ops.tape import Tape
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -50,6 +51,13 @@ class Block(nn.Module):
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, state
+
+    def record(self, tape: Tape, x: Tensor) -> Any:
+        """Record one token for native decoding, x [B,D] in place; returns the mixer's state (`Mixer.record`)."""
+        state = self.mixer.record(tape, self.mixer_norm.record(tape, x), onto=x)
+        if self.mlp is not None:
+            self.mlp.record(tape, self.mlp_norm.record(tape, x), onto=x)
+        return state
 
 
 class SequenceModel(nn.Module):

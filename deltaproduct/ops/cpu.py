@@ -120,6 +120,18 @@ def _problem(
     )
 
 
+def token_problem(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, o: Tensor) -> Problem:
+    """One float32 token with `qk_l2norm`, its state moved on in place; shapes as in `delta_product_step`."""
+    scale, cut = k.shape[-1] ** -0.5, Cut(chunk_tokens=1, chunks_per_state=1)
+    g = None if g is None else g.unsqueeze(1)
+    q, k, v, beta, o = (x.unsqueeze(1) for x in (q, k, v, beta, o))
+    problem = _problem(q, k, v, beta, g, None, scale, True, torch.float32, cut)
+    problem.value_blocks = problem.segments = 1
+    problem.o = TensorField.of(o, per_step=False)
+    problem.initial_state = problem.final_state = _pointer(state)
+    return problem
+
+
 @torch.library.custom_op("deltaproduct::cpu_forward", mutates_args=())
 def cpu_forward(
     q: Tensor,

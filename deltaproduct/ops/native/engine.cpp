@@ -49,6 +49,23 @@ std::atomic<const Kernels*> chosen{best_kernels()};
 using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
+// work(data) on up to so many threads at once
+void on_threads(int64_t threads, void (*work)(void*), void* data) {
+    if (threads <= 1) {
+        work(data);
+    } else if (GompParallel gomp = gomp_parallel.load()) {
+        gomp(work, data, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, data);
+        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+        }
+        work(data);
+        for (std::thread& other : others) other.join();
+    }
+}
+
 template <class F>
 struct Loop {
     const F& work;
@@ -73,20 +90,7 @@ template <class F>
 void parallel_for(int64_t count, int64_t threads, const F& work, int64_t grain = 1) {
     if (grain * threads * 4 > count) grain = 1;
     Loop<F> loop{work, count, grain};
-    threads = threads < count ? threads : count;
-    if (threads <= 1) {
-        loop.run();
-    } else if (GompParallel gomp = gomp_parallel.load()) {
-        gomp(Loop<F>::run_one, &loop, unsigned(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        try {
-            for (int64_t i = 1; i < threads; ++i) others.emplace_back(Loop<F>::run_one, &loop);
-        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
-        }
-        loop.run();
-        for (std::thread& other : others) other.join();
-    }
+    on_threads(threads < count ? threads : count, Loop<F>::run_one, &loop);
     if (loop.out_of_memory) throw std::bad_alloc();
 }
 
@@ -143,6 +147,55 @@ int run(const Problem& p, bool reverse) {
     }
 }
 
+// A tape being played. Every thread goes through all instructions and takes units of each while there are any; one
+// that needs earlier results waits until their last unit is done, whoever does it.
+struct Player {
+    struct Progress {
+        std::atomic<int64_t> next{0}, done{0};
+    };
+    const Instruction* tape;
+    const int64_t count;
+    const Kernels& kernels;
+    std::vector<Progress> progress;
+    std::atomic<bool> out_of_memory{false};
+
+    void run() {
+        int64_t finished = 0;  // so many from the beginning are known to be
+        for (int64_t n = 0; n < count; ++n) {
+            const Instruction& instruction = tape[n];
+            for (; finished < instruction.after; ++finished) wait_for(finished);
+            const Units units = kernels.units(instruction);
+            for (int64_t from; (from = progress[n].next.fetch_add(units.grain)) < units.count;) {
+                const int64_t to = from + units.grain < units.count ? from + units.grain : units.count;
+                try {
+                    kernels.play(instruction, from, to);
+                } catch (const std::bad_alloc&) {
+                    out_of_memory = true;
+                }
+                progress[n].done.fetch_add(to - from, std::memory_order_release);
+            }
+        }
+        for (; finished < count; ++finished) wait_for(finished);
+    }
+    void wait_for(int64_t n) {
+        const int64_t all = kernels.units(tape[n]).count;
+        for (int spins = 0; progress[n].done.load(std::memory_order_acquire) < all;)
+            if (++spins > SPINS) std::this_thread::yield();
+    }
+    static void run_one(void* player) { static_cast<Player*>(player)->run(); }
+    static constexpr int SPINS = 1 << 12;
+};
+
+int play(const Instruction* tape, int64_t count, int64_t threads) {
+    try {
+        Player player{tape, count, *chosen.load(), std::vector<Player::Progress>(count)};
+        on_threads(threads, Player::run_one, &player);
+        return player.out_of_memory ? 1 : 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace
 
 void* scratch(int64_t bytes) {
@@ -164,6 +217,7 @@ void* scratch(int64_t bytes) {
 extern "C" {
 
 API int64_t deltaproduct_problem_bytes() { return sizeof(deltaproduct::Problem); }
+API int64_t deltaproduct_instruction_bytes() { return sizeof(deltaproduct::Instruction); }
 
 API const char* deltaproduct_kernels() { return deltaproduct::chosen.load()->name; }
 
@@ -198,4 +252,7 @@ API void deltaproduct_large_pages(void* memory, int64_t bytes) {
 
 API int deltaproduct_forward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, false); }
 API int deltaproduct_backward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, true); }
+API int deltaproduct_play(const deltaproduct::Instruction* tape, int64_t count, int64_t threads) {
+    return deltaproduct::play(tape, count, threads);
+}
 }

@@ -47,7 +47,7 @@ void run_in_place(const Problem& p, const Item& item, const Sizes<T>& z, const C
     T* state = static_cast<T*>(p.final_state) + offset;
     for (int j = 0; j < z.value_vectors; j += AT_ONCE) {
         const int first = j * width<T>, vectors = at_most(z.value_vectors - j, AT_ONCE);
-        for (int i = 0; i < z.key; ++i) {
+        for (int i = 0; i < z.key && from != state; ++i) {
             if (from)
                 memcpy(state + i * ld + first, from + i * ld + first, sizeof(T) * vectors * width<T>);
             else

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "segments.h"
+#include "tape.h"
 
 namespace deltaproduct {
 namespace DP_ARCH {
@@ -21,7 +22,7 @@ void any_compose(const Problem& p, const void* a, const void* b, const void* sta
 
 #define DP_TEXT(x) #x
 #define DP_NAME(x) DP_TEXT(x)
-constexpr Kernels table = {DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose};
+constexpr Kernels table = {DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose, units_of, play_units};
 
 }  // namespace DP_ARCH
 }  // namespace deltaproduct

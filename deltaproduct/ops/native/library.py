@@ -61,6 +61,19 @@ class Problem(ctypes.Structure):
     )
 
 
+class Instruction(ctypes.Structure):
+    """`Instruction` of problem.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("after", "batch", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("w", "x", "u", "y", "z")),
+        ("problem", ctypes.POINTER(Problem)),
+        ("a", ctypes.c_double),
+    )
+
+
 class Engine:
     """The loaded library."""
 
@@ -69,10 +82,13 @@ class Engine:
         self._library = ctypes.CDLL(str(path))
         for name in ("deltaproduct_kernels", "deltaproduct_kernels_here"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self._library.deltaproduct_problem_bytes.restype = ctypes.c_int64
+        mirrors = {"problem": Problem, "instruction": Instruction}
+        for name in mirrors:
+            getattr(self._library, f"deltaproduct_{name}_bytes").restype = ctypes.c_int64
         self._library.deltaproduct_use_openmp.argtypes = [ctypes.c_void_p]
         self._library.deltaproduct_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        if self._library.deltaproduct_problem_bytes() != ctypes.sizeof(Problem):
+        self._library.deltaproduct_play.argtypes = [ctypes.POINTER(Instruction), ctypes.c_int64, ctypes.c_int64]
+        if any(getattr(self._library, f"deltaproduct_{n}_bytes")() != ctypes.sizeof(m) for n, m in mirrors.items()):
             raise OSError(f"{path} belongs to another version of this package")
         self.openmp = _openmp_of_process()
         if self.openmp is not None:
@@ -107,14 +123,17 @@ class Engine:
         return x
 
     def forward(self, problem: Problem) -> None:
-        self._call(self._library.deltaproduct_forward, problem)
+        self._call(self._library.deltaproduct_forward, ctypes.byref(problem))
 
     def backward(self, problem: Problem) -> None:
-        self._call(self._library.deltaproduct_backward, problem)
+        self._call(self._library.deltaproduct_backward, ctypes.byref(problem))
+
+    def play(self, tape: "ctypes.Array[Instruction]", threads: int) -> None:
+        self._call(self._library.deltaproduct_play, tape, len(tape), threads)
 
     @staticmethod
-    def _call(function: Any, problem: Problem) -> None:
-        if function(ctypes.byref(problem)) != 0:
+    def _call(function: Any, *arguments: Any) -> None:
+        if function(*arguments) != 0:
             raise MemoryError("the native CPU engine could not allocate its working memory")
 
 

@@ -64,6 +64,25 @@ inline Sequence sequence_of(const Problem& p, int64_t number) {
     return {0, first, last, first / span + number, last / span + number + 1};
 }
 
+// One piece of work of decoding a token (tape.h): rows and columns of what, and which pointers are used, is said there.
+// The mirror of this structure is ops/native/library.py.
+enum InstructionKind : int32_t { PRODUCT, PRODUCT_ADDED, NORM, CONVOLUTION, SILU_TIMES, SIGMOID, GATE, TOKEN };
+enum Activation : int32_t { IDENTITY, SILU, RELU };
+struct Instruction {
+    int32_t kind, activation;
+    int64_t after;  // it needs the results of all instructions before this one
+    int64_t batch, rows, columns;
+    const float *w, *x, *u;
+    float *y, *z;
+    const Problem* problem;
+    double a;
+};
+
+// How many units of work an instruction has, and how many a thread takes at once.
+struct Units {
+    int64_t count, grain;
+};
+
 // What one instruction set offers the engine. `item` numbers segments × sequences × value heads × value blocks, the
 // blocks fastest.
 struct Kernels {
@@ -74,6 +93,8 @@ struct Kernels {
     void (*summary)(const Problem&, int64_t item, bool reverse, void* a, void* b);
     // out [K,V] = a state + b
     void (*compose)(const Problem&, const void* a, const void* b, const void* state, void* out);
+    Units (*units)(const Instruction&);
+    void (*play)(const Instruction&, int64_t from, int64_t to);  // these units of it
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;
