@@ -426,9 +426,13 @@ def test_too_little_memory_is_an_error_and_not_the_end(threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("length", "value_dim"), [(1, 16), (1, 80), (3, 64), (1, 17), (5, 144)])
 @pytest.mark.parametrize("options", [{}, {"gated": True, "initial": True}, {"initial": True}, {"gated": True}])
-def test_few_tokens_without_a_backward(kernels, dtype, length, value_dim, options, poisoned):
+@pytest.mark.parametrize("division", [None, (2, 1), (3, 5)], ids=str)
+def test_few_tokens_without_a_backward(kernels, dtype, length, value_dim, options, division, divide, poisoned):
     """Whole vectors of columns or not, with and without a gate and a state; the given state stays as it was."""
     ENGINE.use_kernels(kernels)
+    if division:
+        divide(*division)
+        torch.set_num_threads(3)
     rng = np.random.default_rng(length * value_dim)
     x = {
         "q": rng.standard_normal((2, length, 2, 24)),

@@ -80,7 +80,8 @@ void forward(const Problem& p, int64_t number, const void* segment_states) {
     };
 
     const int64_t length = item.sequence.last - item.sequence.first;
-    if (0 < length && length <= p.chunk_tokens && !p.states && z.value % width<T> == 0) {
+    const bool one_chunk = 0 < length && length <= p.chunk_tokens && p.segments == 1;  // segments would write the same
+    if (one_chunk && !p.states && z.value % width<T> == 0) {
         read_chunk(p, item, z, item.sequence.first, room, c);
         run_in_place(p, item, z, c, out);
         write_outputs();
