@@ -18,7 +18,7 @@ from deltaproduct.seeds import evaluation_generator, training_generator
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig, train
 from deltaproduct.training.checkpoint import Progress
-from deltaproduct.training.loop import advance, new_model, new_optimizer, sample_batch, train_step
+from deltaproduct.training.loop import advance, masked_loss, new_model, new_optimizer, sample_batch, train_step
 
 TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 4}
 
@@ -165,6 +165,17 @@ def test_gradient_accumulation_is_the_whole_batch():
         )
         results.append((loss, accuracy, norm))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_what_is_scored():
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 4, generator=rng, dtype=torch.float64).requires_grad_()
+    labels, mask = torch.randint(4, (3, 5), generator=rng), torch.rand(3, 5, generator=rng) < 0.5
+    loss = masked_loss(logits, labels, mask)
+    chosen = logits.detach().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    assert loss.item() == pytest.approx(-sum(float(x) for x in chosen[mask]) / int(mask.sum()), rel=1e-6)
+    loss.backward()
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, mask)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():

@@ -24,6 +24,7 @@ from deltaproduct.training.config import RunConfig, TrainConfig
 from deltaproduct.training.log import Metrics, progress_bar
 
 CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
+IGNORED = -100  # a label that no task has
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends
 
 
@@ -147,7 +148,9 @@ def sample_batch(task: Task, settings: TrainConfig, step: int, stage: int) -> tu
 
 def masked_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy over the scored positions. logits [B,T,num_labels], labels and mask [B,T]."""
-    return F.cross_entropy(logits[mask].float(), labels[mask])
+    # Ignored and not indexed away, which would copy the logits and scatter their gradient.
+    labels = labels.masked_fill(~mask, IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
 def train_step(
