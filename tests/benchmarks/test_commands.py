@@ -1,0 +1,143 @@
+"""The commands of `deltaproduct bench`, what their reports look like, and what they refuse."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import tyro
+from cases import S3, TINY, shown
+
+from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling, bench_step, bench_train, row_names, step
+from deltaproduct.cli import bench as cli
+from deltaproduct.errors import UsageError
+from deltaproduct.ops import BACKENDS
+
+# --- Reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_reports_are_plain_json(quick, quick_step, quick_train):
+    """They survive JSON unchanged, without NaN and without tuples."""
+    scaling = bench_scaling([16, 32], backend="chunkwise", shape=TINY, device="cpu", repeats=1)
+    for report in (quick, scaling, quick_step, quick_train):
+        value = report.to_dict()
+        assert json.loads(json.dumps(value, allow_nan=False)) == value
+    assert quick.to_dict()["shapes"][0]["rows"][0]["forward"]["median_ms"] > 0
+    assert [r.benchmark for r in (quick, scaling, quick_step, quick_train)] == ["ops", "scaling", "step", "train"]
+
+
+def test_tables_fit_a_terminal_of_80_columns(quick, quick_step, quick_train):
+    text = shown(quick)
+    for report in (quick, quick_step, quick_train):
+        assert "…" not in shown(report)  # how rich marks what it cut
+    assert all(name in text for name in row_names()) and "Roofline" in text and "B4 T64 H2 K16 N2" in text
+    assert all(other.reason in text for other in quick.unavailable)
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
+
+
+def command(kind, *arguments):
+    return tyro.cli(kind, args=list(arguments)).run()
+
+
+def test_bench_train_runs_what_reproduce_runs(monkeypatch):
+    configs = []
+    monkeypatch.setattr(cli, "bench_train", lambda config, **kw: configs.append(config) or S3)
+    monkeypatch.setattr(cli, "render", lambda *a: None)
+    command(cli.BenchTrain)
+    command(cli.BenchTrain, "--task", "S5", "--num-householder", "4")
+    assert configs[0] == S3 and S3.model.num_householder == 2 and S3.model.allow_neg_eigval
+    assert configs[1].training.task == "S5" and configs[1].model.num_householder == 4
+    assert configs[1].model.num_labels == 120 and configs[1].training.lengths == S3.training.lengths
+
+
+def test_commands_print_and_write_json(capsys, tmp_path):
+    sizes = ["--num-hidden-layers", "1", "--hidden-size", "32", "--num-heads", "1", "--head-dim", "8"]
+    sizes += ["--num-householder", "3", "--batch-size", "2"]
+    common = ["--quick", "--repeats", "1", "--device", "cpu", "--json", "--out"]
+    command(cli.BenchStep, *sizes, *common, str(tmp_path / "a" / "step.json"))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "a" / "step.json").read_text())
+    model = printed["model"]
+    assert [model[n] for n in ("num_hidden_layers", "hidden_size", "num_heads", "head_dim")] == [1, 32, 1, 8]
+    assert model["num_householder"] == 3 and printed["batch_size"] == 2 and printed["repeats"] == 1
+    command(cli.BenchTrain, "--backends", "chunkwise", *common, str(tmp_path / "train.json"))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "train.json").read_text())
+    assert [row["backend"] for row in printed["rows"]] == ["chunkwise"]
+    ops = ["--shapes", TINY.label, "--backends", "textbook_loop", "chunkwise"]
+    command(cli.BenchOps, *ops, *common, str(tmp_path / "ops.json"))
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["backend"] for row in printed["shapes"][0]["rows"]] == ["textbook_loop", "chunkwise"]
+    assert list(printed["shapes"][0]["rows"][0]["speedup"]) == ["chunkwise"]
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def changed(config, **parts):
+    return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **c) for n, c in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: bench_ops([TINY], backends=["nonesuch"]),
+        lambda: bench_ops([TINY], backends=[]),
+        lambda: bench_ops([]),
+        lambda: bench_ops([TINY], repeats=0),
+        lambda: bench_ops([TINY], repeats=1.5),
+        lambda: bench_ops([TINY], dtype="int8"),
+        lambda: bench_ops([TINY], dtype=torch.int64),
+        lambda: bench_ops([TINY], device="abacus"),
+        lambda: bench_ops([TINY], device="meta"),
+        lambda: bench_scaling([16, 32], backend="nonesuch"),
+        lambda: bench_scaling([16, 32], backend="reference"),
+        lambda: bench_scaling([16, 32], backend="textbook_loop"),
+        lambda: bench_scaling([16, 16]),
+        lambda: bench_scaling([0, 16]),
+        lambda: bench_scaling([16, 32], repeats=0),
+        lambda: bench_step(quick=True, batch_size=0),
+        lambda: bench_step(quick=True, repeats=0),
+        lambda: bench_step(quick=True, device="abacus"),
+        lambda: command(cli.BenchStep, "--quick", "--head-dim", "0"),
+        lambda: bench_train(S3, backends=["nonesuch"]),
+        lambda: bench_train(S3, backends=["textbook_loop"]),
+        lambda: bench_train(S3, backends=[]),
+        lambda: bench_train(S3, repeats=0),
+        lambda: bench_train(changed(S3, training={"precision": "bfloat16"})),
+        lambda: bench_train(changed(S3, training={"task": "S4"})),
+        lambda: bench_train(changed(S3, model={"num_v_heads": 8})),
+        lambda: bench_train(changed(S3, model={"mixer": "deltanet"})),
+        lambda: command(cli.BenchTrain, "--num-householder", "0"),
+        lambda: OpShape(0, 128, 4, 32, 2),
+        lambda: OpShape(64, 128, 4, 32, 0),
+        lambda: OpShape(64, -1, 4, 32, 2),
+        lambda: OpShape(64, 128, 4, 32.0, 2),
+        lambda: OpShape.parse("64 128 4 32 2"),
+        lambda: OpShape.parse("B64 T0 H4 K32 N2"),
+    ],
+)
+def test_mistakes_are_one_clear_line(mistake):
+    with pytest.raises(UsageError) as e:
+        mistake()
+    assert str(e.value) and "\n" not in str(e.value) and str(e.value).endswith(".")
+
+
+def test_other_rooms_mistakes_are_passed_on(monkeypatch):
+    with pytest.raises(UsageError, match="S99x"):
+        command(cli.BenchTrain, "--task", "S99x")
+    monkeypatch.setattr(step, "DeltaProduct", type("Another", (), {}))
+    with pytest.raises(UsageError, match="DeltaProduct"):
+        bench_step(quick=True, device="cpu")
+
+
+def test_naming_a_backend_that_cannot_serve_is_an_error(monkeypatch):
+    away = dataclasses.replace(BACKENDS["reference"], name="away", obstacle=lambda device, dtype: "it is away")
+    monkeypatch.setitem(BACKENDS, "away", away)
+    with pytest.raises(UsageError, match="it is away"):
+        bench_ops([TINY], backends=["away"], device="cpu")
+    report = bench_ops([TINY], device="cpu", repeats=1)
+    assert [n.reason for n in report.unavailable if n.backend == "away"] == ["it is away"]
+    assert "away cannot serve: it is away." in shown(report)
