@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from deltaproduct.cli.main import main
 from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.ops import BACKENDS
 from deltaproduct.plots.figures import accuracy_by_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,10 +17,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_python_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    general, decoding = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
-    exec(block, names)
+    exec(general, names)
     assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
+    if BACKENDS["cpu"].obstacle(torch.device("cpu"), torch.float32) is None:
+        exec(decoding, names)
+        assert names["logits"].shape == (2, 6)
 
 
 def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
