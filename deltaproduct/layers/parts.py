@@ -5,39 +5,14 @@ B batch · T tokens · D width · S packed sequences · w convolution width.
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.norm import rms_norm
 from deltaproduct.ops.tape import Tape
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x̂ · weight with x̂ = x / √(mean x² + eps). Autograd's own gradient of the formula, and of PyTorch's `rms_norm`,
-    passes over memory twice as often, and a norm is nothing but passes over memory (docs/LOG.md)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.to(compute_dtype(x))
-        factor = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
-        normal = wide * factor
-        ctx.save_for_backward(normal, factor, weight)
-        ctx.dtype = x.dtype
-        return (normal * weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        normal, factor, weight = ctx.saved_tensors
-        d_y = d_y.to(normal.dtype)
-        product = d_y * normal
-        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = (product @ weight.to(product.dtype)).unsqueeze(-1) / normal.shape[-1]
-        d_x = torch.addcmul(d_y * weight, normal, along, value=-1) * factor
-        return d_x.to(ctx.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +26,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                return _RMSNorm.apply(x, self.weight, self.eps)
+                return rms_norm(x, self.weight, self.eps)
             dtype = compute_dtype(x)  # PyTorch's own forward is the better one, by far where a single token is decoded
             return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 

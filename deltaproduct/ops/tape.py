@@ -32,6 +32,7 @@ class Kind(IntEnum):
     SIGMOID = 5
     GATE = 6
     TOKEN = 7
+    NORM_BACKWARD = 8
 
 
 ACTIVATION_CODES = {"identity": 0, "silu": 1, "relu": 2}

@@ -64,9 +64,20 @@ inline Sequence sequence_of(const Problem& p, int64_t number) {
     return {0, first, last, first / span + number, last / span + number + 1};
 }
 
-// One piece of work of decoding a token (tape.h): rows and columns of what, and which pointers are used, is said there.
+// One piece of work of decoding a token, or of a norm (tape.h, norm.h): rows and columns of what, and which pointers
+// are used, is said there.
 // The mirror of this structure is ops/native/library.py.
-enum InstructionKind : int32_t { PRODUCT, PRODUCT_ADDED, NORM, CONVOLUTION, SILU_TIMES, SIGMOID, GATE, TOKEN };
+enum InstructionKind : int32_t {
+    PRODUCT,
+    PRODUCT_ADDED,
+    NORM,
+    CONVOLUTION,
+    SILU_TIMES,
+    SIGMOID,
+    GATE,
+    TOKEN,
+    NORM_BACKWARD
+};
 enum Activation : int32_t { IDENTITY, SILU, RELU };
 struct Instruction {
     int32_t kind, activation;

@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "forward.h"
+#include "norm.h"
 
 namespace deltaproduct {
 namespace DP_ARCH {
@@ -57,18 +58,6 @@ inline void play_product(const Instruction& i, int64_t from, int64_t to) {
     }
 }
 
-// Rows [from, to) of y = x / √(mean x² + a) · w, each of so many columns
-inline void play_norm(const Instruction& i, int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row) {
-        const float* x = i.x + row * i.columns;
-        float* y = i.y + row * i.columns;
-        double squares = 0;
-        for (int64_t j = 0; j < i.columns; ++j) squares += double(x[j]) * x[j];
-        const float factor = float(1 / sqrt(squares / double(i.columns) + i.a));
-        for (int64_t j = 0; j < i.columns; ++j) y[j] = x[j] * factor * i.w[j];
-    }
-}
-
 // Channels [from, to) of a causal convolution of so many columns, and its history z [batch, columns − 1, rows] moved
 // on; only the activation where there are no weights
 inline void play_convolution(const Instruction& i, int64_t from, int64_t to) {
@@ -94,7 +83,11 @@ inline Units units_of(const Instruction& i) {
             const int64_t rows = (int64_t(1) << 15) / (i.columns > 1 ? i.columns : 1) / 4 * 4;  // 128 KiB of weights
             return {i.rows, rows < 4 ? 4 : rows};
         }
-        case NORM: return {i.rows, 1};
+        case NORM: {
+            const int64_t rows = (int64_t(1) << 14) / (i.columns > 1 ? i.columns : 1);
+            return {i.rows, rows < 1 ? 1 : rows};
+        }
+        case NORM_BACKWARD: return {(i.rows + NORM_BLOCK - 1) / NORM_BLOCK, 1};
         case TOKEN: return {i.problem->sequences * i.problem->value_heads, 1};
         default: return {i.rows, 1024};
     }
@@ -105,6 +98,7 @@ inline void play_units(const Instruction& i, int64_t from, int64_t to) {
         case PRODUCT:
         case PRODUCT_ADDED: return play_product(i, from, to);
         case NORM: return play_norm(i, from, to);
+        case NORM_BACKWARD: return play_norm_backward(i, from, to);
         case CONVOLUTION: return play_convolution(i, from, to);
         case SILU_TIMES:
             for (int64_t n = from; n < to; ++n) i.y[n] = silu(i.x[n]) * i.u[n];

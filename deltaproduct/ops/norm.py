@@ -1,0 +1,82 @@
+"""RMSNorm with a gradient. A norm is nothing but passes over memory; the fewest of them are the best formulation.
+
+Three norms took a fifth of a small model's training step in PyTorch's elementwise operations (docs/LOG.md).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deltaproduct.ops import cpu
+from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.native.library import Instruction
+from deltaproduct.ops.tape import Kind
+
+BLOCK = 256  # NORM_BLOCK of norm.h
+FEW = 1 << 15  # numbers; for fewer, a second thread takes longer to wake than to work
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight over the last dimension, x [...,D], weight [D]; in float32 or better."""
+    return (_NativeRMSNorm if _is_native(x, weight) else _RMSNorm).apply(x, weight, eps)
+
+
+def _is_native(x: Tensor, weight: Tensor) -> bool:
+    """Whether the engine takes it. A compiler makes one pass of the formula itself."""
+    plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)  # there is memory behind them
+    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return plain and float32 and cpu.ENGINE is not None and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+class _NativeRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x)
+        _play(Kind.NORM, x, weight, eps, y=y)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        d_x = torch.empty_like(x)
+        blocks = -(-x.numel() // (x.shape[-1] * BLOCK))
+        d_weight = x.new_empty(blocks, x.shape[-1])
+        _play(Kind.NORM_BACKWARD, x, weight, ctx.eps, u=d_y.contiguous(), y=d_x, z=d_weight)
+        return d_x, d_weight.sum(0), None
+
+
+def _play(kind: Kind, x: Tensor, weight: Tensor, eps: float, **others: Tensor) -> None:
+    columns = x.shape[-1]
+    pointers = {name: tensor.data_ptr() for name, tensor in ({"x": x, "w": weight} | others).items()}
+    tape = (Instruction * 1)(Instruction(kind=kind, rows=x.numel() // columns, columns=columns, a=eps, **pointers))
+    assert cpu.ENGINE is not None
+    cpu.ENGINE.play(tape, 1 if x.numel() < FEW else torch.get_num_threads())
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x̂ · weight with x̂ = x / √(mean x² + eps). Autograd's own gradient of the formula, and of PyTorch's `rms_norm`,
+    passes over memory twice as often."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.to(compute_dtype(x))
+        factor = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        normal = wide * factor
+        ctx.save_for_backward(normal, factor, weight)
+        ctx.dtype = x.dtype
+        return (normal * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        normal, factor, weight = ctx.saved_tensors
+        d_y = d_y.to(normal.dtype)
+        product = d_y * normal
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (product @ weight.to(product.dtype)).unsqueeze(-1) / normal.shape[-1]
+        d_x = torch.addcmul(d_y * weight, normal, along, value=-1) * factor
+        return d_x.to(ctx.dtype), d_weight, None
