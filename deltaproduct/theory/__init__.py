@@ -1,0 +1,23 @@
+"""What products of Householder reflections can do: exact constructions, and what is impossible."""
+
+from deltaproduct.theory.householder import (
+    Factors,
+    from_contraction,
+    from_orthogonal,
+    from_permutation,
+    from_rotation,
+    pair_is_complex,
+    spectrum,
+    transpositions,
+)
+
+__all__ = [
+    "Factors",
+    "from_contraction",
+    "from_orthogonal",
+    "from_permutation",
+    "from_rotation",
+    "pair_is_complex",
+    "spectrum",
+    "transpositions",
+]
