@@ -1,5 +1,6 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
+from deltaproduct.theory.cascade import Cascade, decompose
 from deltaproduct.theory.householder import (
     Factors,
     from_contraction,
@@ -12,7 +13,9 @@ from deltaproduct.theory.householder import (
 )
 
 __all__ = [
+    "Cascade",
     "Factors",
+    "decompose",
     "from_contraction",
     "from_orthogonal",
     "from_permutation",

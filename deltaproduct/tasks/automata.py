@@ -1,0 +1,237 @@
+"""Deterministic finite automata: from a table, a JSON object or a regular expression; minimal, and as a monoid.
+
+Letters: n states, s symbols.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from deltaproduct.errors import UsageError
+
+MAX_STATES = 10_000
+MAX_ELEMENTS = 50_000  # of a transition monoid
+REGEX_ADVICE = "it may have letters, ( ), |, *, +, ?, & and {m,n}"
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """A complete deterministic automaton.
+
+    Attributes:
+        alphabet: s different names of symbols; symbol i is alphabet[i].
+        states: n different names of states.
+        initial: the number of the state before the first symbol.
+        accepting: numbers of states, in increasing order.
+        transitions: transitions[state][symbol] is the next state's number.
+
+    Raises UsageError when any of these do not fit together.
+    """
+
+    alphabet: tuple[str, ...]
+    states: tuple[str, ...]
+    initial: int
+    accepting: tuple[int, ...]
+    transitions: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.states)
+        for what, names in (("symbol", self.alphabet), ("state", self.states)):
+            if not names:
+                raise UsageError(f"An automaton needs at least one {what}.")
+            if len(set(names)) < len(names):
+                twice = next(name for i, name in enumerate(names) if name in names[:i])
+                raise UsageError(f"The {what} {twice!r} is named twice.")
+        if n > MAX_STATES:
+            raise UsageError(f"{n:,} states are more than {MAX_STATES:,}.")
+        if len(self.transitions) != n or any(len(row) != len(self.alphabet) for row in self.transitions):
+            raise UsageError(f"The transitions must be a table of {n} states by {len(self.alphabet)} symbols.")
+        for number in (self.initial, *self.accepting, *itertools.chain(*self.transitions)):
+            if not 0 <= number < n:
+                raise UsageError(f"There is no state number {number}; they go from 0 to {n - 1}.")
+        if list(self.accepting) != sorted(set(self.accepting)):
+            raise UsageError("The accepting states must be different and in increasing order.")
+
+    @cached_property
+    def maps(self) -> tuple[tuple[int, ...], ...]:
+        """What each symbol does to all states: maps[symbol][state] is the next one."""
+        return tuple(zip(*self.transitions, strict=True))
+
+    def trace(self, symbols: Iterable[int]) -> list[int]:
+        """The state after each symbol of a word, by number."""
+        state, after = self.initial, []
+        for symbol in symbols:
+            state = self.transitions[state][symbol]
+            after.append(state)
+        return after
+
+    def accepts(self, symbols: Iterable[int]) -> bool:
+        """Whether the word ends in an accepting state."""
+        return ([self.initial, *self.trace(symbols)])[-1] in self.accepting
+
+    def reachable(self) -> "Automaton":
+        """Without the states that no word leads to; the others keep their order."""
+        return self._merged({state: state for state in self._found()})
+
+    def minimal(self) -> "Automaton":
+        """The smallest automaton of the same language, by Moore's refinement of partitions.
+
+        A state's name is that of the first of those that it stands for.
+        """
+        found = self._found()
+        block = {state: int(state in self.accepting) for state in found}
+        while True:
+            kinds: dict[tuple[int, ...], int] = {}
+            finer = {
+                state: kinds.setdefault((block[state], *(block[to] for to in self.transitions[state])), len(kinds))
+                for state in found
+            }
+            if len(kinds) == len(set(block.values())):
+                break
+            block = finer
+        first: dict[int, int] = {}
+        for state in found:
+            first.setdefault(block[state], state)
+        return self._merged({state: first[block[state]] for state in found})
+
+    def monoid(self) -> list[tuple[int, ...]]:
+        """The transition monoid: what words do to all states, the empty word first; of a minimal automaton the
+        syntactic monoid of its language.
+
+        Raises UsageError when there are more than 50,000 elements.
+        """
+        identity = tuple(range(len(self.states)))
+        elements = {identity: None}
+        fresh = [identity]
+        while fresh:
+            products = [tuple(f[x] for x in e) for e in fresh for f in self.maps]
+            fresh = [p for p in dict.fromkeys(products) if p not in elements]
+            elements |= dict.fromkeys(fresh)
+            if len(elements) > MAX_ELEMENTS:
+                raise UsageError(f"The transition monoid has more than {MAX_ELEMENTS:,} elements.")
+        return list(elements)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them."""
+        return {
+            "alphabet": list(self.alphabet),
+            "states": list(self.states),
+            "initial": self.initial,
+            "accepting": list(self.accepting),
+            "transitions": [list(row) for row in self.transitions],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Automaton":
+        """From what JSON gives: an object with the fields of this class, and no others.
+
+        Raises UsageError, in one line, for anything else.
+        """
+        if not isinstance(value, dict):
+            raise UsageError(f"An automaton is a JSON object, not {_short(value)}.")
+        fields = ("alphabet", "states", "initial", "accepting", "transitions")
+        if missing := [name for name in fields if name not in value]:
+            raise UsageError(f"The automaton lacks {' and '.join(missing)}.")
+        if unknown := [name for name in value if name not in fields]:
+            raise UsageError(f"An automaton has no {_short(unknown[0])}; it has {', '.join(fields)}.")
+        names = {}
+        for name in ("alphabet", "states"):
+            if not _is_list(value[name], str):
+                raise UsageError(f"The automaton's {name} must be a list of strings, not {_short(value[name])}.")
+            names[name] = tuple(value[name])
+        if not _is_list([value["initial"]], int):
+            raise UsageError(f"The automaton's initial must be the number of a state, not {_short(value['initial'])}.")
+        if not _is_list(value["accepting"], int):
+            raise UsageError(f"The automaton's accepting must be a list of numbers, not {_short(value['accepting'])}.")
+        rows = value["transitions"]
+        if not isinstance(rows, list) or not all(_is_list(row, int) for row in rows):
+            raise UsageError(f"The automaton's transitions must be a list of lists of numbers, not {_short(rows)}.")
+        return cls(
+            **names,
+            initial=value["initial"],
+            accepting=tuple(sorted(set(value["accepting"]))),
+            transitions=tuple(tuple(row) for row in rows),
+        )
+
+    def _found(self) -> list[int]:
+        """The states that words lead to, in order."""
+        return sorted(order_of_discovery(self.initial, lambda state: self.transitions[state]))
+
+    def _merged(self, stands_for: dict[int, int]) -> "Automaton":
+        """Of the states in `stands_for` only, each replaced by the one given for it."""
+        kept = sorted(set(stands_for.values()))
+        number = {state: i for i, state in enumerate(kept)}
+        return Automaton(
+            alphabet=self.alphabet,
+            states=tuple(self.states[state] for state in kept),
+            initial=number[stands_for[self.initial]],
+            accepting=tuple(number[state] for state in kept if state in self.accepting),
+            transitions=tuple(tuple(number[stands_for[to]] for to in self.transitions[state]) for state in kept),
+        )
+
+
+def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
+    """The minimal automaton of a regular expression, in automata-lib's syntax.
+
+    Args:
+        regex: a symbol is one character.
+        alphabet: all symbols; None means those that the expression has.
+
+    Raises UsageError when the expression is malformed, has no symbols, or has one that is not in the alphabet; or when
+    automata-lib is not installed.
+    """
+    try:
+        from automata.base.exceptions import AutomatonException, RegexException
+        from automata.fa.dfa import DFA
+        from automata.fa.nfa import NFA
+    except ImportError as e:
+        raise UsageError("Regular expressions need automata-lib: pip install 'deltaproduct[formal]'.") from e
+    symbols = None if alphabet is None else set(alphabet)
+    try:
+        nfa = NFA.from_regex(regex, input_symbols=symbols)
+        if not nfa.input_symbols:
+            raise UsageError(f"The regular expression {regex!r} has no symbols; an alphabet has to be given with it.")
+        dfa = DFA.from_nfa(nfa, minify=True)
+    except UsageError:
+        raise
+    except (AutomatonException, RegexException, ValueError, IndexError, KeyError, RecursionError) as e:
+        reason = str(e).splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
+        raise UsageError(f"{regex!r} is no regular expression ({reason}); {REGEX_ADVICE}.") from e
+    letters = tuple(sorted(dfa.input_symbols))
+    # Numbered in the order in which words in alphabetical order find them, whatever names the library gave.
+    found = order_of_discovery(dfa.initial_state, lambda q: [dfa.transitions[q].get(a) for a in letters])
+    order, sink = {q: i for i, q in enumerate(found)}, len(found)
+    rows = [tuple(order.get(dfa.transitions[q].get(a), sink) for a in letters) for q in found]
+    if any(sink in row for row in rows):  # a partial automaton's missing transitions lead to where nothing is accepted
+        rows.append((sink,) * len(letters))
+    return Automaton(
+        alphabet=letters,
+        states=tuple(f"q{i}" for i in range(len(rows))),
+        initial=0,
+        accepting=tuple(sorted(order[q] for q in dfa.final_states if q in order)),
+        transitions=tuple(rows),
+    ).minimal()
+
+
+def order_of_discovery(start: Any, next_ones: Callable[[Any], Iterable[Any]]) -> list[Any]:
+    """Whatever `next_ones` leads to from `start`, breadth first; None leads nowhere."""
+    found = [start]
+    seen = {start}
+    for node in found:  # grows while it is gone through
+        for other in next_ones(node):
+            if other is not None and other not in seen:
+                seen.add(other)
+                found.append(other)
+    return found
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(x) is kind for x in value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
