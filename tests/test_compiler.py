@@ -1,0 +1,108 @@
+"""Groups as matrices (theory/representations.py) and as exact weights of one layer (theory/compiler.py)."""
+
+import json
+
+import pytest
+import torch
+
+from deltaproduct.errors import UsageError
+from deltaproduct.evaluation import evaluate_length
+from deltaproduct.models import SequenceModel
+from deltaproduct.ops import BACKENDS
+from deltaproduct.tasks import get_task
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.theory.compiler import compile_group
+from deltaproduct.theory.representations import representations
+
+# Name, Householder factors per token (P1: n − 1 for S_n, 2 for subgroups of SO(3) and for Z_m, D_m), heads
+GROUPS = {
+    "Z2": (1, 1), "Z3": (2, 2), "Z8": (2, 2), "Z60": (2, 6), "D3": (2, 2), "D12": (2, 2), "S2": (1, 1), "S3": (2, 2),
+    "S4": (2, 3), "S5": (4, 4), "A3": (2, 2), "A4": (2, 3), "A5": (2, 3), "A6": (4, 5), "S3_x_Z2": (2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_representations_are_faithful(name):
+    """Orthogonal matrices that multiply as the group's elements do, and no two elements alike."""
+    group, found = representations(name)
+    n, table = len(group.elements), group.table
+    for representation in found:
+        r = representation.matrices
+        identity = torch.eye(representation.size, dtype=torch.float64).expand_as(r)
+        torch.testing.assert_close(r @ r.mT, identity, rtol=0, atol=1e-12)
+        for g in range(n):
+            torch.testing.assert_close(r[g] @ r, r[table[g]], rtol=0, atol=1e-12)
+        assert all(len(f.betas) <= GROUPS[name][0] for f in representation.factors())
+    flat = torch.cat([r.matrices.flatten(1) for r in found], 1)
+    assert (torch.cdist(flat, flat) + torch.eye(n)).min() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GROUPS)
+def test_one_layer_is_right_on_every_token(name, dtype):
+    compiled = compile_group(name)
+    config, task = compiled.model.config, get_task(name)
+    steps, heads = GROUPS[name]
+    assert (config.num_hidden_layers, config.num_householder, config.num_heads) == (1, steps, heads)
+    assert config.mlp_size == 0
+    result = evaluate_length(compiled.model.to(dtype), task, 2000, sequences=4)
+    assert result.accuracy == result.sequence_accuracy == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["S3", "S4", "S5", "A5", "Z60", "D12"])
+def test_one_layer_is_right_at_length_100_000(name):
+    compiled = compile_group(name)
+    result = evaluate_length(compiled.model, get_task(name), 100_000, sequences=100)
+    assert result.accuracy == 1
+
+
+@pytest.mark.parametrize("name", ["A5", "S5"])
+def test_every_backend_gives_the_same_labels(name):
+    model, task = compile_group(name).model, get_task(name)
+    tokens, labels, mask = task.sample(2, 300, generator=torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    for backend in BACKENDS.values():
+        if backend.obstacle(device, torch.float32) is None:
+            with torch.no_grad():
+                logits, _ = model.use_backend(backend.name)(tokens)
+            assert torch.equal(logits.argmax(-1)[mask], labels[mask]), backend.name
+
+
+def test_the_automaton_is_the_task():
+    automaton, task = compile_group("S3").automaton, get_task("S3")
+    tokens, labels, _ = task.sample(1, 50, generator=torch.Generator().manual_seed(0))
+    assert automaton.trace(tokens[0, 1:].tolist()) == labels[0, 1:].tolist()
+    assert automaton.alphabet == automaton.states and automaton.states[0] == "e"
+    assert automaton.alphabet == tuple(task.token_name(i) for i in range(6)) and task.bos_id == 6
+
+
+def test_saved_and_loaded(tmp_path):
+    compiled = compile_group("S4")
+    compiled.save(tmp_path / "s4")
+    model = SequenceModel.from_pretrained(tmp_path / "s4")
+    tokens, _, _ = get_task("S4").sample(2, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0], compiled.model(tokens)[0])
+    stored = json.loads((tmp_path / "s4" / "automaton.json").read_text())
+    assert Automaton.from_dict(stored) == compiled.automaton
+
+
+def test_more_factors_than_needed_do_no_harm():
+    compiled = compile_group("A5", num_householder=3)  # now the whole matrix is written, and rows have constant length
+    assert compiled.model.config.num_householder == 3 and compiled.model.config.expand_v == 1
+    assert evaluate_length(compiled.model, get_task("A5"), 500, sequences=2).accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "word"),
+    [
+        (lambda: compile_group("S5", num_householder=3), "at least 4 here, not 3"),
+        (lambda: compile_group("S1"), "nothing to track"),
+        (lambda: compile_group("S9"), "elements"),
+    ],
+)
+def test_the_impossible_is_refused(mistake, word):
+    with pytest.raises(UsageError, match=word):
+        mistake()
