@@ -1,18 +1,20 @@
-"""Groups as matrices (theory/representations.py) and as exact weights of one layer (theory/compiler.py)."""
+"""Exact weights (theory/compiler.py): groups as matrices and in one layer, automata as stacks of layers."""
 
 import json
+import random
 
 import pytest
 import torch
+from test_automata import random_automaton
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import SequenceModel
 from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
-from deltaproduct.tasks.automata import Automaton
-from deltaproduct.theory.compiler import compile_group
-from deltaproduct.theory.representations import representations
+from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.theory.compiler import compile_cascade, compile_group
+from deltaproduct.theory.representations import representations, simplex
 
 # Name, Householder factors per token (P1: n − 1 for S_n, 2 for subgroups of SO(3) and for Z_m, D_m), heads
 GROUPS = {
@@ -106,3 +108,87 @@ def test_more_factors_than_needed_do_no_harm():
 def test_the_impossible_is_refused(mistake, word):
     with pytest.raises(UsageError, match=word):
         mistake()
+
+
+# --- Automata ---------------------------------------------------------------------------------------------------------
+
+
+def wrong_labels(model: SequenceModel, automaton: Automaton, words: list[list[int]]) -> int:
+    """How many labels of these words are not the automaton's states."""
+    bos = len(automaton.alphabet)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[bos, *word] for word in words]))
+    return int((logits.argmax(-1)[:, 1:] != torch.tensor([automaton.trace(word) for word in words])).sum())
+
+
+def assert_compiles(automaton: Automaton, words: int = 4, length: int = 400, dtype=torch.float32) -> None:
+    compiled, n = compile_cascade(automaton), len(automaton.states)
+    config = compiled.model.config
+    assert config.num_hidden_layers <= max(1, 2 * n - 3) and config.num_householder <= max(n - 1, 2)
+    rng = random.Random(0)
+    drawn = [[rng.randrange(len(automaton.alphabet)) for _ in range(length)] for _ in range(words)]
+    assert wrong_labels(compiled.model.to(dtype), automaton, drawn) == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_automata_are_compiled(seed):
+    rng = random.Random(seed)
+    assert_compiles(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_hundred_random_automata_are_compiled():
+    rng = random.Random(1)
+    for _ in range(200):
+        assert_compiles(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)), words=20, length=1000)
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_float64_and_every_size(n):
+    assert_compiles(random_automaton(random.Random(n), n, 3), dtype=torch.float64)
+
+
+def test_permutations_resets_and_joins():
+    """Every kind of action at the first level: of five states all are swapped, rotated, joined and set."""
+    rows = zip((1, 0, 2, 3, 4), (1, 2, 3, 4, 0), (0, 0, 2, 3, 4), (3, 3, 3, 3, 3), (0, 1, 2, 3, 4), strict=True)
+    assert_compiles(Automaton(tuple("srjci"), tuple("01234"), 2, (0,), tuple(rows)), length=2000)
+
+
+@pytest.mark.parametrize("regex", ["(ab)*", "(b*ab*a)*b*", "((a|b)(a|b)a)*", "a{2,4}b?", "(a|b)*abb(a|b)*"])
+def test_regular_expressions_are_compiled(regex):
+    pytest.importorskip("automata")
+    automaton = from_regex(regex, "ab")
+    assert_compiles(automaton)
+    # Where random words soon leave the language for good, so do others not.
+    words = [[0, 1] * 50, [1, 0, 0] * 33 + [0], [0, 0, 0, 1] * 25, [0] * 100]
+    assert wrong_labels(compile_cascade(automaton).model, automaton, words) == 0
+
+
+def test_long_words_are_tracked_in_pieces():
+    """Nothing adds up: after 50,000 symbols, 10,000 at a time, the labels are still right."""
+    automaton = random_automaton(random.Random(5), 5, 3)
+    model, rng = compile_cascade(automaton).model, random.Random(0)
+    word = [rng.randrange(3) for _ in range(50_000)]
+    found, state = [], None
+    with torch.no_grad():
+        for piece in torch.tensor([[3, *word]]).split(10_000, dim=1):
+            logits, state = model(piece, state)
+            found.append(logits.argmax(-1)[0])
+    assert torch.cat(found)[1:].tolist() == automaton.trace(word)
+
+
+def test_every_backend_carries_out_a_cascade():
+    automaton = random_automaton(random.Random(3), 4, 3)
+    model, rng = compile_cascade(automaton).model, random.Random(0)
+    words = [[rng.randrange(3) for _ in range(200)] for _ in range(2)]
+    for backend in BACKENDS.values():
+        if backend.obstacle(torch.device("cpu"), torch.float32) is None:
+            assert wrong_labels(model.use_backend(backend.name), automaton, words) == 0, backend.name
+
+
+def test_simplex():
+    for m in (2, 3, 7):
+        corners = simplex(m)
+        want = torch.full((m, m), -1 / (m - 1), dtype=torch.float64).fill_diagonal_(1)
+        torch.testing.assert_close(corners @ corners.T, want, rtol=0, atol=1e-14)

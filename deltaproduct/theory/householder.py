@@ -40,6 +40,10 @@ class Factors(NamedTuple):
         all_of_them = (self, *others)
         return Factors(torch.cat([f.keys for f in all_of_them]), torch.cat([f.betas for f in all_of_them]))
 
+    def widened(self, n: int) -> "Factors":
+        """The same on the first dimensions of n, and nothing on the others."""
+        return Factors(torch.nn.functional.pad(self.keys, (0, n - self.keys.shape[1])), self.betas)
+
     def padded(self, count: int) -> "Factors":
         """So many factors, with identities (β = 0) after these.
 

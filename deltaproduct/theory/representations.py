@@ -65,7 +65,7 @@ def _of_factor(family: str, m: int, elements: Sequence[Permutation]) -> list[Rep
         return [Representation(f"D{m}", _of_points(_polygon(m), elements))]
     if family == "A" and m == 5:
         return [Representation("A5", _icosahedron(elements))]
-    matrices = _of_points(_simplex(m), elements)
+    matrices = _of_points(simplex(m), elements)
     if family == "S" and m == 4:  # −1 in three dimensions is no rotation: times it, odd permutations are
         matrices = matrices * torch.linalg.det(matrices).round()[:, None, None]
     return [Representation(f"{family}{m}", matrices)]
@@ -98,7 +98,7 @@ def _polygon(m: int) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), 1)
 
 
-def _simplex(m: int) -> Tensor:
+def simplex(m: int) -> Tensor:
     """The corners [m,m−1] of a regular simplex, unit vectors with the products −1/(m−1)."""
     # Each corner is on the next axis as far as it is not settled by the axes before.
     corners = torch.zeros(m, m - 1, dtype=torch.float64)
