@@ -42,11 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str]) -> Any:
     """The command that the arguments describe, as an object with a `run` method."""
     from deltaproduct.cli.bench import BenchOps, BenchScaling, BenchStep, BenchTrain
+    from deltaproduct.cli.compile import Compile
     from deltaproduct.cli.doctor import Doctor
     from deltaproduct.cli.evaluate import Evaluate
     from deltaproduct.cli.reproduce import Reproduce
     from deltaproduct.cli.tasks import TasksList, TasksShow
     from deltaproduct.cli.train import Train, resumed_defaults
+    from deltaproduct.cli.verify import Verify
 
     defaults = resumed_defaults(arguments[1:]) if arguments[:1] == ["train"] else None
     sub = tyro.conf.subcommand
@@ -61,6 +63,8 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[Reproduce, sub("reproduce")]
         | Annotated[Train, sub("train", default=defaults) if defaults else sub("train")]
         | Annotated[Evaluate, sub("evaluate")]
+        | Annotated[Compile, sub("compile")]
+        | Annotated[Verify, sub("verify")]
         | Annotated[_group("Tasks", tasks, "Which tasks there are, and what one looks like."), sub("tasks")]
         | Annotated[_group("Bench", bench, "Measure this machine and the operator on it."), sub("bench")]
         | Annotated[Doctor, sub("doctor")]

@@ -147,6 +147,9 @@ def _moved(p: Permutation) -> int:
     return sum(x != y for x, y in enumerate(p))
 
 
+INTEGER = r"(?:0|[1-9]\d{0,8})"
+GROUP_NAME = rf"[SAZD]{INTEGER}(?:_x_[SAZD]{INTEGER})*"  # what `build_group` takes, as a regular expression
+
 _SMALLEST = {"S": 2, "A": 3, "Z": 2, "D": 3}
 
 
@@ -183,8 +186,10 @@ def build_group(name: str) -> Group:
     direct product acts on the disjoint union of its factors' points, the first factor's points first.
 
     Raises UsageError when a factor is trivial or not faithful on its points (S and Z need n ≥ 2, A and D need n ≥ 3),
-    or when there are more than `MAX_ELEMENTS` elements.
+    or when there are more than `MAX_ELEMENTS` elements, or when the name is of none of these forms.
     """
+    if not re.fullmatch(GROUP_NAME, name, re.ASCII):
+        raise UsageError(f"there is no group {name!r}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
     factors = [(part[0], int(part[1:])) for part in name.split("_x_")]
     for family, n in factors:
         least = _SMALLEST[family]

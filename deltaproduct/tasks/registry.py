@@ -25,8 +25,7 @@ class Family(NamedTuple):
     build: Callable[..., Task]
 
 
-_INT = r"(?:0|[1-9]\d{0,8})"
-_GROUP = rf"[SAZD]{_INT}(?:_x_[SAZD]{_INT})*"
+_INT, _GROUP = groups.INTEGER, groups.GROUP_NAME
 _BASE = rf"{_GROUP}(?:_only_swaps|_limit_to_{_INT})?"
 _LONG_BASE = rf"({_BASE})_({_INT})"
 

@@ -1,0 +1,41 @@
+"""`deltaproduct verify`: a compiled model beside its automaton, on words of any length."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deltaproduct.machine import choose_device
+from deltaproduct.theory.validate import load, verify
+
+WRONG = 1  # the exit status where a label was
+
+
+@dataclass(kw_only=True)
+class Verify:
+    """Compare every label of a compiled model with its automaton's state; exit status 1 if one is wrong."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a folder that `compile` wrote")]
+    length: Annotated[int, tyro.conf.arg(help="symbols in a word")] = 1_000_000
+    words: Annotated[int, tyro.conf.arg(help="words; every second one avoids states that nothing leaves")] = 4
+    seed: Annotated[int, tyro.conf.arg(help="of the words")] = 0
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
+    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
+
+    def run(self) -> None:
+        compiled = load(self.source, choose_device(self.device))
+        compiled.model.use_backend(self.backend)
+        found = verify(compiled, length=self.length, words=self.words, seed=self.seed)
+        if self.json:
+            print(json.dumps(asdict(found)))
+        elif found.wrong:
+            total = found.words * found.length
+            print(f"Wrong: {found.wrong:,} of {total:,} tokens, the first after {found.first_wrong:,} symbols.")
+        else:
+            print(f"Right on every token of {found.words} words of length {found.length:,}; "
+                  f"smallest margin {found.margin:.3g}.")  # fmt: skip
+        if found.wrong:
+            raise SystemExit(WRONG)

@@ -1,0 +1,137 @@
+"""Compiled models beside their automata (theory/validate.py), and the commands `compile` and `verify`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deltaproduct.cli.main import main
+from deltaproduct.errors import UsageError
+from deltaproduct.models import SequenceModel
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.theory import validate
+from deltaproduct.theory.compiler import Compiled, compile_cascade, compile_group
+from deltaproduct.theory.validate import draw_words, load, run_automaton, verify
+
+# (ab)*: after anything else, the third state for good
+AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
+
+
+def run(capsys, *arguments):
+    """(status, standard output, standard error) of the program in this process."""
+    status = 0
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as e:
+        status = e.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_every_second_word_stays_alive():
+    words = draw_words(AB, 6, 50, seed=0)
+    assert words.shape == (6, 50) and set(np.unique(words)) == {0, 1}
+    states = run_automaton(AB, words)
+    assert [list(row) for row in states] == [AB.trace(word) for word in words.tolist()]
+    assert (states[1::2] != 2).all() and (states[0::2, -1] == 2).all()
+    assert not np.array_equal(words, draw_words(AB, 6, 50, seed=1))
+
+
+def test_a_right_model_is_found_right_in_pieces(monkeypatch):
+    compiled = compile_cascade(AB)
+    whole = verify(compiled, length=300, words=4)
+    monkeypatch.setattr(validate, "PIECE_TOKENS", 100)
+    pieces = verify(compiled, length=300, words=4)
+    assert whole.wrong == pieces.wrong == 0 and whole.first_wrong is None
+    assert whole.margin == pytest.approx(pieces.margin, rel=1e-3) and whole.margin > 1
+
+
+def test_a_wrong_model_is_found_wrong():
+    """Labels 1 and 2 of the head are exchanged: every token whose state is one of them is wrong, and no other."""
+    compiled = compile_group("Z3")
+    with torch.no_grad():
+        compiled.model.head.weight[:] = compiled.model.head.weight[[0, 2, 1]]
+    found = verify(compiled, length=200, words=3, seed=5)
+    states = run_automaton(compiled.automaton, draw_words(compiled.automaton, 3, 200, 5))
+    assert found.wrong == (states != 0).sum() and found.margin < 0
+    assert found.first_wrong == 1 + np.flatnonzero((states != 0).any(0))[0]
+
+
+def test_the_first_wrong_symbol_is_counted_from_the_words_start(monkeypatch):
+    def off_by_two(automaton, words):
+        states = run_automaton(automaton, words)
+        states[1, [76, 90]] = (states[1, [76, 90]] + 1) % 3
+        return states
+
+    monkeypatch.setattr(validate, "PIECE_TOKENS", 40)  # 20 symbols of each of two words
+    monkeypatch.setattr(validate, "run_automaton", off_by_two)
+    found = verify(compile_group("Z3"), length=100, words=2)
+    assert (found.wrong, found.first_wrong) == (2, 77)
+
+
+def test_what_is_no_number_is_wrong():
+    compiled = compile_group("Z2")
+    with torch.no_grad():
+        compiled.model.head.weight.fill_(torch.nan)
+    assert verify(compiled, length=10, words=2).wrong == 20
+
+
+def test_compile_and_verify(capsys, tmp_path):
+    for name, arguments in {"s4": ["--group", "S4"], "ab": ["--regex", "(ab)*"]}.items():
+        if name == "ab":
+            pytest.importorskip("automata")
+        status, out, _ = run(capsys, "compile", *arguments, "--out", tmp_path / name)
+        assert status == 0 and "layers: " in out and "Right on every token" in out
+        assert SequenceModel.from_pretrained(tmp_path / name).config.num_labels == {"s4": 24, "ab": 3}[name]
+        status, out, _ = run(capsys, "verify", tmp_path / name, "--length", "3000", "--json")
+        assert status == 0 and json.loads(out)["wrong"] == 0 and json.loads(out)["length"] == 3000
+    status, out, _ = run(capsys, "verify", tmp_path / "s4", "--length", "100", "--backend", "reference")
+    assert status == 0 and "Right on every token of 4 words of length 100" in out
+
+
+def test_an_automaton_is_minimised_unless_its_states_are_all_that_is_asked_for(capsys, tmp_path):
+    twice = Automaton(("a",), ("0", "1", "2", "3"), 0, (0, 2), ((1,), (2,), (3,), (0,)))
+    for accepting, states in (([0, 2], 2), ([], 4)):
+        (tmp_path / "a.json").write_text(json.dumps(twice.to_dict() | {"accepting": accepting}))
+        out = tmp_path / str(states)
+        assert run(capsys, "compile", "--automaton", tmp_path / "a.json", "--out", out)[0] == 0
+        assert len(load(out).automaton.states) == states
+
+
+def test_verify_says_what_is_wrong_and_where(capsys, tmp_path):
+    compiled = compile_group("Z3")
+    Compiled(compiled.model, compile_group("D3").automaton).save(tmp_path / "misfit")
+    status, _, err = run(capsys, "verify", tmp_path / "misfit", "--length", "10")
+    assert status == 2 and "a model of 7 tokens and 6 labels" in err
+    with torch.no_grad():
+        compiled.model.head.weight.neg_()
+    compiled.save(tmp_path / "wrong")
+    status, out, _ = run(capsys, "verify", tmp_path / "wrong", "--length", "10", "--words", "2")
+    assert status == 1 and out.startswith("Wrong: 20 of 20 tokens, the first after 1 symbols.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "not none"),
+        (["--group", "S3", "--regex", "a*"], "not group and regex"),
+        (["--group", "S3", "--alphabet", "ab"], "--alphabet goes with --regex"),
+        (["--regex", "a*", "--num-householder", "2"], "--num-householder goes with --group"),
+        (["--group", "S5", "--num-householder", "2"], "at least 4"),
+        (["--group", "Q8"], "Q8"),
+        (["--automaton", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_mistakes_are_one_clear_line(capsys, tmp_path, arguments, word):
+    status, _, err = run(capsys, "compile", *arguments, "--out", tmp_path / "new")
+    assert status == 2 and word in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    status, _, err = run(capsys, "compile", "--group", "S3", "--out", tmp_path / "mine")
+    assert status == 2 and "already exists" in err
+    with pytest.raises(UsageError, match="At least one word"):
+        verify(compile_group("Z2"), length=0)
