@@ -1,6 +1,7 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
 from deltaproduct.theory.cascade import Cascade, decompose
+from deltaproduct.theory.compiler import Compiled, compile_cascade, compile_group
 from deltaproduct.theory.householder import (
     Factors,
     from_contraction,
@@ -11,16 +12,23 @@ from deltaproduct.theory.householder import (
     spectrum,
     transpositions,
 )
+from deltaproduct.theory.validate import Verification, load, verify
 
 __all__ = [
     "Cascade",
+    "Compiled",
     "Factors",
+    "Verification",
+    "compile_cascade",
+    "compile_group",
     "decompose",
     "from_contraction",
     "from_orthogonal",
     "from_permutation",
     "from_rotation",
+    "load",
     "pair_is_complex",
     "spectrum",
     "transpositions",
+    "verify",
 ]
