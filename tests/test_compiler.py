@@ -9,8 +9,8 @@ from test_automata import random_automaton
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
-from deltaproduct.models import SequenceModel
-from deltaproduct.ops import BACKENDS
+from deltaproduct.models import Decoder, SequenceModel
+from deltaproduct.ops import BACKENDS, cpu
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton, from_regex
 from deltaproduct.theory.compiler import compile_cascade, compile_group
@@ -185,6 +185,15 @@ def test_every_backend_carries_out_a_cascade():
     for backend in BACKENDS.values():
         if backend.obstacle(torch.device("cpu"), torch.float32) is None:
             assert wrong_labels(model.use_backend(backend.name), automaton, words) == 0, backend.name
+
+
+@pytest.mark.skipif(cpu.ENGINE is None, reason="native decoding needs the engine")
+def test_native_decoding_carries_out_a_cascade():
+    automaton = random_automaton(random.Random(3), 5, 3)
+    decoder, rng = Decoder(compile_cascade(automaton).model), random.Random(0)
+    word = [rng.randrange(3) for _ in range(200)]
+    labels = [int(decoder(torch.tensor([symbol])).argmax()) for symbol in (3, *word)]
+    assert labels[1:] == automaton.trace(word)
 
 
 def test_simplex():
