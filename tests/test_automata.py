@@ -110,6 +110,7 @@ GOOD = PARITY.to_dict()
         lambda: from_regex(""),
         lambda: from_regex("abc", "ab"),
         lambda: from_regex("a{2,1}"),
+        lambda: from_regex("a{1,100000}"),
     ],
 )
 def test_mistakes_are_one_clear_line(mistake):

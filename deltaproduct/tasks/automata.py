@@ -5,6 +5,7 @@ Letters: n states, s symbols.
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,6 +190,8 @@ def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
         from automata.fa.nfa import NFA
     except ImportError as e:
         raise UsageError("Regular expressions need automata-lib: pip install 'deltaproduct[formal]'.") from e
+    if re.search(r"\{[^}]*\d{4}", regex):  # it would be written out, so often
+        raise UsageError(f"{regex!r} repeats something more than 999 times.")
     symbols = None if alphabet is None else set(alphabet)
     try:
         nfa = NFA.from_regex(regex, input_symbols=symbols)
