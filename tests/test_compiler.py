@@ -13,7 +13,7 @@ from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS, cpu
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton, from_regex
-from deltaproduct.theory.compiler import compile_cascade, compile_group
+from deltaproduct.theory.compiler import compile_automaton, compile_cascade, compile_group
 from deltaproduct.theory.representations import representations, simplex
 
 # Name, Householder factors per token (P1: n − 1 for S_n, 2 for subgroups of SO(3) and for Z_m, D_m), heads
@@ -153,6 +153,25 @@ def test_permutations_resets_and_joins():
     """Every kind of action at the first level: of five states all are swapped, rotated, joined and set."""
     rows = zip((1, 0, 2, 3, 4), (1, 2, 3, 4, 0), (0, 0, 2, 3, 4), (3, 3, 3, 3, 3), (0, 1, 2, 3, 4), strict=True)
     assert_compiles(Automaton(tuple("srjci"), tuple("01234"), 2, (0,), tuple(rows)), length=2000)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 20])
+def test_permutations_take_one_layer(n):
+    """Also of more states than a cascade may have; with as many factors as the longest permutation has swaps."""
+    rng = random.Random(n)
+    columns = [list(range(n)), [*range(1, n), 0], rng.sample(range(n), n)]
+    rows = tuple(zip(*columns, strict=True))
+    automaton = Automaton(("i", "c", "r"), tuple(map(str, range(n))), n // 2, (0,), rows)
+    model = compile_automaton(automaton).model
+    assert (model.config.num_hidden_layers, model.config.num_householder) == (1, n - 1)
+    words = [[rng.randrange(3) for _ in range(2000)] for _ in range(3)]
+    assert wrong_labels(model, automaton, words) == 0
+
+
+def test_what_does_not_permute_takes_a_cascade():
+    automaton = random_automaton(random.Random(0), 4, 3)
+    assert compile_automaton(automaton).model.config.num_hidden_layers == 5
+    assert compile_automaton(Automaton(("a",), ("0",), 0, (), ((0,),))).model.config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("regex", ["(ab)*", "(b*ab*a)*b*", "((a|b)(a|b)a)*", "a{2,4}b?", "(a|b)*abb(a|b)*"])

@@ -9,7 +9,7 @@ import tyro
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.tasks.automata import Automaton, from_regex
-from deltaproduct.theory.compiler import Compiled, compile_cascade, compile_group
+from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.validate import verify
 
 CHECKED_WORDS, CHECKED_LENGTH = 8, 1000
@@ -57,9 +57,9 @@ class Compile:
         if self.group is not None:
             return compile_group(self.group, self.num_householder)
         if self.regex is not None:
-            return compile_cascade(from_regex(self.regex, self.alphabet))
+            return compile_automaton(from_regex(self.regex, self.alphabet))
         assert self.automaton is not None
         given = Automaton.from_dict(read_json(self.automaton))
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
-        return compile_cascade(given.minimal() if meant else given.reachable())
+        return compile_automaton(given.minimal() if meant else given.reachable())

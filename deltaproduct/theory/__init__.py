@@ -1,7 +1,7 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
 from deltaproduct.theory.cascade import Cascade, decompose
-from deltaproduct.theory.compiler import Compiled, compile_cascade, compile_group
+from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_cascade, compile_group
 from deltaproduct.theory.householder import (
     Factors,
     from_contraction,
@@ -19,6 +19,7 @@ __all__ = [
     "Compiled",
     "Factors",
     "Verification",
+    "compile_automaton",
     "compile_cascade",
     "compile_group",
     "decompose",

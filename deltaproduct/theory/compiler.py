@@ -8,7 +8,7 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group
 from deltaproduct.theory.cascade import decompose
-from deltaproduct.theory.one_layer import one_layer
+from deltaproduct.theory.one_layer import one_layer, permutation_layer
 from deltaproduct.theory.representations import representations
 from deltaproduct.theory.stack import stack
 
@@ -54,6 +54,14 @@ def compile_group(name: str, num_householder: int | None = None) -> Compiled:
     """
     group, found = representations(name)
     return Compiled(one_layer(name, found, num_householder), group_automaton(group))
+
+
+def compile_automaton(automaton: Automaton) -> Compiled:
+    """In one layer if every symbol permutes the states, else as `compile_cascade`. Raises UsageError as that."""
+    n = len(automaton.states)
+    if n > 1 and all(len(set(images)) == n for images in automaton.maps):
+        return Compiled(permutation_layer(automaton), automaton)
+    return compile_cascade(automaton)
 
 
 def compile_cascade(automaton: Automaton) -> Compiled:

@@ -1,9 +1,12 @@
-"""A group's word problem in one layer: its product as an orthogonal matrix.
+"""What one layer can do exactly: a group's word problem, and any automaton whose symbols permute its states.
 
-The layer's state holds R_gᵀ for the product g of the tokens so far, in one or more representations
+A group, by its product g as an orthogonal matrix. The layer's state holds R_gᵀ, in one or more representations
 (representations.py), and a head for each of its rows that is looked at. A token x multiplies by R_xᵀ, as a product of
 reflections; BOS writes the start. What the heads read, normalised to a constant length, is the code of g. All codes
 have one length, so that the logit of each element, its code times what was read, is largest for g alone.
+
+An automaton of n states whose symbols are permutations, by a corner of a regular simplex that reflections move (P2,
+Theorem 3). A head for each state reads the sign of its own corner's product with it.
 """
 
 import math
@@ -15,11 +18,34 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import SequenceModel
+from deltaproduct.tasks.automata import Automaton
 from deltaproduct.theory.circuit import Circuit, Write, plain_config
-from deltaproduct.theory.householder import Factors
-from deltaproduct.theory.representations import Representation
+from deltaproduct.theory.householder import Factors, transpositions
+from deltaproduct.theory.representations import Representation, simplex, swaps
 
 DIRECTIONS_TRIED = 64
+
+
+def permutation_layer(automaton: Automaton) -> SequenceModel:
+    """The model of an automaton with n ≥ 2 states whose symbols all permute them."""
+    n, bos = len(automaton.states), len(automaton.alphabet)
+    corners = simplex(n)
+    moves = {symbol: Write(swaps(permutation, corners)) for symbol, permutation in enumerate(automaton.maps)}
+    one = torch.ones(1, dtype=torch.float64)
+    start = Write(Factors(corners[automaton.initial][None], one), one[None])
+    config = plain_config(
+        vocab_size=bos + 1,
+        num_labels=n,
+        hidden_size=bos + 1 + n,
+        intermediate_size=0,
+        num_heads=n,
+        head_dim=n - 1,
+        num_householder=max(1, *(len(transpositions(permutation)) for permutation in automaton.maps)),
+        expand_v=1 / (n - 1),
+    )
+    circuit = Circuit(config)
+    circuit.mixer(0, corners, [moves | {bos: start}] * n, bos + 1, power=n)
+    return circuit.read(bos + 1, torch.eye(n, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)

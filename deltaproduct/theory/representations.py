@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.tasks.groups import Group, Permutation, build_group
-from deltaproduct.theory.householder import Factors, from_orthogonal
+from deltaproduct.theory.householder import Factors, from_orthogonal, no_factors, transpositions
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,15 @@ def simplex(m: int) -> Tensor:
         corners[axis, axis] = height
         corners[axis + 1 :, axis] = (-1 / (m - 1) - corners[axis + 1 :, :axis] @ corners[axis, :axis]) / height
     return corners
+
+
+def swaps(permutation: Permutation, corners: Tensor) -> Factors:
+    """Reflections that take every corner x of a simplex to corner permutation[x], two of them at a time."""
+    keys = [corners[a] - corners[b] for a, b in transpositions(permutation)]
+    if not keys:
+        return no_factors(corners.shape[1])
+    directions = torch.nn.functional.normalize(torch.stack(keys), dim=-1)
+    return Factors(directions, torch.full((len(keys),), 2.0, dtype=torch.float64))
 
 
 def _of_points(points: Tensor, elements: Sequence[Permutation]) -> Tensor:

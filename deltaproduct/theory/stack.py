@@ -20,8 +20,8 @@ from torch import Tensor
 from deltaproduct.models import SequenceModel
 from deltaproduct.theory.cascade import Action, Cascade, Level, Subset, without
 from deltaproduct.theory.circuit import Circuit, Unit, Write, plain_config
-from deltaproduct.theory.householder import Factors, no_factors, transpositions
-from deltaproduct.theory.representations import simplex
+from deltaproduct.theory.householder import Factors
+from deltaproduct.theory.representations import simplex, swaps
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,7 @@ def _move(action: Action, corners: Tensor) -> Write:
     if action.permutation is None:
         factors = Factors(torch.eye(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64))
         return Write(factors, corners[action.reset][:, None])
-    keys = [corners[a] - corners[b] for a, b in transpositions(action.permutation)]
-    if not keys:
-        return Write(no_factors(d))
-    keys_of_unit_length = torch.nn.functional.normalize(torch.stack(keys), dim=-1)
-    return Write(Factors(keys_of_unit_length, torch.full((len(keys),), 2.0, dtype=torch.float64)))
+    return Write(swaps(action.permutation, corners))
 
 
 def _delay(tokens: Iterable[int], slots: Sequence[int]) -> dict[int, Write]:
