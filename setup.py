@@ -8,6 +8,7 @@ PyTorch; the reason is kept beside the sources, for `deltaproduct doctor`.
 import os
 import platform
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,11 +55,14 @@ class BuildEngine(build_ext):
         if platform.machine().lower() in ("x86_64", "amd64") and not both:
             sources |= X86_KERNELS
             flags.append("-DDELTAPRODUCT_X86")
-        objects = []
-        for source, own in sources.items():
-            objects += self.compiler.compile(
-                [f"{FOLDER}/{source}"], output_dir=self.build_temp, extra_postargs=flags + own
-            )
+
+        def compiled(source):
+            arguments = flags + sources[source]
+            return self.compiler.compile([f"{FOLDER}/{source}"], output_dir=self.build_temp, extra_postargs=arguments)
+
+        Path(self.build_temp, FOLDER).mkdir(parents=True, exist_ok=True)  # or two would want to make it at once
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compiled, sources) for name in names]
         self.compiler.link_shared_object(
             objects, str(path), target_lang="c++", build_temp=self.build_temp, extra_postargs=["-pthread", *flags]
         )
