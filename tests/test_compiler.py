@@ -169,7 +169,8 @@ def test_permutations_take_one_layer(n):
 
 
 def test_what_does_not_permute_takes_a_cascade():
-    automaton = random_automaton(random.Random(0), 4, 3)
+    rows = ((1, 0, 2), (2, 0, 1), (3, 1, 1), (0, 2, 3))  # a turns, b joins, c swaps some
+    automaton = Automaton(("a", "b", "c"), tuple("0123"), 0, (0,), rows)
     assert compile_automaton(automaton).model.config.num_hidden_layers == 5
     assert compile_automaton(Automaton(("a",), ("0",), 0, (), ((0,),))).model.config.num_hidden_layers == 1
 

@@ -8,9 +8,9 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group
 from deltaproduct.theory.cascade import decompose
-from deltaproduct.theory.one_layer import one_layer, permutation_layer
+from deltaproduct.theory.one_layer import one_layer
 from deltaproduct.theory.representations import representations
-from deltaproduct.theory.stack import stack
+from deltaproduct.theory.stack import plan
 
 AUTOMATON = "automaton.json"
 
@@ -57,10 +57,6 @@ def compile_group(name: str, num_householder: int | None = None) -> Compiled:
 
 
 def compile_automaton(automaton: Automaton) -> Compiled:
-    """In one layer if every symbol permutes the states, else as `compile_cascade`. Raises UsageError as that."""
-    n = len(automaton.states)
-    if n > 1 and all(len(set(images)) == n for images in automaton.maps):
-        return Compiled(permutation_layer(automaton), automaton)
     return compile_cascade(automaton)
 
 
@@ -69,4 +65,4 @@ def compile_cascade(automaton: Automaton) -> Compiled:
 
     Stronger than P1's Theorem 4 (2ⁿ layers). Raises UsageError when there are more states.
     """
-    return Compiled(stack(decompose(automaton)), automaton)
+    return Compiled(plan(decompose(automaton)).model(), automaton)

@@ -18,34 +18,11 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.automata import Automaton
 from deltaproduct.theory.circuit import Circuit, Write, plain_config
-from deltaproduct.theory.householder import Factors, transpositions
-from deltaproduct.theory.representations import Representation, simplex, swaps
+from deltaproduct.theory.householder import Factors
+from deltaproduct.theory.representations import Representation
 
 DIRECTIONS_TRIED = 64
-
-
-def permutation_layer(automaton: Automaton) -> SequenceModel:
-    """The model of an automaton with n ≥ 2 states whose symbols all permute them."""
-    n, bos = len(automaton.states), len(automaton.alphabet)
-    corners = simplex(n)
-    moves = {symbol: Write(swaps(permutation, corners)) for symbol, permutation in enumerate(automaton.maps)}
-    one = torch.ones(1, dtype=torch.float64)
-    start = Write(Factors(corners[automaton.initial][None], one), one[None])
-    config = plain_config(
-        vocab_size=bos + 1,
-        num_labels=n,
-        hidden_size=bos + 1 + n,
-        intermediate_size=0,
-        num_heads=n,
-        head_dim=n - 1,
-        num_householder=max(1, *(len(transpositions(permutation)) for permutation in automaton.maps)),
-        expand_v=1 / (n - 1),
-    )
-    circuit = Circuit(config)
-    circuit.mixer(0, corners, [moves | {bos: start}] * n, bos + 1, power=n)
-    return circuit.read(bos + 1, torch.eye(n, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
