@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -10,8 +10,10 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.tasks.automata import Automaton, from_regex
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
-from deltaproduct.theory.validate import verify
+from deltaproduct.theory.validate import Limits
+from deltaproduct.theory.verification import verify
 
+Strategy = Literal["auto", "permutation", "rotation", "two-layer", "cascade", "shallow"]
 CHECKED_WORDS, CHECKED_LENGTH = 8, 1000
 
 
@@ -19,24 +21,28 @@ CHECKED_WORDS, CHECKED_LENGTH = 8, 1000
 class Compile:
     """Write a checkpoint that follows a group or an automaton exactly, with automaton.json beside the weights.
 
-    Its label at each position is the state after that symbol. Give one of --group, --regex and --automaton.
+    Its label at each position is the state after that symbol. Give one of --group, --regex, --automaton and --from-run.
     """
 
     out: Annotated[Path, tyro.conf.arg(help="the folder to write, which must not exist yet")]
     group: Annotated[str | None, tyro.conf.arg(help="such as S5, A5, Z60, D12, S3_x_Z2: one layer")] = None
     regex: Annotated[str | None, tyro.conf.arg(help="of one-character symbols, such as '(ab)*'")] = None
     alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols; None: those of the expression")] = None
-    automaton: Annotated[Path | None, tyro.conf.arg(help="a JSON file: alphabet, states, initial, accepting, "
-                                                         "transitions")] = None  # fmt: skip
-    num_householder: Annotated[int | None, tyro.conf.arg(help="per token; None: the fewest (groups only)")] = None
+    automaton: Annotated[Path | None, tyro.conf.arg(help="JSON (alphabet, states, initial, accepting, transitions) "
+                                                         "or Graphviz DOT")] = None  # fmt: skip
+    strategy: Annotated[Strategy, tyro.conf.arg(help="the construction; auto: the fewest layers")] = "auto"
+    monoid: Annotated[bool, tyro.conf.arg(help="follow what a word does to all states, not only to one")] = False
+    num_householder: Annotated[int | None, tyro.conf.arg(help="at most, per token")] = None
+    max_layers: Annotated[int | None, tyro.conf.arg(help="at most")] = None
+    max_states: Annotated[int | None, tyro.conf.arg(help="at most")] = None
+    max_width: Annotated[int | None, tyro.conf.arg(help="at most, of the residual stream")] = 16_384
 
     def run(self) -> None:
         given = [name for name in ("group", "regex", "automaton") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UsageError(f"Give one of --group, --regex and --automaton, not {' and '.join(given) or 'none'}.")
-        for name, needs in (("alphabet", "regex"), ("num_householder", "group")):
-            if getattr(self, name) is not None and given != [needs]:
-                raise UsageError(f"--{name.replace('_', '-')} goes with --{needs}.")
+        if self.alphabet is not None and given != ["regex"]:
+            raise UsageError("--alphabet goes with --regex.")
         if self.out.exists():
             raise UsageError(f"{self.out} already exists; choose another folder.")
         compiled = self._compiled()
@@ -48,18 +54,26 @@ class Compile:
         compiled.save(self.out)
         config, model = compiled.model.config, compiled.model
         print(f"{len(compiled.automaton.states)} states, {len(compiled.automaton.alphabet)} symbols → {self.out}")
-        print(f"layers: {config.num_hidden_layers}, Householder factors a token: {config.num_householder}, "
-              f"width: {config.hidden_size}, parameters: {model.num_parameters:,}")  # fmt: skip
+        print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors a token: "
+              f"{config.num_householder}, width: {config.hidden_size}, "
+              f"parameters: {model.num_parameters:,}")  # fmt: skip
         print(f"Right on every token of {checked.words} words of length {checked.length:,}; "
               f"smallest margin {checked.margin:.3g}.")  # fmt: skip
 
     def _compiled(self) -> Compiled:
+        limits = Limits(self.max_states, self.max_layers, self.num_householder, self.max_width)
+        if self.group is not None and not self.monoid:
+            return compile_group(self.group, self.strategy, limits)
+        automaton = self._automaton()
+        return compile_automaton(automaton.of_monoid() if self.monoid else automaton, self.strategy, limits)
+
+    def _automaton(self) -> Automaton:
         if self.group is not None:
-            return compile_group(self.group, self.num_householder)
+            raise UsageError("--monoid goes with --regex or --automaton: a word problem is one already.")
         if self.regex is not None:
-            return compile_automaton(from_regex(self.regex, self.alphabet))
+            return from_regex(self.regex, self.alphabet)
         assert self.automaton is not None
         given = Automaton.from_dict(read_json(self.automaton))
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
-        return compile_automaton(given.minimal() if meant else given.reachable())
+        return given.minimal() if meant else given.reachable()

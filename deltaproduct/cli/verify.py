@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from deltaproduct.machine import choose_device
-from deltaproduct.theory.validate import load, verify
+from deltaproduct.theory.verification import load, verify
 
 WRONG = 1  # the exit status where a label was
 

@@ -115,6 +115,28 @@ class Automaton:
                 raise UsageError(f"The transition monoid has more than {MAX_ELEMENTS:,} elements.")
         return list(elements)
 
+    def of_monoid(self) -> "Automaton":
+        """The automaton of the transition monoid: its states are what words do to all states, each named by a shortest
+        word that does it, and it accepts the same language.
+
+        Raises UsageError as `monoid`.
+        """
+        elements = self.monoid()
+        number = {element: i for i, element in enumerate(elements)}
+        rows = tuple(tuple(number[tuple(f[x] for x in e)] for f in self.maps) for e in elements)
+        between = "" if all(len(symbol) == 1 for symbol in self.alphabet) else " "
+        words: dict[int, tuple[str, ...]] = {0: ()}
+        for i in order_of_discovery(0, lambda i: rows[i]):
+            for symbol, to in zip(self.alphabet, rows[i], strict=True):
+                words.setdefault(to, (*words[i], symbol))
+        return Automaton(
+            alphabet=self.alphabet,
+            states=tuple(between.join(word) or "(empty word)" for _, word in sorted(words.items())),
+            initial=0,
+            accepting=tuple(i for i, e in enumerate(elements) if e[self.initial] in self.accepting),
+            transitions=rows,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them."""
         return {

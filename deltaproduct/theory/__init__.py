@@ -1,7 +1,7 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
 from deltaproduct.theory.cascade import Cascade, decompose
-from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_cascade, compile_group
+from deltaproduct.theory.compiler import STRATEGIES, Compiled, compile_automaton, compile_group
 from deltaproduct.theory.householder import (
     Factors,
     from_contraction,
@@ -12,15 +12,17 @@ from deltaproduct.theory.householder import (
     spectrum,
     transpositions,
 )
-from deltaproduct.theory.validate import Verification, load, verify
+from deltaproduct.theory.validate import Limits
+from deltaproduct.theory.verification import Verification, load, verify
 
 __all__ = [
+    "STRATEGIES",
     "Cascade",
     "Compiled",
     "Factors",
+    "Limits",
     "Verification",
     "compile_automaton",
-    "compile_cascade",
     "compile_group",
     "decompose",
     "from_contraction",

@@ -8,8 +8,8 @@ up so that the 1e-6 in their normalisation is invisible, and written values so t
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +17,12 @@ from torch import Tensor
 
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.theory.householder import Factors
+from deltaproduct.theory.plan import Plan
 
 LARGE = 1e3  # of keys and values before their normalisation: its eps is then below float32's rounding
 ON, OFF = 40.0, -200.0  # logits of β = 2 and 0; sigmoid is 1 and below 1e-86 there, float64 included
 STEEPNESS = 80.0  # of an AND: at half of it silu is x on one side of 0, and 1e-16 on the other
 SHARPNESS = 10.0  # of the logits
-
-Unit = tuple[dict[int, float], float, int]  # of an MLP: what it weighs, the threshold, the slot that it adds 1 to
-
-
-def plain_config(**fields: Any) -> ModelConfig:
-    """A configuration whose layers have nothing between projections and recurrence, with eigenvalues in [−1,1]."""
-    return ModelConfig(allow_neg_eigval=True, use_short_conv=False, qkv_activation="identity", **fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +37,100 @@ class Write:
     values: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Unit:
+    """An AND of an MLP: where Σ weight·slot over `inputs` is ½ above the threshold, it adds 1 to the slots `outputs`;
+    where it is ½ or more below, nothing."""
+
+    inputs: dict[int, float]
+    threshold: float
+    outputs: tuple[int, ...]
+
+
+def all_of(slots: Iterable[int], *outputs: int) -> Unit:
+    """The AND of one-hot slots."""
+    inputs = dict.fromkeys(slots, 1.0)
+    return Unit(inputs, len(inputs) - 0.5, outputs)
+
+
+@dataclass(eq=False)
+class _Layer:
+    """A mixer and its MLP, as they are to be."""
+
+    queries: Tensor  # [H,K]
+    writes: Sequence[dict[int, Write]]
+    out: int
+    power: float
+    value_dim: int
+    steps: int
+    units: Sequence[Unit] = ()
+    units_power: float = 0
+    own: dict[str, Any] = field(init=False)  # its fields of a configuration
+
+    def __post_init__(self) -> None:
+        heads, key_dim = self.queries.shape
+        self.own = {
+            "num_heads": heads, "head_dim": key_dim, "expand_v": self.value_dim / key_dim,
+            "num_householder": self.steps, "intermediate_size": 0,
+        }  # fmt: skip
+
+
 class Circuit:
-    """A model of zeros (float64) to be filled block by block, in the order in which a token passes through them.
+    """Layers to be, in the order in which a token passes through them.
 
     Args:
-        config: one of `plain_config`.
+        vocab_size: tokens with BOS, which is the last of them; token i is slot i.
     """
 
+    def __init__(self, vocab_size: int):
+        self.vocab_size = self.width = vocab_size
+        self.layers: list[_Layer] = []
+
+    def take(self, count: int) -> int:
+        """The first of so many fresh slots."""
+        self.width += count
+        return self.width - count
+
+    def mixer(self, queries: Tensor, writes: Sequence[dict[int, Write]], *, power: float) -> int:
+        """A new layer: head h reads its state with queries[h] [K], and does writes[h][slot] when that slot is active.
+
+        What a head reads [V] is normalised to √V, and divided by that. Returns the first of H·V fresh slots that hold
+        it; `power` is Σ x² over them.
+        """
+        all_of_them = [write for by_slot in writes for write in by_slot.values()]
+        value_dim = max([1, *(w.values.shape[1] for w in all_of_them if w.values is not None)])
+        steps = max([1, *(len(w.factors.betas) for w in all_of_them if w.factors is not None)])
+        out = self.take(len(queries) * value_dim)
+        self.layers.append(_Layer(queries, writes, out, power, value_dim, steps))
+        return out
+
+    def look_up(self, units: Sequence[Unit], *, power: float = 1) -> None:
+        """Give the last layer an MLP; `power` is Σ x² over all that it writes."""
+        layer = self.layers[-1]
+        layer.units, layer.units_power = units, power
+        layer.own["intermediate_size"] = len(units)
+
+    def plan(self, strategy: str, slot: int, codes: Tensor) -> Plan:
+        """The whole: it scores label i by codes[i] [c] times the slots from `slot` on."""
+        own = [layer.own for layer in self.layers]
+        base = own[0] | {"num_householder": max(fields["num_householder"] for fields in own)}
+        different = [{k: v for k, v in fields.items() if base[k] != v} for fields in own]
+        # Nothing between the projections and the recurrence.
+        config = ModelConfig(
+            vocab_size=self.vocab_size, num_labels=len(codes), hidden_size=self.width,
+            num_hidden_layers=len(own), layer_overrides={str(i): d for i, d in enumerate(different) if d},
+            allow_neg_eigval=True, use_short_conv=False, qkv_activation="identity", **base,
+        )  # fmt: skip
+        return Plan(strategy, config, lambda: _Weights(config).write(self.layers, slot, codes))
+
+
+class _Weights:
+    """A model of zeros (float64), filled layer by layer."""
+
     def __init__(self, config: ModelConfig):
-        self.config = config
+        self.config, self.tokens = config, config.vocab_size
         self.model = SequenceModel(config).double()
         self.weights = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if "norm" not in name:
-                    weight.zero_()
-            self.weights["embedding.weight"][:, : config.vocab_size] = torch.eye(config.vocab_size)
         self.power = 1.0  # Σ x² over the residual stream as it is so far
 
     @property
@@ -67,55 +139,50 @@ class Circuit:
         return 1 / math.sqrt(self.power / self.config.hidden_size + self.config.norm_eps)
 
     @torch.no_grad()
-    def mixer(self, layer: int, queries: Tensor, writes: Sequence[dict[int, Write]], out: int, power: float) -> None:
-        """Fill a mixer: head h reads its state with queries[h] [K], and does writes[h][slot] when that slot is active.
+    def write(self, layers: Sequence[_Layer], slot: int, codes: Tensor) -> SequenceModel:
+        for name, weight in self.weights.items():
+            if "norm" not in name:
+                weight.zero_()
+        self.weights["embedding.weight"][:, : self.tokens] = torch.eye(self.tokens)
+        for i, layer in enumerate(layers):
+            self._mixer(f"blocks.{i}.mixer.", layer)
+            self.power += layer.power
+            if layer.units:
+                self._mlp(f"blocks.{i}.mlp.", layer.units)
+                self.power += layer.units_power
+        self.weights["head.weight"][:, slot : slot + codes.shape[1]] = SHARPNESS * codes
+        return self.model.float().eval()
 
-        What head h reads is normalised to √V, divided by that, and put into slots `out` + h·V …; `power` is what all of
-        it adds to the residual stream's.
-        """
-        own = self.config.layer(layer)
-        heads, steps, tokens = own.num_heads, own.num_householder, self.config.vocab_size
-        value_dim, width = round(own.head_dim * own.expand_v), own.hidden_size
-        k = torch.zeros(steps, heads, own.head_dim, width, dtype=torch.float64)
-        v = torch.zeros(steps, heads, value_dim, width, dtype=torch.float64)
-        beta = torch.zeros(steps, heads, width, dtype=torch.float64)
-        for h, by_slot in enumerate(writes):
+    def _mixer(self, name: str, layer: _Layer) -> None:
+        heads, key_dim = layer.queries.shape
+        width = self.config.hidden_size
+        k = torch.zeros(layer.steps, heads, key_dim, width, dtype=torch.float64)
+        v = torch.zeros(layer.steps, heads, layer.value_dim, width, dtype=torch.float64)
+        beta = torch.zeros(layer.steps, heads, width, dtype=torch.float64)
+        for h, by_slot in enumerate(layer.writes):
             for slot, write in by_slot.items():
                 if write.factors is not None:
-                    padded = write.factors.padded(steps)
+                    padded = write.factors.padded(layer.steps)
                     k[:, h, :, slot] = padded.keys
                     beta[:, h, slot] = torch.where(padded.betas == 2, ON, torch.where(padded.betas == 1, 0.0, OFF))
                 if write.values is not None:
                     v[: len(write.values), h, : write.values.shape[1], slot] = write.values
-        name = f"blocks.{layer}.mixer."
         # Queries are the same for every token, and exactly one token's slot is active.
-        self.weights[name + "q_proj.weight"][:, :tokens] = LARGE * queries.flatten()[:, None]
+        self.weights[name + "q_proj.weight"][:, : self.tokens] = LARGE * layer.queries.flatten()[:, None]
         self.weights[name + "k_proj.weight"][:] = LARGE * k.flatten(0, 2)
         self.weights[name + "v_proj.weight"][:] = LARGE * v.flatten(0, 2)
         self.weights[name + "b_proj.weight"][:] = beta.flatten(0, 1) / self.gain
-        room = heads * value_dim
-        self.weights[name + "o_proj.weight"][out : out + room] = torch.eye(room) / math.sqrt(value_dim)
-        self.power += power
+        room = heads * layer.value_dim
+        self.weights[name + "o_proj.weight"][layer.out : layer.out + room] = torch.eye(room) / math.sqrt(
+            layer.value_dim
+        )
 
-    @torch.no_grad()
-    def mlp(self, layer: int, units: Sequence[Unit], power: float) -> None:
-        """Fill an MLP with units (inputs, threshold, output).
-
-        Where Σ weight·slot over `inputs` is ½ above the threshold, a unit adds 1 to the slot `output`; where it is ½ or
-        more below, nothing. `power` is as for `mixer`.
-        """
-        name, tokens = f"blocks.{layer}.mlp.", self.config.vocab_size
-        for u, (inputs, threshold, output) in enumerate(units):
-            gate = self.weights[name + "gate_proj.weight"][u]
-            gate[:tokens] = -threshold * STEEPNESS / self.gain  # one of them is active: a constant
-            for slot, weight in inputs.items():
-                gate[slot] += weight * STEEPNESS / self.gain
-            self.weights[name + "up_proj.weight"][u, :tokens] = 1 / self.gain
-            self.weights[name + "down_proj.weight"][output, u] += 2 / STEEPNESS
-        self.power += power
-
-    @torch.no_grad()
-    def read(self, slot: int, codes: Tensor) -> SequenceModel:
-        """Score label i by codes[i] [c] times the slots from `slot` on; the finished model, float32."""
-        self.weights["head.weight"][:, slot : slot + codes.shape[1]] = SHARPNESS * codes
-        return self.model.float().eval()
+    def _mlp(self, name: str, units: Sequence[Unit]) -> None:
+        gate = torch.zeros(len(units), self.config.hidden_size, dtype=torch.float64)
+        for u, unit in enumerate(units):
+            gate[u, : self.tokens] = -unit.threshold  # one of them is active: a constant
+            for slot, weight in unit.inputs.items():
+                gate[u, slot] += weight
+            self.weights[name + "down_proj.weight"][list(unit.outputs), u] += 2 / STEEPNESS
+        self.weights[name + "gate_proj.weight"][:] = gate * STEEPNESS / self.gain
+        self.weights[name + "up_proj.weight"][:, : self.tokens] = 1 / self.gain

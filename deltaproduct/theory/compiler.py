@@ -1,18 +1,38 @@
-"""From groups and automata to checkpoints that are right on every input: exact weights for an unmodified model."""
+"""From groups and automata to checkpoints that are right on every input: exact weights for an unmodified model.
 
+Strategies, each a construction in a file of its own:
+
+* permutation: one layer; each symbol permutes the states, or takes all to one, as swaps of a simplex's corners
+  (stack.py), or a group's elements permute its points (one_layer.py). P2, Theorem 3.
+* rotation: one layer of at most two factors per token, for groups of rotations (one_layer.py). P1, Theorem 4.
+* two-layer: rotations and mirrorings of a polygon with single reflections (two_layers.py). P2, Theorem 6; P1,
+  Theorem 7.
+* cascade: any automaton (cascade.py, stack.py). Stronger than P2, Theorem 4, and P1, Theorem 2.
+* shallow: small groups in three layers, or four of single reflections (shallow.py). P1, Theorem 1.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaproduct.errors import UsageError
 from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.tasks.groups import Group
+from deltaproduct.tasks.groups import Group, build_group
 from deltaproduct.theory.cascade import decompose
 from deltaproduct.theory.one_layer import one_layer
-from deltaproduct.theory.representations import representations
-from deltaproduct.theory.stack import plan
+from deltaproduct.theory.plan import Plan
+from deltaproduct.theory.representations import of_automaton, of_group, require_permutations
+from deltaproduct.theory.shallow import Action, shallow
+from deltaproduct.theory.stack import stack
+from deltaproduct.theory.two_layers import two_layers
+from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose
 
 AUTOMATON = "automaton.json"
+STRATEGIES = ("auto", "permutation", "rotation", "two-layer", "cascade", "shallow")
+
+Makers = dict[str, Callable[[], Plan]]
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,7 @@ class Compiled:
 
     model: SequenceModel
     automaton: Automaton
+    strategy: str | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint like any other, with automaton.json beside it; the folder is replaced in one step.
@@ -30,6 +51,56 @@ class Compiled:
         with replaced_folder(Path(folder)) as fresh:
             self.model.write_files(fresh)
             write_json(fresh / AUTOMATON, self.automaton.to_dict())
+
+
+def compile_group(name: str, strategy: str = "auto", limits: Limits = NO_LIMITS) -> Compiled:
+    """The word problem of a group of `tasks/groups.py`, right at every length up to rounding.
+
+    Args:
+        name: such as "S5", "A5", "Z60", "D12", "S3_x_Z2".
+        strategy: one of `STRATEGIES`; "auto" takes what has the fewest layers, and of these the fewest Householder
+            factors: one layer, of 4 for S5 and 2 for A5, S4, Z_m and D_m, unless limits ask for less.
+        limits: of the model.
+
+    Raises UsageError when there is no such group, or nothing fits: then with every reason.
+    """
+    group = build_group(name)
+    n = len(group.elements)
+    reasons = check_size(name, n, n, limits)
+    makers: Makers = {
+        "permutation": lambda: one_layer(of_group(name, as_rotations=False), "permutation"),
+        "rotation": lambda: _as_rotations(name),
+        "two-layer": lambda: two_layers(of_group(name), "two-layer"),
+        "shallow": lambda: shallow(Action.of_group(group), _steps(limits), "shallow"),
+    }
+    if strategy == "cascade":  # one level of n labels, which is never better than the others
+        makers["cascade"] = lambda: stack(decompose(group_automaton(group)), "cascade")
+    plan = choose(name, _asked(makers, strategy), limits, reasons)
+    return Compiled(plan.build(), group_automaton(group), plan.strategy)
+
+
+def compile_automaton(automaton: Automaton, strategy: str = "auto", limits: Limits = NO_LIMITS) -> Compiled:
+    """Any automaton of few states, or that comes apart into such (cascade.py); all of its states are told apart.
+
+    With n states it takes at most 2n − 3 layers with at most max(n − 1, 2) Householder factors per token. What does not
+    matter for acceptance is best merged first (`Automaton.minimal`).
+
+    Args:
+        strategy, limits: as in `compile_group`.
+
+    Raises UsageError when nothing fits: with every reason.
+    """
+    n = len(automaton.states)
+    reasons = check_size("The automaton", n, len(automaton.alphabet), limits)
+    makers: Makers = {
+        "permutation": lambda: _one_level(automaton),
+        "rotation": lambda: one_layer(of_automaton(automaton), "rotation"),
+        "two-layer": lambda: two_layers(of_automaton(automaton), "two-layer"),
+        "cascade": lambda: stack(decompose(automaton), "cascade"),
+        "shallow": lambda: shallow(Action.of_automaton(automaton), _steps(limits), "shallow"),
+    }
+    plan = choose("The automaton", _asked(makers, strategy), limits, reasons)
+    return Compiled(plan.build(), automaton, plan.strategy)
 
 
 def group_automaton(group: Group) -> Automaton:
@@ -43,26 +114,27 @@ def group_automaton(group: Group) -> Automaton:
     )
 
 
-def compile_group(name: str, num_householder: int | None = None) -> Compiled:
-    """The word problem of a group of `tasks/groups.py` in one layer, right at every length up to rounding.
-
-    Args:
-        name: such as "S5", "A5", "Z60", "D12", "S3_x_Z2".
-        num_householder: N; None means the fewest that its representations need: 4 for S5, 2 for A5, S4, Z_m and D_m.
-
-    Raises UsageError when there is no such group, or N is too few.
-    """
-    group, found = representations(name)
-    return Compiled(one_layer(name, found, num_householder), group_automaton(group))
+def _asked(makers: Makers, strategy: str) -> Makers:
+    if strategy == "auto":
+        return makers
+    if strategy not in STRATEGIES:
+        raise UsageError(f"There is no strategy {strategy!r}; there are {', '.join(STRATEGIES)}.")
+    return {strategy: makers[strategy]}
 
 
-def compile_automaton(automaton: Automaton) -> Compiled:
-    return compile_cascade(automaton)
+def _steps(limits: Limits) -> int:
+    return 2 if limits.num_householder is None else limits.num_householder
 
 
-def compile_cascade(automaton: Automaton) -> Compiled:
-    """Any automaton of n ≤ 12 states in at most 2n − 3 layers with at most max(n − 1, 2) Householder factors a token.
+def _as_rotations(name: str) -> Plan:
+    problem = of_group(name)
+    if any(r.size > 3 for r in problem.representations):
+        raise UsageError("it is no group of rotations in three dimensions, nor a product of such")
+    return one_layer(problem, "rotation")
 
-    Stronger than P1's Theorem 4 (2ⁿ layers). Raises UsageError when there are more states.
-    """
-    return Compiled(plan(decompose(automaton)).model(), automaton)
+
+def _one_level(automaton: Automaton) -> Plan:
+    cascade = decompose(automaton)
+    if len(cascade.levels) > 1 or not all(level.selects for level in cascade.levels):
+        require_permutations(automaton)
+    return stack(cascade, "permutation")

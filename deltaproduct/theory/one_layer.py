@@ -1,66 +1,74 @@
-"""What one layer can do exactly: a group's word problem, and any automaton whose symbols permute its states.
+"""A group's word problem in one layer: the product g of all symbols, as an orthogonal matrix.
 
-A group, by its product g as an orthogonal matrix. The layer's state holds R_gᵀ, in one or more representations
-(representations.py), and a head for each of its rows that is looked at. A token x multiplies by R_xᵀ, as a product of
-reflections; BOS writes the start. What the heads read, normalised to a constant length, is the code of g. All codes
-have one length, so that the logit of each element, its code times what was read, is largest for g alone.
-
-An automaton of n states whose symbols are permutations, by a corner of a regular simplex that reflections move (P2,
-Theorem 3). A head for each state reads the sign of its own corner's product with it.
+The layer's state holds R_gᵀ, in one or more representations (representations.py), and a head for each of its rows that
+is looked at. A token x multiplies by R_xᵀ, as a product of reflections; BOS writes the start. What the heads read,
+normalised to a constant length, is the code of g. All codes have one length, so that the score of each element, its
+code times what was read, is largest for g alone. Where several elements have one label, an MLP looks it up.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
-from deltaproduct.models import SequenceModel
-from deltaproduct.theory.circuit import Circuit, Write, plain_config
+from deltaproduct.theory.circuit import Circuit, Unit, Write
 from deltaproduct.theory.householder import Factors
-from deltaproduct.theory.representations import Representation
+from deltaproduct.theory.plan import Plan
+from deltaproduct.theory.representations import WordProblem
 
 DIRECTIONS_TRIED = 64
 
 
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """What one head does: [n] factors for the n elements, and the row of the state that it reads."""
+def one_layer(problem: WordProblem, strategy: str) -> Plan:
+    """The plan, with as many Householder factors per token as its symbols need."""
+    representations = problem.representations
+    factors = [r.factors(problem.tokens) for r in representations]
+    steps = max(1, *(len(f.betas) for own in factors for f in own))
+    key_dim = max(r.size for r in representations)
+    value_dim = min(key_dim, steps)
+    bos, n = len(problem.tokens), len(problem.labels)
+    queries: list[Tensor] = []
+    writes: list[dict[int, Write]] = []
+    codes = torch.zeros(n, sum(r.size for r in representations), value_dim, dtype=torch.float64)
+    for representation, own in zip(representations, factors, strict=True):
+        d = representation.size
+        columns = min(d, steps)
+        states = representation.matrices.mT[:, :, :columns]  # R_gᵀ, as far as BOS can write it
+        directions = _directions(states)
+        identity = torch.eye(key_dim, value_dim, dtype=torch.float64)[:columns]
+        rows = torch.eye(key_dim, dtype=torch.float64)[:columns]
+        start = Write(Factors(rows, torch.ones(columns, dtype=torch.float64)), identity)
+        moves = {token: Write(f.widened(key_dim)) for token, f in enumerate(own)} | {bos: start}
+        codes[:, len(queries) : len(queries) + d, :columns] = _codes(states, directions).movedim(0, 1)
+        writes += [moves] * d
+        queries += torch.nn.functional.pad(directions, (0, key_dim - d))
+    circuit, heads = Circuit(bos + 1), len(queries)
+    out = circuit.mixer(torch.stack(queries), writes, power=heads)
+    flat = codes.flatten(1)
+    if problem.regular:
+        return circuit.plan(strategy, out, flat[torch.tensor(problem.labels).argsort()])
+    # A product's own score is the number of heads, and all others are below it by the margin: halfway is the threshold.
+    labels, margin = max(problem.labels) + 1, _margin(flat)
+    answer = circuit.take(labels)
+    units = []
+    for label, code in zip(problem.labels, flat.tolist(), strict=True):
+        weights = {out + i: x / margin for i, x in enumerate(code) if x}
+        units.append(Unit(weights, heads / margin - 0.5, (answer + label,)))
+    circuit.look_up(units)
+    return circuit.plan(strategy, answer, torch.eye(labels, dtype=torch.float64))
 
-    factors: list[Factors]
-    columns: int  # of the identity that BOS writes
-    query: Tensor  # [d]
-    code: Tensor  # [n,columns] of length 1
 
+def _directions(states: Tensor) -> Tensor:
+    """What heads read from states [n,d,columns]: every row [d,d], if the whole matrix is there.
 
-def one_layer(name: str, found: Sequence[Representation], num_householder: int | None) -> SequenceModel:
-    """The model; `name` is for messages. Raises UsageError when num_householder is too few."""
-    all_factors = [representation.factors() for representation in found]
-    least = max(1, *(len(f.betas) for factors in all_factors for f in factors))
-    steps = least if num_householder is None else num_householder
-    if steps < least:
-        raise UsageError(f"{name} in one layer needs num_householder of at least {least} here, not {steps}.")
-    heads: list[_Head] = []
-    for representation, factors in zip(found, all_factors, strict=True):
-        heads += _heads(representation, factors, steps)
-    return _model(heads, steps)
-
-
-def _heads(representation: Representation, factors: list[Factors], steps: int) -> list[_Head]:
-    """A head for every row, if the whole matrix can be written at once; else as many in directions found by trying."""
-    d = representation.size
-    columns = min(d, steps)
-    states = representation.matrices.mT[:, :, :columns]  # R_gᵀ, what BOS wrote moved on
-    queries = torch.eye(d, dtype=torch.float64)
-    if columns < d:  # rows of fewer columns have no constant length, and none may be near zero
-        rng = torch.Generator().manual_seed(0)
-        normals = torch.randn(DIRECTIONS_TRIED, d, d, generator=rng, dtype=torch.float64)
-        tried = torch.linalg.qr(normals).Q
-        queries = max(tried, key=lambda directions: _margin(_codes(states, directions)))
-    codes = _codes(states, queries)
-    return [_Head(factors, columns, query, code) for query, code in zip(queries, codes, strict=True)]
+    Else as many directions, found by trying: rows of fewer columns have no constant length, and none may be near zero.
+    """
+    d, columns = states.shape[1:]
+    if columns == d:
+        return torch.eye(d, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    tried = torch.linalg.qr(torch.randn(DIRECTIONS_TRIED, d, d, generator=rng, dtype=torch.float64)).Q
+    return max(tried, key=lambda directions: _margin(_codes(states, directions).movedim(0, 1).flatten(1)))
 
 
 def _codes(states: Tensor, queries: Tensor) -> Tensor:
@@ -69,38 +77,11 @@ def _codes(states: Tensor, queries: Tensor) -> Tensor:
 
 
 def _margin(codes: Tensor) -> float:
-    """By how much each element's own score is above any other's, at least."""
-    flat = codes.movedim(1, 0).flatten(1)
-    scores = flat @ flat.T
+    """By how much each element's own score is above any other's, at least, from codes [n,c].
+
+    Elements that are not told apart have one code, and are no others.
+    """
+    different = codes.round(decimals=9).unique(dim=0)
+    scores = different @ different.T
     own = scores.diagonal().clone()
     return float((own - scores.fill_diagonal_(-math.inf).max(1).values).min())
-
-
-def _model(heads: Sequence[_Head], steps: int) -> SequenceModel:
-    n = len(heads[0].factors)
-    key_dim = max(len(head.query) for head in heads)
-    value_dim = max(head.columns for head in heads)
-    bos, out = n, n + 1
-    config = plain_config(
-        vocab_size=n + 1,
-        num_labels=n,
-        hidden_size=n + 1 + len(heads) * value_dim,
-        intermediate_size=0,
-        num_heads=len(heads),
-        head_dim=key_dim,
-        num_householder=steps,
-        expand_v=value_dim / key_dim,
-    )
-    circuit = Circuit(config)
-    queries = torch.zeros(len(heads), key_dim, dtype=torch.float64)
-    codes = torch.zeros(n, len(heads), value_dim, dtype=torch.float64)
-    writes: list[dict[int, Write]] = []
-    for h, head in enumerate(heads):
-        queries[h, : len(head.query)] = head.query
-        codes[:, h, : head.columns] = head.code
-        identity = torch.eye(key_dim, dtype=torch.float64)[: head.columns]
-        start = Write(Factors(identity, torch.ones(head.columns, dtype=torch.float64)), identity[:, : head.columns])
-        by_token = {token: Write(factors.widened(key_dim)) for token, factors in enumerate(head.factors)}
-        writes.append(by_token | {bos: start})
-    circuit.mixer(0, queries, writes, out, power=len(heads))
-    return circuit.read(out, codes.flatten(1))

@@ -1,102 +1,86 @@
-"""Whether a compiled model is what it claims to be: read back from disk, and run on words beside its automaton."""
+"""Before anything is compiled: every reason why it cannot be done within limits, all of them at once, with sizes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, verified_folder
-from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.automata import Automaton, order_of_discovery
-from deltaproduct.theory.compiler import AUTOMATON, Compiled
+from deltaproduct.theory.plan import Plan
 
-PIECE_TOKENS = 1 << 15  # that go through the model at once
+ONE_LAYER = ("permutation", "rotation")  # strategies
+MAX_PAIRS = 4_000_000  # of a state and a symbol, which automaton.json lists and the certificate goes through
 
 
 @dataclass(frozen=True)
-class Verification:
-    """How a model did on words beside its automaton."""
+class Limits:
+    """What a compiled model may have at most; None means any number.
 
-    words: int
-    length: int
-    wrong: int  # tokens whose label is not the automaton's state
-    first_wrong: int | None  # the earliest position of one, counting symbols from 1
-    margin: float  # the right label's logit above the next one, at least; what rounding may use up
-
-
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:
-    """What `Compiled.save` wrote.
-
-    Raises UsageError when it is missing or corrupt, or the model does not fit the automaton.
+    Raises UsageError when one is less than 1.
     """
-    folder = Path(folder)
-    if AUTOMATON not in verified_folder(folder, "compiled model"):
-        raise UsageError(f"{folder} has no {AUTOMATON}: it is no compiled model.")
-    automaton = Automaton.from_dict(read_json(folder / AUTOMATON))
-    model = SequenceModel.from_pretrained(folder, device=device)
-    sizes = len(automaton.alphabet) + 1, len(automaton.states)
-    if (model.config.vocab_size, model.config.num_labels) != sizes:
-        raise UsageError(f"{folder}: a model of {sizes[0]} tokens and {sizes[1]} labels would fit the automaton.")
-    return Compiled(model, automaton)
+
+    states: int | None = None
+    layers: int | None = None
+    num_householder: int | None = None
+    width: int | None = 16_384
+
+    def __post_init__(self) -> None:
+        for name, limit in vars(self).items():
+            if limit is not None and limit < 1:
+                raise UsageError(f"At most {limit} {name.replace('_', ' ')} leave nothing to compile.")
+
+    def reasons(self, plan: Plan) -> list[str]:
+        """Why a plan does not fit."""
+        config = plan.config
+        sizes = [
+            (config.num_hidden_layers, self.layers, "layers"),
+            (config.num_householder, self.num_householder, "Householder factors per token"),
+            (config.hidden_size, self.width, "slots of width"),
+        ]
+        return [_too_many(*size) for size in sizes if size[1] is not None and size[0] > size[1]]
 
 
-def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.ndarray:
-    """Random words [words,length] of symbols.
+NO_LIMITS = Limits()
 
-    The first of every two is uniform. The other stays, where it can, among the states from which most others can still
-    be reached: in most languages a uniform word soon ends up where nothing changes any more.
+
+def check_size(what: str, states: int, symbols: int, limits: Limits) -> list[str]:
+    """Why an automaton is too large as it is. Raises UsageError when its table alone would be."""
+    if states * symbols > MAX_PAIRS:
+        raise UsageError(
+            f"{what} cannot be compiled: {states:,} states by {symbols:,} symbols are more than {MAX_PAIRS:,} pairs."
+        )
+    if limits.states is not None and states > limits.states:
+        return [_too_many(states, limits.states, "states")]
+    return []
+
+
+def choose(what: str, makers: Mapping[str, Callable[[], Plan]], limits: Limits, reasons: list[str]) -> Plan:
+    """The plan of the fewest layers, then the fewest Householder factors, then the least width, of those that fit.
+
+    Args:
+        what: is to be compiled, for messages.
+        makers: of plans by the strategy's name, those of one layer first; each may raise UsageError, with a reason.
+            When one layer is enough, nothing deeper is tried.
+        reasons: why nothing fits at all.
+
+    Raises UsageError with every reason of every strategy when none is left.
     """
-    reach = np.array(
-        [len(order_of_discovery(q, lambda p: automaton.transitions[p])) for q in range(len(automaton.states))]
-    )
-    table, rng = np.array(automaton.transitions), np.random.default_rng(seed)
-    lively = reach[table] == reach[table].max(axis=1, keepdims=True)
-    # For every state its lively symbols first, so that a number below their count picks one of them.
-    order, count = np.argsort(~lively, axis=1, kind="stable"), lively.sum(axis=1)
-    drawn = rng.integers(len(automaton.alphabet), size=(words, length))
-    chance, state = rng.random((words // 2, length)), np.full(words // 2, automaton.initial)
-    for t in range(length):
-        drawn[1::2, t] = order[state, (chance[:, t] * count[state]).astype(int)]
-        state = table[state, drawn[1::2, t]]
-    return drawn
+    found: list[Plan] = []
+    against = list(reasons)
+    for strategy, make in makers.items():
+        if strategy not in ONE_LAYER and any(plan.config.num_hidden_layers == 1 for plan in found):
+            break
+        try:
+            plan = make()
+        except UsageError as e:
+            against.append(f"{strategy}: {str(e).rstrip('.')}")
+            continue
+        if too_many := limits.reasons(plan):
+            against.append(f"{strategy}: {' and '.join(too_many)}")
+        else:
+            found.append(plan)
+    if reasons or not found:
+        raise UsageError(f"{what} cannot be compiled within these limits. " + "; ".join(against) + ".")
+    return min(found, key=lambda plan: plan.cost)
 
 
-def run_automaton(automaton: Automaton, words: np.ndarray) -> np.ndarray:
-    """The state after each symbol of words [B,T], by the table: [B,T]."""
-    table, state, states = np.array(automaton.transitions), np.full(len(words), automaton.initial), np.empty_like(words)
-    for t in range(words.shape[1]):
-        states[:, t] = state = table[state, words[:, t]]
-    return states
-
-
-@torch.no_grad()
-def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) -> Verification:
-    """Run the model on random words, streamed in pieces with the carried state, and compare every label.
-
-    Raises UsageError when `length` or `words` is less than 1.
-    """
-    if length < 1 or words < 1:
-        raise UsageError(f"At least one word of at least one symbol is needed, not {words} of {length}.")
-    model, automaton = compiled.model, compiled.automaton
-    device = model.embedding.weight.device
-    symbols = draw_words(automaton, words, length, seed)
-    want = torch.from_numpy(run_automaton(automaton, symbols))
-    bos = torch.full((words, 1), len(automaton.alphabet))
-    _, state = model(bos.to(device))
-    wrong, first_wrong, margin = 0, None, float("inf")
-    size = max(1, PIECE_TOKENS // words)
-    for begin in range(0, length, size):
-        tokens, labels = torch.from_numpy(symbols[:, begin : begin + size]), want[:, begin : begin + size, None]
-        logits, state = model(tokens.to(device), state)
-        logits = logits.cpu()
-        right = logits.gather(-1, labels)[..., 0]
-        others = logits.scatter(-1, labels, -torch.inf).amax(-1)
-        off = ~(right > others)  # and where a logit is no number
-        margin = min(margin, float((right - others).min()))
-        if off.any():
-            wrong += int(off.sum())
-            here = begin + int(off.any(0).nonzero()[0]) + 1
-            first_wrong = here if first_wrong is None else first_wrong
-    return Verification(words, length, wrong, first_wrong, margin)
+def _too_many(needed: int, limit: int, things: str) -> str:
+    return f"needs {needed:,} {things}, at most {limit:,}"

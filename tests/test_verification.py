@@ -1,4 +1,4 @@
-"""Compiled models beside their automata (theory/validate.py), and the commands `compile` and `verify`."""
+"""Compiled models beside their automata (theory/verification.py), and the commands `compile` and `verify`."""
 
 import json
 
@@ -10,9 +10,9 @@ from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.theory import validate
-from deltaproduct.theory.compiler import Compiled, compile_cascade, compile_group
-from deltaproduct.theory.validate import draw_words, load, run_automaton, verify
+from deltaproduct.theory import verification
+from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
+from deltaproduct.theory.verification import draw_words, load, run_automaton, verify
 
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
@@ -39,9 +39,9 @@ def test_every_second_word_stays_alive():
 
 
 def test_a_right_model_is_found_right_in_pieces(monkeypatch):
-    compiled = compile_cascade(AB)
+    compiled = compile_automaton(AB)
     whole = verify(compiled, length=300, words=4)
-    monkeypatch.setattr(validate, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(verification, "PIECE_TOKENS", 100)
     pieces = verify(compiled, length=300, words=4)
     assert whole.wrong == pieces.wrong == 0 and whole.first_wrong is None
     assert whole.margin == pytest.approx(pieces.margin, rel=1e-3) and whole.margin > 1
@@ -64,8 +64,8 @@ def test_the_first_wrong_symbol_is_counted_from_the_words_start(monkeypatch):
         states[1, [76, 90]] = (states[1, [76, 90]] + 1) % 3
         return states
 
-    monkeypatch.setattr(validate, "PIECE_TOKENS", 40)  # 20 symbols of each of two words
-    monkeypatch.setattr(validate, "run_automaton", off_by_two)
+    monkeypatch.setattr(verification, "PIECE_TOKENS", 40)  # 20 symbols of each of two words
+    monkeypatch.setattr(verification, "run_automaton", off_by_two)
     found = verify(compile_group("Z3"), length=100, words=2)
     assert (found.wrong, found.first_wrong) == (2, 77)
 
@@ -117,8 +117,9 @@ def test_verify_says_what_is_wrong_and_where(capsys, tmp_path):
         ([], "not none"),
         (["--group", "S3", "--regex", "a*"], "not group and regex"),
         (["--group", "S3", "--alphabet", "ab"], "--alphabet goes with --regex"),
-        (["--regex", "a*", "--num-householder", "2"], "--num-householder goes with --group"),
-        (["--group", "S5", "--num-householder", "2"], "at least 4"),
+        (["--group", "S3", "--monoid"], "a word problem is one already"),
+        (["--group", "S3", "--max-layers", "0"], "leave nothing"),
+        (["--group", "S5", "--num-householder", "2"], "permutation: needs 4 Householder factors per token, at most 2"),
         (["--group", "Q8"], "Q8"),
         (["--automaton", "nowhere.json"], "nowhere.json"),
     ],

@@ -1,0 +1,102 @@
+"""Whether a compiled model is what it claims to be: read back from disk, and run on words beside its automaton."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json, verified_folder
+from deltaproduct.models import SequenceModel
+from deltaproduct.tasks.automata import Automaton, order_of_discovery
+from deltaproduct.theory.compiler import AUTOMATON, Compiled
+
+PIECE_TOKENS = 1 << 15  # that go through the model at once
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a model did on words beside its automaton."""
+
+    words: int
+    length: int
+    wrong: int  # tokens whose label is not the automaton's state
+    first_wrong: int | None  # the earliest position of one, counting symbols from 1
+    margin: float  # the right label's logit above the next one, at least; what rounding may use up
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:
+    """What `Compiled.save` wrote.
+
+    Raises UsageError when it is missing or corrupt, or the model does not fit the automaton.
+    """
+    folder = Path(folder)
+    if AUTOMATON not in verified_folder(folder, "compiled model"):
+        raise UsageError(f"{folder} has no {AUTOMATON}: it is no compiled model.")
+    automaton = Automaton.from_dict(read_json(folder / AUTOMATON))
+    model = SequenceModel.from_pretrained(folder, device=device)
+    sizes = len(automaton.alphabet) + 1, len(automaton.states)
+    if (model.config.vocab_size, model.config.num_labels) != sizes:
+        raise UsageError(f"{folder}: a model of {sizes[0]} tokens and {sizes[1]} labels would fit the automaton.")
+    return Compiled(model, automaton)
+
+
+def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.ndarray:
+    """Random words [words,length] of symbols.
+
+    The first of every two is uniform. The other stays, where it can, among the states from which most others can still
+    be reached: in most languages a uniform word soon ends up where nothing changes any more.
+    """
+    reach = np.array(
+        [len(order_of_discovery(q, lambda p: automaton.transitions[p])) for q in range(len(automaton.states))]
+    )
+    table, rng = np.array(automaton.transitions), np.random.default_rng(seed)
+    lively = reach[table] == reach[table].max(axis=1, keepdims=True)
+    # For every state its lively symbols first, so that a number below their count picks one of them.
+    order, count = np.argsort(~lively, axis=1, kind="stable"), lively.sum(axis=1)
+    drawn = rng.integers(len(automaton.alphabet), size=(words, length))
+    chance, state = rng.random((words // 2, length)), np.full(words // 2, automaton.initial)
+    for t in range(length):
+        drawn[1::2, t] = order[state, (chance[:, t] * count[state]).astype(int)]
+        state = table[state, drawn[1::2, t]]
+    return drawn
+
+
+def run_automaton(automaton: Automaton, words: np.ndarray) -> np.ndarray:
+    """The state after each symbol of words [B,T], by the table: [B,T]."""
+    table, state, states = np.array(automaton.transitions), np.full(len(words), automaton.initial), np.empty_like(words)
+    for t in range(words.shape[1]):
+        states[:, t] = state = table[state, words[:, t]]
+    return states
+
+
+@torch.no_grad()
+def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) -> Verification:
+    """Run the model on random words, streamed in pieces with the carried state, and compare every label.
+
+    Raises UsageError when `length` or `words` is less than 1.
+    """
+    if length < 1 or words < 1:
+        raise UsageError(f"At least one word of at least one symbol is needed, not {words} of {length}.")
+    model, automaton = compiled.model, compiled.automaton
+    device = model.embedding.weight.device
+    symbols = draw_words(automaton, words, length, seed)
+    want = torch.from_numpy(run_automaton(automaton, symbols))
+    bos = torch.full((words, 1), len(automaton.alphabet))
+    _, state = model(bos.to(device))
+    wrong, first_wrong, margin = 0, None, float("inf")
+    size = max(1, PIECE_TOKENS // words)
+    for begin in range(0, length, size):
+        tokens, labels = torch.from_numpy(symbols[:, begin : begin + size]), want[:, begin : begin + size, None]
+        logits, state = model(tokens.to(device), state)
+        logits = logits.cpu()
+        right = logits.gather(-1, labels)[..., 0]
+        others = logits.scatter(-1, labels, -torch.inf).amax(-1)
+        off = ~(right > others)  # and where a logit is no number
+        margin = min(margin, float((right - others).min()))
+        if off.any():
+            wrong += int(off.sum())
+            here = begin + int(off.any(0).nonzero()[0]) + 1
+            first_wrong = here if first_wrong is None else first_wrong
+    return Verification(words, length, wrong, first_wrong, margin)
