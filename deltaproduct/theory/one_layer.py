@@ -46,16 +46,17 @@ def one_layer(problem: WordProblem, strategy: str) -> Plan:
     out = circuit.mixer(torch.stack(queries), writes, power=heads)
     flat = codes.flatten(1)
     if problem.regular:
-        return circuit.plan(strategy, out, flat[torch.tensor(problem.labels).argsort()])
+        by_label = torch.zeros(problem.num_labels, flat.shape[1], dtype=torch.float64)
+        by_label[problem.labels] = flat
+        return circuit.plan(strategy, out, by_label)
     # A product's own score is the number of heads, and all others are below it by the margin: halfway is the threshold.
-    labels, margin = max(problem.labels) + 1, _margin(flat)
-    answer = circuit.take(labels)
+    margin, answer = _margin(flat), circuit.take(problem.num_labels)
     units = []
     for label, code in zip(problem.labels, flat.tolist(), strict=True):
         weights = {out + i: x / margin for i, x in enumerate(code) if x}
         units.append(Unit(weights, heads / margin - 0.5, (answer + label,)))
     circuit.look_up(units)
-    return circuit.plan(strategy, answer, torch.eye(labels, dtype=torch.float64))
+    return circuit.plan(strategy, answer, torch.eye(problem.num_labels, dtype=torch.float64))
 
 
 def _directions(states: Tensor) -> Tensor:

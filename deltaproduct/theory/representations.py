@@ -27,12 +27,14 @@ class WordProblem:
         representations: together they tell the n elements apart.
         tokens: [s] the element of each symbol.
         labels: [n] what is to be said of each product.
+        num_labels: how many labels there are, with those that no product has.
     """
 
     name: str
     representations: list[Representation]
     tokens: list[int]
     labels: list[int]
+    num_labels: int
 
     @property
     def regular(self) -> bool:
@@ -47,7 +49,7 @@ def of_group(name: str, *, as_rotations: bool = True) -> WordProblem:
     """
     group, found = representations(name, as_rotations=as_rotations)
     n = len(group.elements)
-    return WordProblem(name, found, list(range(n)), list(range(n)))
+    return WordProblem(name, found, list(range(n)), list(range(n)), n)
 
 
 def representations(name: str, *, as_rotations: bool = True) -> tuple[Group, list[Representation]]:
@@ -90,7 +92,7 @@ def of_automaton(automaton: Automaton) -> WordProblem:
     number = {p: i for i, p in enumerate(elements)}
     tokens = [number[inverse(p)] for p in automaton.maps]
     labels = [inverse(p)[automaton.initial] for p in elements]
-    return WordProblem("The automaton", found, tokens, labels)
+    return WordProblem("The automaton", found, tokens, labels, len(automaton.states))
 
 
 def require_permutations(automaton: Automaton) -> None:

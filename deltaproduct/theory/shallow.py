@@ -45,11 +45,13 @@ class Action:
         symbols: the permutation p of k points, x ↦ p[x], that each symbol is.
         tracked: points of which the images decide the label.
         label: of every tuple of their images that can occur.
+        num_labels: how many there are, with those that cannot occur.
     """
 
     symbols: tuple[Permutation, ...]
     tracked: tuple[int, ...]
     label: dict[tuple[int, ...], int]
+    num_labels: int
 
     @classmethod
     def of_group(cls, group: Group) -> "Action":
@@ -60,13 +62,14 @@ class Action:
             if len({tuple(p[x] for x in tracked) for p in inverses}) < len(inverses):
                 tracked.append(point)
         label = {tuple(p[x] for x in tracked): i for i, p in enumerate(inverses)}
-        return cls(tuple(inverses), tuple(tracked), label)
+        return cls(tuple(inverses), tuple(tracked), label, len(label))
 
     @classmethod
     def of_automaton(cls, automaton: Automaton) -> "Action":
         """Of the state. Raises UsageError when some symbol is no permutation of the states."""
         require_permutations(automaton)
-        return cls(automaton.maps, (automaton.initial,), {(q,): q for q in range(len(automaton.states))})
+        n = len(automaton.states)
+        return cls(automaton.maps, (automaton.initial,), {(q,): q for q in range(n)}, n)
 
     def elements(self) -> list[Permutation]:
         """All products. Raises UsageError when there are more than 1,000."""
@@ -212,8 +215,7 @@ def _track(circuit: Circuit, action: Action, elements: Sequence[Permutation], wo
     for point in action.tracked:
         writes += [moves | {bos: Write(Factors(corners[point, None], ONE[0]), ONE)}] * k
     images = circuit.mixer(corners.repeat(len(action.tracked), 1), writes, power=len(writes))
-    labels = max(action.label.values()) + 1
-    answer = circuit.take(labels)
+    answer = circuit.take(action.num_labels)
     units = []
     whole = sorted({tuple(p[x] for x in action.tracked) for p in elements})  # images when nothing is missing
     for (rest, missing), (made, so_far) in itertools.product(work.missing.items(), work.so_far.items()):
@@ -223,7 +225,7 @@ def _track(circuit: Circuit, action: Action, elements: Sequence[Permutation], wo
             label = action.label[tuple(made[x] for x in known)]
             units.append(Unit(signs | {missing: 1.0, so_far: 1.0}, len(signs) / 2 + 1.5, (answer + label,)))
     circuit.look_up(units)
-    return circuit.plan(strategy, answer, torch.eye(labels, dtype=torch.float64))
+    return circuit.plan(strategy, answer, torch.eye(action.num_labels, dtype=torch.float64))
 
 
 def _then(p: Permutation, q: Permutation) -> Permutation:

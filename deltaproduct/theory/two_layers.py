@@ -29,7 +29,7 @@ ONE = torch.ones(1, 1, dtype=torch.float64)
 def two_layers(problem: WordProblem, strategy: str) -> Plan:
     """The plan. Raises UsageError for what is no product in Z_m or D_m."""
     planes, rotates, signs = _parts(problem)
-    tokens, labels = len(problem.tokens), max(problem.labels) + 1
+    tokens, labels = len(problem.tokens), problem.num_labels
     bos = tokens
     circuit = Circuit(tokens + 1)
 

@@ -35,7 +35,7 @@ class Limits:
             (config.num_householder, self.num_householder, "Householder factors per token"),
             (config.hidden_size, self.width, "slots of width"),
         ]
-        return [_too_many(*size) for size in sizes if size[1] is not None and size[0] > size[1]]
+        return [_too_many(n, limit, things) for n, limit, things in sizes if limit is not None and n > limit]
 
 
 NO_LIMITS = Limits()
