@@ -16,7 +16,7 @@ PARITY = Automaton(("0", "1"), ("even", "odd"), 0, (0,), ((0, 1), (1, 0)))
 def random_automaton(rng: random.Random, n: int, s: int) -> Automaton:
     rows = tuple(tuple(rng.randrange(n) for _ in range(s)) for _ in range(n))
     accepting = tuple(q for q in range(n) if rng.random() < 0.4)
-    return Automaton(tuple("abcde"[:s]), tuple(f"q{i}" for i in range(n)), rng.randrange(n), accepting, rows)
+    return Automaton(tuple("abcdefgh"[:s]), tuple(f"q{i}" for i in range(n)), rng.randrange(n), accepting, rows)
 
 
 def library(automaton: Automaton):

@@ -1,0 +1,315 @@
+"""What is certain of a compiled model: every situation tried, its margins, and how much rounding can add up to.
+
+The exploration (exploration.py) shows that the model is right from every situation as long as its recurrent states are
+what they were there. From token to token a head's state S goes to A S + W, and what it then holds differs from its code
+by at most
+
+    D′ ≤ ‖A‖ D + ρ + r
+
+where ρ is how far the weights' own transition, carried out in float64, misses the next code, and r bounds the rounding
+of the recurrence in float32 (by the standard model, |fl(x∘y) − x∘y| ≤ u |x∘y|, in the order of ops/reference.py). Where
+every cycle of situations clears the state, D stays below a bound; else it grows with every token, at worst linearly.
+
+Where a token either writes nothing or leaves nothing of what was there, a state's length makes no difference to
+anything that is read, and what it holds is compared with its code up to a factor.
+
+What a head reads is off by at most D. A head of value dimension 1 gives only its sign, which is right while D is below
+half of what is read. Other heads give a direction, off by about D over its length; how far that can move two labels'
+scores, or an AND's input, is known from the weights. So there is a length up to which every word is right.
+
+It bounds the `reference` order of operations; other backends round in another order, and are measured instead.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltaproduct.models import SequenceModel
+from deltaproduct.ops.reference import householder_step
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.theory.exploration import Exploration, batches, layers_of, operator_inputs, transition
+
+ROUNDS = 200  # after which a drift that still grows is taken to grow for ever
+CLEARED = 1e-3  # norm of a transition that leaves nothing
+LONGEST = 10**15  # tokens, beyond which nobody asks
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+SLACK = 8  # roundings of the whole read-out, in units of a dtype's
+
+
+class Head(NamedTuple):
+    """How one head's state can drift.
+
+    Attributes:
+        layer, head: which.
+        code: the smallest norm that it reads, in units of its largest state.
+        drift: by how much a token can add to the state's distance from its code, at most, in the same units.
+        growth: by how much a token multiplies that distance, at most.
+        bound: what the distance never exceeds; None where it may grow for ever.
+        tolerated: the distance up to which all labels are certain to be right.
+    """
+
+    layer: int
+    head: int
+    code: float
+    drift: float
+    growth: float
+    bound: float | None
+    tolerated: float
+
+    def distance(self, tokens: int) -> float:
+        """How far the state can be from its code after so many tokens, at most."""
+        if self.bound is not None:
+            return self.bound
+        rate = self.growth - 1
+        if rate * tokens < 1e-9:
+            return self.drift * tokens
+        return self.drift * math.expm1(min(700.0, tokens * math.log1p(rate))) / rate
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is certain of a model in one dtype.
+
+    Attributes:
+        dtype: of weights and activations; states are float32 at least.
+        situations, tried, pairs: how many there are; symbols tried in them; different pairs of a state and a symbol.
+        complete: whether that were all situations; otherwise nothing is guaranteed.
+        wrong: labels that were wrong.
+        margin: the right label's logit above the next, at least.
+        drift: what a token can add to a state's distance from its code, at most, in units of the largest state.
+        guaranteed: the length up to which every word is right; None means every length.
+        heads: what bounds it, head by head.
+    """
+
+    dtype: str
+    situations: int
+    tried: int
+    pairs: int
+    complete: bool
+    wrong: int
+    margin: float
+    drift: float
+    guaranteed: int | None
+    heads: tuple[Head, ...]
+
+
+@torch.no_grad()
+def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration) -> Certificate:
+    """The certificate of a model in its own dtype, by the exploration of the same model in float32."""
+    evidence = _Evidence(model, automaton, exploration)
+    for tries in batches(exploration):
+        evidence.add(*tries)
+    heads = evidence.heads()
+    sound = exploration.complete and not (exploration.wrong or evidence.wrong)
+    return Certificate(
+        dtype=str(evidence.dtype).removeprefix("torch."),
+        situations=len(exploration.state_of),
+        tried=len(exploration.before),
+        pairs=exploration.pairs,
+        complete=exploration.complete,
+        wrong=exploration.wrong + evidence.wrong,
+        margin=evidence.margin,
+        drift=max((head.drift for head in heads), default=0.0),
+        guaranteed=_guaranteed(heads) if sound else 0,
+        heads=tuple(heads),
+    )
+
+
+def _guaranteed(heads: list[Head]) -> int | None:
+    """The largest number of tokens after which every head is as close to its code as it must be; BOS is one."""
+
+    def fine(tokens: int) -> bool:
+        return all(head.distance(tokens) < head.tolerated for head in heads)
+
+    if fine(LONGEST) and all(head.bound is not None or head.drift == 0 for head in heads):
+        return None
+    low, high = 0, 1
+    while high < LONGEST and fine(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fine(middle) else (low, middle)
+    return max(0, low - 1)
+
+
+class _Edges:
+    """Of one head: from what it holds to what it holds next, the worst of all tries."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, before: Tensor, after: Tensor, values: Tensor) -> None:
+        """values [P,6]: the norm of A; the local error, and that up to a factor; minus the length of what is read, and
+        minus that factor; whether something is written beside what remains."""
+        # What clears the state is kept apart from what does not: the worst of both would be neither.
+        kinds = torch.stack((before, after, (values[:, 0] <= CLEARED).long()), 1)
+        pairs, which = kinds.unique(dim=0, return_inverse=True)
+        worst = torch.full((len(pairs), values.shape[1]), -math.inf, dtype=torch.float64)
+        worst.scatter_reduce_(0, which[:, None].expand_as(values), values, "amax")
+        self.parts.append((pairs, worst))
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Pairs of numbers of states (and their kind) [E,3], and values [E,6] as given."""
+        pairs, values = (torch.cat(part) for part in zip(*self.parts, strict=True))
+        whole = _Edges()
+        whole.add(pairs[:, 0], pairs[:, 1], values)
+        return whole.parts[0]
+
+
+class _Evidence:
+    def __init__(self, model: SequenceModel, automaton: Automaton, exploration: Exploration):
+        self.model, self.exploration = model, exploration
+        self.dtype = model.embedding.weight.dtype
+        self.table = torch.tensor(automaton.transitions)
+        _, self.start = model(torch.tensor([[len(automaton.alphabet)]]))
+        # In another dtype BOS writes another length: codes are taken to be longer or shorter as much.
+        self.held = []
+        for layer, held in zip(self.start, exploration.held, strict=True):
+            first = held[:, 0].double()
+            ratio = layer.recurrent[0].double().flatten(1).norm(dim=1) / first.flatten(1).norm(dim=1).clamp(min=1e-30)
+            self.held.append(held.double() * ratio[:, None, None, None])
+        self.scale = [held.flatten(2).norm(dim=2).amax(1).clamp(min=1e-30) for held in self.held]  # [H] each
+        self.edges = [[_Edges() for _ in held] for held in self.held]
+        self.wrong, self.margin, self.largest = 0, math.inf, 0.0
+        self.gains, self.clear = [0.0] * len(self.held), [math.inf] * len(self.held)
+
+    def add(self, before: Tensor, symbols: Tensor, after: Tensor) -> None:
+        holds = self.exploration.holds
+        states = [
+            torch.stack([held[h, own[before, h]] for h in range(len(held))], 1)
+            for held, own in zip(self.held, holds, strict=True)
+        ]
+        given = [
+            layer._replace(recurrent=s.to(layer.recurrent.dtype)) for layer, s in zip(self.start, states, strict=True)
+        ]
+        with operator_inputs(self.model) as inputs, self._watched():
+            logits, _ = self.model(symbols[:, None], given)
+        self._labels(logits[:, 0].double(), self.table[self.exploration.state_of[before], symbols])
+        for layer, ((q, k, v, beta), s) in enumerate(zip(inputs, states, strict=True)):
+            self._layer(layer, s, q[:, 0], k[:, 0], v[:, 0], beta[:, 0], before, after)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note, while the model runs, what the norms in front of look-ups and head multiply by, and how far from 0 the
+        look-ups' ANDs are."""
+
+        def look(layer: int, gate: Tensor | None, norm: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            gain = out.double().norm(dim=-1) / given[0].double().norm(dim=-1)
+            self.gains[layer] = max(self.gains[layer], float(gain.max()))
+            if gate is not None:
+                self.clear[layer] = min(self.clear[layer], float((out @ gate.T).abs().min()))
+
+        layers = layers_of(self.model)
+        hooks = [self.model.norm.register_forward_hook(partial(look, -1, None))] if layers[-1][0].mlp is None else []
+        for i, (block, _) in enumerate(layers):
+            if block.mlp is not None:
+                hooks.append(block.mlp_norm.register_forward_hook(partial(look, i, block.mlp.gate_proj.weight)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _labels(self, logits: Tensor, want: Tensor) -> None:
+        right = logits.gather(1, want[:, None])[:, 0]
+        others = logits.scatter(1, want[:, None], -math.inf).amax(1)
+        self.wrong += int((~(right > others)).sum())
+        self.margin = min(self.margin, float((right - others).min()))
+        self.largest = max(self.largest, float(logits.abs().max()))
+
+    def _layer(
+        self, layer: int, state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, before: Tensor, after: Tensor
+    ) -> None:
+        """state [P,H,K,V], q [P,H,K], k [P,N,H,K], v [P,N,H,V], beta [P,N,H]."""
+        matrix = transition(k, beta)
+        limit = torch.ones_like(beta[:, 0], dtype=torch.float64)
+        rounding = torch.zeros_like(limit)
+        writes = torch.zeros_like(limit, dtype=torch.bool)
+        unit = ROUNDING[torch.float64 if self.dtype == torch.float64 else torch.float32]
+        for k_j, v_j, beta_j in zip(k.double().unbind(1), v.double().unbind(1), beta.double().unbind(1), strict=True):
+            error = (v_j - (k_j.unsqueeze(-2) @ state).squeeze(-2)).norm(dim=-1)
+            length, new = k_j.norm(dim=-1), householder_step(state, k_j, v_j, beta_j)
+            terms = (k_j != 0).sum(-1)
+            before_it, after_it = (s.flatten(2).norm(dim=2) for s in (state, new))
+            bound = unit * (beta_j * length * (terms * before_it + 3 * error) + after_it)
+            # A key along an axis, a β that is a whole number and nothing to write: every product and sum is exact.
+            exact = (terms == 1) & (length == 1) & (beta_j == beta_j.round()) & (v_j == 0).all(-1)
+            rounding += torch.where(exact | (beta_j == 0), 0.0, bound)
+            writes |= (beta_j > 0) & (v_j != 0).any(-1)
+            limit *= (1 - beta_j * length**2).abs().clamp(min=1)
+            state = new
+        read = (q.double().unsqueeze(-2) @ state).squeeze(-2).norm(dim=-1)
+        for h, edges in enumerate(self.edges[layer]):
+            basis, own = self.exploration.kept[layer][h].double(), self.exploration.holds[layer]
+            projected = basis @ matrix[:, h] @ basis.T
+            lost = (matrix[:, h] - matrix[:, h] @ basis.T @ basis).flatten(1).norm(dim=1)
+            norm = torch.minimum(limit[:, h], projected.flatten(1).norm(dim=1)) + lost
+            found, code = ((basis @ s).flatten(1) for s in (state[:, h], self.held[layer][h, own[after, h]]))
+            factor = ((found * code).sum(1) / code.square().sum(1)).nan_to_num(1.0)  # nothing survives: nothing to miss
+            missed = (found - code).norm(dim=1) + rounding[:, h]
+            apart = (found - factor[:, None] * code).norm(dim=1)
+            apart = torch.where(apart < 1e-14 * found.norm(dim=1), 0.0, apart)  # float64's own rounding, here
+            turned = (apart + rounding[:, h]) / factor
+            beside = (writes[:, h] & (norm > CLEARED)).double()
+            values = torch.stack((norm, missed, turned, -read[:, h], -factor, beside), 1)
+            edges.add(own[before, h], own[after, h], values)
+
+    def heads(self) -> list[Head]:
+        tolerated = self._tolerated()
+        result = []
+        for layer, all_edges in enumerate(self.edges):
+            for h, edges in enumerate(all_edges):
+                scale = float(self.scale[layer][h])
+                pairs, values = edges.gathered()
+                free = not values[:, 5].any()
+                error = values[:, 2 if free else 1]
+                bound = _settled(pairs, values[:, 0], error, self.held[layer].shape[1])
+                read = -float(values[:, 3].max()) * (min(1.0, -float(values[:, 4].max())) if free else 1)
+                result.append(
+                    Head(
+                        layer, h, read / scale, float(error.max()) / scale, max(1.0, float(values[:, 0].max())),
+                        None if bound is None else bound / scale, tolerated[layer] * read / scale,
+                    )
+                )  # fmt: skip
+        return result
+
+    def _tolerated(self) -> list[float]:
+        """For each layer: how far off a state may be, as a share of what its heads read.
+
+        A head of value dimension 1 gives a sign, for which half is enough. A direction that is off by a share x moves
+        what depends on it by x times the weights' norm: the look-up's ANDs, which may lose half of what keeps them
+        apart in the last layer and a hundredth elsewhere, or the scores of two labels.
+        """
+        model, slack = self.model, SLACK * ROUNDING[self.dtype]
+        result = []
+        for (block, mixer), gain, clear in zip(layers_of(model), self.gains, self.clear, strict=True):
+            if mixer.head_v_dim == 1:
+                result.append(0.5)
+                continue
+            last = block is model.blocks[-1]
+            if block.mlp is not None:
+                weights, allowed = block.mlp.gate_proj.weight, (0.5 if last else 0.01) * clear * (1 - slack)
+            else:  # and then it is the only layer
+                weights, allowed = 2 * model.head.weight, self.margin - slack * self.largest
+            reached = gain * (weights.double() @ mixer.o_proj.weight.double())
+            by_head = reached.unflatten(1, (-1, mixer.head_v_dim)).norm(dim=2).sum(1) * math.sqrt(mixer.head_v_dim)
+            share = allowed / max(1e-30, float(by_head.max()))
+            result.append(max(0.0, min(0.5, share / 1.1)))  # 1.1: up to a half, an arc is not longer than that
+        return result
+
+
+def _settled(pairs: Tensor, norm: Tensor, error: Tensor, states: int) -> float | None:
+    """What D′ ≤ norm·D + error never exceeds along these pairs of states; None when it goes on growing."""
+    distance = torch.zeros(states, dtype=torch.float64)
+    for _ in range(ROUNDS):
+        grown = distance.scatter_reduce(0, pairs[:, 1], norm * distance[pairs[:, 0]] + error, "amax")
+        if torch.allclose(grown, distance, rtol=1e-9, atol=0):
+            return float(grown.max())
+        distance = grown
+    return None
