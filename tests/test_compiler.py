@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_automata import random_automaton
 
-from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS, cpu

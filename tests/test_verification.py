@@ -82,12 +82,19 @@ def test_compile_and_verify(capsys, tmp_path):
         if name == "ab":
             pytest.importorskip("automata")
         status, out, _ = run(capsys, "compile", *arguments, "--out", tmp_path / name)
-        assert status == 0 and "layers: " in out and "Right on every token" in out
+        assert status == 0 and "layers: " in out and "no label was wrong" in out
+        assert "float32: guaranteed to " in out and "bfloat16: guaranteed to " in out and "all right" in out
+        certificate = json.loads((tmp_path / name / "certificate.json").read_text())
+        assert [entry["dtype"] for entry in certificate["certificates"]] == ["float32", "bfloat16"]
+        assert certificate["held"][0]["wrong"] == 0
         assert SequenceModel.from_pretrained(tmp_path / name).config.num_labels == {"s4": 24, "ab": 3}[name]
         status, out, _ = run(capsys, "verify", tmp_path / name, "--length", "3000", "--json")
         assert status == 0 and json.loads(out)["wrong"] == 0 and json.loads(out)["length"] == 3000
     status, out, _ = run(capsys, "verify", tmp_path / "s4", "--length", "100", "--backend", "reference")
     assert status == 0 and "Right on every token of 4 words of length 100" in out
+    assert "Guaranteed by the certificate in float32: every word, to length " in out
+    status, out, _ = run(capsys, "verify", tmp_path / "s4", "--length", "20", "--dtype", "bfloat16", "--json")
+    assert status == 0 and 0 < json.loads(out)["guaranteed"] < 1000
 
 
 def test_an_automaton_is_minimised_unless_its_states_are_all_that_is_asked_for(capsys, tmp_path):

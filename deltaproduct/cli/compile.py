@@ -1,20 +1,23 @@
 """`deltaproduct compile`: from a group, a regular expression or an automaton to a checkpoint with exact weights."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.theory.certificate import Certificate, certificates
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.validate import Limits
-from deltaproduct.theory.verification import verify
+from deltaproduct.theory.verification import Verification, verify
 
+CHECKED = {"words": 8, "length": 1000}
 Strategy = Literal["auto", "permutation", "rotation", "two-layer", "cascade", "shallow"]
-CHECKED_WORDS, CHECKED_LENGTH = 8, 1000
 
 
 @dataclass(kw_only=True)
@@ -46,19 +49,33 @@ class Compile:
         if self.out.exists():
             raise UsageError(f"{self.out} already exists; choose another folder.")
         compiled = self._compiled()
-        checked = verify(compiled, words=CHECKED_WORDS, length=CHECKED_LENGTH)
-        if checked.wrong:  # never seen; but a checkpoint that is called exact must be
+        model, automaton = compiled.model, compiled.automaton
+        found = certificates(model, automaton)
+        held = [
+            verify(replace(compiled, model=copy.deepcopy(model).to(getattr(torch, certificate.dtype))), **CHECKED)
+            for certificate in found
+        ]
+        if found[0].wrong or held[0].wrong:  # never seen; but a checkpoint that is called exact must be
             raise UsageError(
-                f"The compiled model is wrong at symbol {checked.first_wrong} of a word; nothing was written."
+                f"The compiled model has {found[0].wrong + held[0].wrong} wrong labels; nothing was written."
             )
-        compiled.save(self.out)
-        config, model = compiled.model.config, compiled.model
-        print(f"{len(compiled.automaton.states)} states, {len(compiled.automaton.alphabet)} symbols → {self.out}")
-        print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors a token: "
-              f"{config.num_householder}, width: {config.hidden_size}, "
+        compiled.save(
+            self.out,
+            {
+                "strategy": compiled.strategy,
+                "certificates": [asdict(certificate) for certificate in found],
+                "held": [{"dtype": c.dtype} | asdict(v) for c, v in zip(found, held, strict=True)],
+            },
+        )
+        config = model.config
+        print(f"{len(automaton.states):,} states, {len(automaton.alphabet):,} symbols → {self.out}")
+        print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
+              f"{config.num_householder}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
-        print(f"Right on every token of {checked.words} words of length {checked.length:,}; "
-              f"smallest margin {checked.margin:.3g}.")  # fmt: skip
+        print(f"tried: {found[0].tried:,} symbols in {found[0].situations:,} situations, which are "
+              f"{'all' if found[0].complete else 'not all'} that there are; no label was wrong")  # fmt: skip
+        for certificate, words in zip(found, held, strict=True):
+            print(_in_words(certificate, words))
 
     def _compiled(self) -> Compiled:
         limits = Limits(self.max_states, self.max_layers, self.num_householder, self.max_width)
@@ -77,3 +94,12 @@ class Compile:
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
         return given.minimal() if meant else given.reachable()
+
+
+def _in_words(certificate: Certificate, held: Verification) -> str:
+    guaranteed = "every length" if certificate.guaranteed is None else f"length {certificate.guaranteed:,}"
+    practice = "all right" if not held.wrong else f"the first wrong label after {held.first_wrong:,} symbols"
+    return (
+        f"{certificate.dtype}: guaranteed to {guaranteed} (margin {certificate.margin:.3g}, drift at most "
+        f"{certificate.drift:.2g} a token); in practice, {held.words} words of length {held.length:,}: {practice}"
+    )

@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from deltaproduct.machine import choose_device
-from deltaproduct.theory.verification import load, verify
+from deltaproduct.theory.verification import guaranteed_length, load, verify
 
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 WRONG = 1  # the exit status where a label was
 
 
@@ -23,19 +25,24 @@ class Verify:
     seed: Annotated[int, tyro.conf.arg(help="of the words")] = 0
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
     backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    dtype: Annotated[Dtype, tyro.conf.arg(help="of weights and activations")] = "float32"
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:
         compiled = load(self.source, choose_device(self.device))
-        compiled.model.use_backend(self.backend)
+        compiled.model.use_backend(self.backend).to(getattr(torch, self.dtype))
         found = verify(compiled, length=self.length, words=self.words, seed=self.seed)
+        guaranteed = guaranteed_length(self.source, self.dtype)
         if self.json:
-            print(json.dumps(asdict(found)))
+            print(json.dumps(asdict(found) | {"guaranteed": guaranteed}))
         elif found.wrong:
             total = found.words * found.length
             print(f"Wrong: {found.wrong:,} of {total:,} tokens, the first after {found.first_wrong:,} symbols.")
         else:
             print(f"Right on every token of {found.words} words of length {found.length:,}; "
                   f"smallest margin {found.margin:.3g}.")  # fmt: skip
+        if not self.json and guaranteed is not None:
+            length = guaranteed if isinstance(guaranteed, str) else f"length {guaranteed:,}"
+            print(f"Guaranteed by the certificate in {self.dtype}: every word, to {length}.")
         if found.wrong:
             raise SystemExit(WRONG)

@@ -20,6 +20,7 @@ scores, or an AND's input, is known from the weights. So there is a length up to
 It bounds the `reference` order of operations; other backends round in another order, and are measured instead.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from deltaproduct.models import SequenceModel
 from deltaproduct.ops.reference import householder_step
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.theory.exploration import Exploration, batches, layers_of, operator_inputs, transition
+from deltaproduct.theory.exploration import Exploration, batches, explore, layers_of, operator_inputs, transition
 
 ROUNDS = 200  # after which a drift that still grows is taken to grow for ever
 CLEARED = 1e-3  # norm of a transition that leaves nothing
@@ -97,6 +98,13 @@ class Certificate:
     drift: float
     guaranteed: int | None
     heads: tuple[Head, ...]
+
+
+def certificates(model: SequenceModel, automaton: Automaton) -> list[Certificate]:
+    """A compiled model's, in float32 and bfloat16, by one exploration; the model is float32, on a CPU."""
+    exploration = explore(model, automaton)
+    dtypes = (torch.float32, torch.bfloat16)
+    return [certify(copy.deepcopy(model).to(dtype), automaton, exploration) for dtype in dtypes]
 
 
 @torch.no_grad()

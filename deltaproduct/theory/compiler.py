@@ -11,9 +11,10 @@ Strategies, each a construction in a file of its own:
 * shallow: small groups in three layers, or four of single reflections (shallow.py). P1, Theorem 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import replaced_folder, write_json
@@ -30,6 +31,7 @@ from deltaproduct.theory.two_layers import two_layers
 from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose
 
 AUTOMATON = "automaton.json"
+CERTIFICATE = "certificate.json"
 STRATEGIES = ("auto", "permutation", "rotation", "two-layer", "cascade", "shallow")
 
 Makers = dict[str, Callable[[], Plan]]
@@ -43,14 +45,19 @@ class Compiled:
     automaton: Automaton
     strategy: str | None = None
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, certificate: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint like any other, with automaton.json beside it; the folder is replaced in one step.
+
+        Args:
+            certificate: what is to be certificate.json, if anything.
 
         Raises UsageError when it cannot be written.
         """
         with replaced_folder(Path(folder)) as fresh:
             self.model.write_files(fresh)
             write_json(fresh / AUTOMATON, self.automaton.to_dict())
+            if certificate is not None:
+                write_json(fresh / CERTIFICATE, certificate)
 
 
 def compile_group(name: str, strategy: str = "auto", limits: Limits = NO_LIMITS) -> Compiled:

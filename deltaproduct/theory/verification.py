@@ -10,7 +10,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, verified_folder
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton, order_of_discovery
-from deltaproduct.theory.compiler import AUTOMATON, Compiled
+from deltaproduct.theory.compiler import AUTOMATON, CERTIFICATE, Compiled
 
 PIECE_TOKENS = 1 << 15  # that go through the model at once
 
@@ -40,6 +40,21 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:
     if (model.config.vocab_size, model.config.num_labels) != sizes:
         raise UsageError(f"{folder}: a model of {sizes[0]} tokens and {sizes[1]} labels would fit the automaton.")
     return Compiled(model, automaton)
+
+
+def guaranteed_length(folder: str | Path, dtype: str) -> int | str | None:
+    """The length to which a folder's certificate.json guarantees every word in this dtype, or "every length".
+
+    None where there is no certificate, or it says nothing of the dtype. Raises UsageError when it is damaged.
+    """
+    path = Path(folder) / CERTIFICATE
+    if not path.exists():
+        return None
+    try:
+        by_dtype = {entry["dtype"]: entry["guaranteed"] for entry in read_json(path)["certificates"]}
+    except (KeyError, TypeError) as e:
+        raise UsageError(f"{path} is damaged: it has no certificates.") from e
+    return "every length" if by_dtype.get(dtype, 0) is None else by_dtype.get(dtype)
 
 
 def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.ndarray:
