@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -314,10 +315,18 @@ class _Evidence:
 
 def _settled(pairs: Tensor, norm: Tensor, error: Tensor, states: int) -> float | None:
     """What D′ ≤ norm·D + error never exceeds along these pairs of states; None when it goes on growing."""
-    distance = torch.zeros(states, dtype=torch.float64)
+    if not error.any():
+        return 0.0
+    if (norm > CLEARED).all():  # every state is left again and again, and never cleared
+        return None
+    order = pairs[:, 1].argsort()
+    source, target, norms, errors = (x.numpy() for x in (pairs[order, 0], pairs[order, 1], norm[order], error[order]))
+    first = np.flatnonzero(np.diff(target, prepend=-1))  # of every target's pairs
+    distance = np.zeros(states)
     for _ in range(ROUNDS):
-        grown = distance.scatter_reduce(0, pairs[:, 1], norm * distance[pairs[:, 0]] + error, "amax")
-        if torch.allclose(grown, distance, rtol=1e-9, atol=0):
+        grown = distance.copy()
+        grown[target[first]] = np.maximum.reduceat(norms * distance[source] + errors, first)
+        if np.allclose(grown, distance, rtol=1e-9, atol=0):
             return float(grown.max())
         distance = grown
     return None
