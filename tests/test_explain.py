@@ -10,8 +10,8 @@ from test_theorems import COUNTING_PROOF, DIAGONAL, TASKS, classes
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
 from deltaproduct.theory.compiler import compile_group
-from deltaproduct.theory.explain import explain
-from deltaproduct.theory.model_class import ModelClass
+from deltaproduct.theory.theorems.explain import explain
+from deltaproduct.theory.theorems.model_class import ModelClass
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import verify
 

@@ -12,11 +12,11 @@ from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.groups import build_group
-from deltaproduct.theory.circle import lines, points
 from deltaproduct.theory.compiler import compile_automaton, compile_group
+from deltaproduct.theory.constructions.circle import lines, points
+from deltaproduct.theory.constructions.shallow import MAX_UNITS
 from deltaproduct.theory.representations import of_automaton
 from deltaproduct.theory.rotations import rotations
-from deltaproduct.theory.shallow import MAX_UNITS
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import verify
 

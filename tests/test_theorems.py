@@ -1,4 +1,4 @@
-"""theory/theorems.py: verdicts and citations, beside what the constructions can really make."""
+"""theory/theorems/: verdicts and citations, beside what the constructions can really make."""
 
 import itertools
 
@@ -8,10 +8,10 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.groups import build_group
 from deltaproduct.theory.compiler import compile_group
-from deltaproduct.theory.explain import explain, verdict_of
-from deltaproduct.theory.group_facts import generated, group_facts
-from deltaproduct.theory.model_class import ModelClass
-from deltaproduct.theory.theorems import Statement, applicable
+from deltaproduct.theory.theorems.explain import explain, verdict_of
+from deltaproduct.theory.theorems.group_facts import generated, group_facts
+from deltaproduct.theory.theorems.model_class import ModelClass
+from deltaproduct.theory.theorems.statements import Statement, applicable
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import verify
 

@@ -1,4 +1,4 @@
-"""What the rules of theory/theorems.py rest on, in numbers: spectra, repeated symbols, and the constructions' steps."""
+"""What the rules of theory/theorems/ rest on, in numbers: spectra, repeated symbols, and the constructions' steps."""
 
 import itertools
 import math
@@ -9,8 +9,8 @@ import torch
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.ops import delta_product
 from deltaproduct.tasks.groups import build_group, running_product
-from deltaproduct.theory.group_facts import generated, group_facts
 from deltaproduct.theory.householder import Factors, from_rotation, spectrum
+from deltaproduct.theory.theorems.group_facts import generated, group_facts
 
 ROUNDING = 1e-9  # float64 eigenvalues of products of a few factors, some of them close to each other
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from deltaproduct.theory.explain import Explanation, explain
-from deltaproduct.theory.model_class import ModelClass
+from deltaproduct.theory.theorems.explain import Explanation, explain
+from deltaproduct.theory.theorems.model_class import ModelClass
 
 VERDICTS = {
     "possible": "Possible: there are weights with which {model} follows {task} at every length.",

@@ -1,6 +1,7 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
 from deltaproduct.theory.cascade import Cascade, decompose
+from deltaproduct.theory.certificate import Certificate, certificates
 from deltaproduct.theory.compiler import STRATEGIES, Compiled, compile_automaton, compile_group
 from deltaproduct.theory.householder import (
     Factors,
@@ -12,19 +13,25 @@ from deltaproduct.theory.householder import (
     spectrum,
     transpositions,
 )
+from deltaproduct.theory.theorems import Explanation, ModelClass, explain
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import Verification, load, verify
 
 __all__ = [
     "STRATEGIES",
     "Cascade",
+    "Certificate",
     "Compiled",
+    "Explanation",
     "Factors",
     "Limits",
+    "ModelClass",
     "Verification",
+    "certificates",
     "compile_automaton",
     "compile_group",
     "decompose",
+    "explain",
     "from_contraction",
     "from_orthogonal",
     "from_permutation",

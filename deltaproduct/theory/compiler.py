@@ -22,12 +22,12 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group, build_group
 from deltaproduct.theory.cascade import decompose
-from deltaproduct.theory.one_layer import one_layer
-from deltaproduct.theory.plan import Plan
+from deltaproduct.theory.constructions.one_layer import one_layer
+from deltaproduct.theory.constructions.plan import Plan
+from deltaproduct.theory.constructions.shallow import Action, shallow
+from deltaproduct.theory.constructions.stack import stack
+from deltaproduct.theory.constructions.two_layers import two_layers
 from deltaproduct.theory.representations import of_automaton, of_group, require_permutations
-from deltaproduct.theory.shallow import Action, shallow
-from deltaproduct.theory.stack import stack
-from deltaproduct.theory.two_layers import two_layers
 from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose
 
 AUTOMATON = "automaton.json"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deltaproduct.errors import UsageError
-from deltaproduct.theory.plan import Plan
+from deltaproduct.theory.constructions.plan import Plan
 
 ONE_LAYER = ("permutation", "rotation")  # strategies
 MAX_PAIRS = 4_000_000  # of a state and a symbol, which automaton.json lists and the certificate goes through

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from deltaproduct.theory.cascade import Action, Cascade, Context, Level, the_state
-from deltaproduct.theory.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, no_factors
-from deltaproduct.theory.plan import Plan
 from deltaproduct.theory.representations import simplex, swaps
 
 

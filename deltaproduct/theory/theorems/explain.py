@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.groups import build_group
-from deltaproduct.theory.group_facts import GroupFacts, group_facts
-from deltaproduct.theory.measured import Measured, measured
-from deltaproduct.theory.model_class import ModelClass
-from deltaproduct.theory.shallow import Action, shallow
-from deltaproduct.theory.theorems import Statement, applicable
+from deltaproduct.theory.constructions.shallow import Action, shallow
+from deltaproduct.theory.theorems.group_facts import GroupFacts, group_facts
+from deltaproduct.theory.theorems.measured import Measured, measured
+from deltaproduct.theory.theorems.model_class import ModelClass
+from deltaproduct.theory.theorems.statements import Statement, applicable
 from deltaproduct.theory.validate import MAX_PAIRS
 
 Verdict = Literal["possible", "impossible", "undecided"]

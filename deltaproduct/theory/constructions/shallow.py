@@ -25,10 +25,10 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group, Permutation
-from deltaproduct.theory.circle import CORNER, FLIP, lines, points
-from deltaproduct.theory.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.circle import CORNER, FLIP, lines, points
+from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, from_rotation, transpositions
-from deltaproduct.theory.plan import Plan
 from deltaproduct.theory.representations import inverse, require_permutations, simplex, swap_factors
 
 MAX_UNITS = 20_000  # of a look-up

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.theory.circle import CORNER, FLIP, lines
-from deltaproduct.theory.circuit import Circuit, Unit, Write
+from deltaproduct.theory.constructions.circle import CORNER, FLIP, lines
+from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write
+from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, no_factors
-from deltaproduct.theory.plan import Plan
 from deltaproduct.theory.representations import WordProblem
 
 ONE = torch.ones(1, 1, dtype=torch.float64)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from math import ceil, log10
 from typing import Literal
 
-from deltaproduct.theory.group_facts import GroupFacts, is_power_of_two
-from deltaproduct.theory.model_class import ModelClass, layers_in_words
+from deltaproduct.theory.theorems.group_facts import GroupFacts, is_power_of_two
+from deltaproduct.theory.theorems.model_class import ModelClass, layers_in_words
 
 
 @dataclass(frozen=True)
