@@ -82,6 +82,12 @@ def test_congruences_are_respected_by_every_symbol():
                     assert after.setdefault(block, partition[images[state]]) == partition[images[state]]
 
 
+def test_congruences_are_joined():
+    """Where nothing happens every partition is one; of the fifteen of four states only the finest joins no two."""
+    found = congruences(from_maps((0, 1, 2, 3)))
+    assert len(set(found)) == len(found) == 14 and (0, 0, 1, 1) in found and (0, 1, 1, 0) in found
+
+
 def test_permutations_and_constants_take_one_level():
     """It selects; constants alone make what is only ever reset."""
     rng = random.Random(0)

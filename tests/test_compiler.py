@@ -165,6 +165,22 @@ def test_regular_expressions_are_compiled(regex):
     assert wrong_labels(compile_automaton(automaton).model, automaton, words) == 0
 
 
+@pytest.mark.parametrize(
+    "build", [lambda: from_regex("a{2,4}b?", "ab"), lambda: random_automaton(random.Random(3), 5, 2)]
+)
+def test_as_many_slots_are_active_at_bos_as_ever(build):
+    """Norms are then the same known factor for every token; six levels would magnify what is missing in one."""
+    automaton = build()
+    model, seen = compile_automaton(automaton).model, []
+    hooks = [block.mlp_norm.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for block in model.blocks]
+    with torch.no_grad():
+        model(torch.tensor([[2, 0, 1, 1, 0, 0, 0, 1]]))
+    assert len(hooks) == len(seen) == model.config.num_hidden_layers
+    for x in seen:
+        power = x.double().square().sum(-1)[0]
+        torch.testing.assert_close(power, power[1].expand_as(power), rtol=1e-4, atol=0)
+
+
 def test_long_words_are_tracked_in_pieces():
     """Nothing adds up: after 50,000 symbols, 10,000 at a time, the labels are still right."""
     automaton = random_automaton(random.Random(5), 5, 3)

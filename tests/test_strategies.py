@@ -10,6 +10,8 @@ from test_compiler import wrong_labels
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
+from deltaproduct.models import SequenceModel
+from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.groups import build_group
 from deltaproduct.theory.compiler import compile_automaton, compile_group
@@ -51,6 +53,27 @@ def test_the_weights_make_it_right():
             weight = model.blocks[-1].mixer.k_proj.weight
             weight.mul_(1 + torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)))
         assert evaluate_length(model, get_task("S3"), 200, sequences=2).accuracy < 1
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("S3", "rotation"), ("Z12", "two-layer"), ("S3", "shallow")])
+def test_backends_dtypes_and_the_disk_agree(name, strategy, tmp_path):
+    """A compiled model is a checkpoint like any other: the same labels from every backend, in float64, and reloaded."""
+    compiled = compile_group(name, strategy)
+    compiled.save(tmp_path / "model")
+    tokens, labels, mask = get_task(name).sample(2, 200, generator=torch.Generator().manual_seed(0))
+    for backend in BACKENDS.values():
+        for dtype in (torch.float32, torch.float64):
+            if backend.obstacle(torch.device("cpu"), dtype) is None:
+                model = SequenceModel.from_pretrained(tmp_path / "model").to(dtype).use_backend(backend.name)
+                with torch.no_grad():
+                    logits, _ = model(tokens)
+                assert torch.equal(logits.argmax(-1)[mask], labels[mask]), (backend.name, dtype)
+
+
+def test_directions_are_chosen_by_elements_that_are_told_apart():
+    """In A5 x Z2 each rotation stands for two elements, which must not hide how far apart the others are."""
+    margins = [verify(compile_group(name), length=200, words=8).margin for name in ("A5", "A5_x_Z2")]
+    assert margins[1] > margins[0] > 20
 
 
 CUBE = from_maps((1, 2, 3, 0), (1, 0, 2, 3))  # two generators of S4, on four points
