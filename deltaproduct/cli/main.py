@@ -46,6 +46,7 @@ def _parse(arguments: list[str]) -> Any:
     from deltaproduct.cli.doctor import Doctor
     from deltaproduct.cli.evaluate import Evaluate
     from deltaproduct.cli.explain import Explain
+    from deltaproduct.cli.extract import Extract
     from deltaproduct.cli.reproduce import Reproduce
     from deltaproduct.cli.tasks import TasksList, TasksShow
     from deltaproduct.cli.train import Train, resumed_defaults
@@ -66,6 +67,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Evaluate, sub("evaluate")]
         | Annotated[Compile, sub("compile")]
         | Annotated[Verify, sub("verify")]
+        | Annotated[Extract, sub("extract")]
         | Annotated[Explain, sub("explain")]
         | Annotated[_group("Tasks", tasks, "Which tasks there are, and what one looks like."), sub("tasks")]
         | Annotated[_group("Bench", bench, "Measure this machine and the operator on it."), sub("bench")]

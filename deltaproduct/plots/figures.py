@@ -2,15 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaproduct.errors import UsageError
-from deltaproduct.files import write_bytes
-from deltaproduct.plots.style import COLOURS, MARKERS, RC
+from deltaproduct.plots.style import COLOURS, MARKERS, RC, pyplot, save
 
 
 def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str, chance: float) -> None:
@@ -18,7 +15,7 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
 
     runs: results of `experiments.runner.run_job`, with "label", "accuracy" by length, "curve" and "training_length".
     """
-    plt = _pyplot()
+    plt = pyplot()
     labels = list(dict.fromkeys(run["label"] for run in runs))
     with plt.rc_context(RC):
         figure, axes = plt.subplots()
@@ -48,7 +45,7 @@ def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str
         seeds = len({run["seed"] for run in runs})
         where = f"median of {seeds} seeds" if seeds > 1 else "one seed"
         axes.legend(title=where, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
-        _save(figure, path)
+        save(figure, path)
         plt.close(figure)
 
 
@@ -59,21 +56,3 @@ def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
 def _subscript(label: str) -> str:
     """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
     return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-", "−")
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise UsageError("Figures need matplotlib; install deltaproduct with its [plot] extra.") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Render first and write after, so that a failure leaves the old figure."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", bbox_inches="tight")
-    write_bytes(path, buffer.getvalue())

@@ -1,6 +1,12 @@
-"""How every figure looks: colours that print in grey and that most colour-blind readers can tell apart."""
+"""How every figure looks, in colours that print in grey and that most colour-blind readers can tell apart; and how it
+is saved."""
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import write_bytes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's palette
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -16,3 +22,22 @@ RC: dict[str, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files only; `UsageError` where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UsageError("Figures need matplotlib; install deltaproduct with its [plot] extra.") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Render first and write after, so that a failure leaves the old figure; the suffix says the format."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", bbox_inches="tight")
+    write_bytes(path, buffer.getvalue())

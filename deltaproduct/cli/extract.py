@@ -1,0 +1,135 @@
+"""`deltaproduct extract`: from a trained model to the automaton that it has learned."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from deltaproduct.analysis import Extraction, compare_with_group, extract, monoid_size, vocabulary
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json, replaced_folder, write_json, write_text
+from deltaproduct.machine import choose_device, command_line, describe_machine
+from deltaproduct.models import SequenceModel
+from deltaproduct.plots.automaton import MOST_STATES, draw_automaton
+from deltaproduct.plots.style import pyplot
+from deltaproduct.tasks import Task, get_task
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.dot import automaton_to_dot
+from deltaproduct.theory.compiler import AUTOMATON
+from deltaproduct.training.checkpoint import checkpoint_config
+from deltaproduct.training.loop import CHECKPOINT, METRICS
+
+DOT, PICTURE, EXTRACT = "automaton.dot", "automaton.png", "extract.json"
+
+
+@dataclass(kw_only=True)
+class Extract:
+    """Find the automaton that a trained model follows; writes automaton.json, .dot and .png, and extract.json.
+
+    `compile --automaton` makes exact weights of it.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a run's folder, or a checkpoint's")]
+    out: Annotated[Path, tyro.conf.arg(help="the folder to write, which must not exist yet")]
+    method: Annotated[
+        Literal["lstar", "clustering"], tyro.conf.arg(help="ask the model about words, or watch its state on them")
+    ] = "lstar"
+    max_length: Annotated[int, tyro.conf.arg(help="symbols in a random word; trained models drift on long ones")] = 64
+    max_states: Annotated[int, tyro.conf.arg(help="give up beyond these")] = 2000
+    seed: Annotated[int, tyro.conf.arg(help="of the words")] = 0
+    task: Annotated[str | None, tyro.conf.arg(help="for a checkpoint that does not say what it was trained on")] = None
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
+    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    json: Annotated[bool, tyro.conf.arg(help="print extract.json and nothing else")] = False
+
+    def run(self) -> None:
+        if self.out.exists():
+            raise UsageError(f"{self.out} already exists; choose another folder.")
+        if not self.source.exists():
+            raise UsageError(f"{self.source} does not exist.")
+        pyplot()  # where it is missing, better now than after all the work
+        inner = self.source / CHECKPOINT
+        folder = inner if inner.exists() or (self.source / METRICS).exists() else self.source
+        model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
+        source = self._trained_on(folder)
+        began = time.perf_counter()
+        found = extract(
+            model, source, method=self.method, max_length=self.max_length, max_states=self.max_states, seed=self.seed
+        )
+        seconds = time.perf_counter() - began
+        report = {
+            "source": str(self.source),
+            "task": source.name if isinstance(source, Task) else None,
+            "method": found.method,
+            "seed": found.seed,
+            "max_length": self.max_length,
+            "max_states": self.max_states,
+            "states": len(found.automaton.states),
+            "symbols": len(found.automaton.alphabet),
+            "outputs": list(found.outputs),
+            "agreement": found.agreement,
+            "agreement_words": found.words,
+            "agreement_length": found.length,
+            "learned_length": found.learned_length,
+            "queries": found.queries,
+            **_monoid(found, model, source),
+            "seconds": round(seconds, 3),
+            "command": command_line(),
+            "machine": describe_machine(),
+        }
+        drawn = len(found.automaton.states) <= MOST_STATES
+        with replaced_folder(self.out) as fresh:
+            write_json(fresh / AUTOMATON, found.automaton.to_dict())
+            write_text(fresh / DOT, automaton_to_dot(found.automaton))
+            if drawn:
+                draw_automaton(found.automaton, fresh / PICTURE)
+            write_json(fresh / EXTRACT, report)
+        if self.json:
+            print(json.dumps(report))
+            return
+        print(f"{report['states']:,} states, {report['symbols']:,} symbols → {self.out}"
+              + ("" if drawn else f" (no picture of more than {MOST_STATES})"))  # fmt: skip
+        print(f"agreement with the model: {_share(found.agreement)} of all positions of {found.words} fresh words of "
+              f"length {found.length}, after {found.queries:,} queries")  # fmt: skip
+        if found.learned_length < found.length:
+            print(f"learned from words of up to {found.learned_length} symbols: on longer ones the model drifts")
+        print(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
+
+    def _trained_on(self, folder: Path) -> Task | Automaton:
+        """The task that was named or trained on, or the automaton that `compile` put beside the weights."""
+        trained = checkpoint_config(folder)
+        if name := self.task or (trained.training.task if trained else None):
+            return get_task(name)
+        if (folder / AUTOMATON).is_file():
+            return Automaton.from_dict(read_json(folder / AUTOMATON))
+        raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
+
+
+def _monoid(found: Extraction, model: SequenceModel, source: Task | Automaton) -> dict[str, Any]:
+    """What extract.json says of the transition monoid; that of a group task is held against the group."""
+    known = vocabulary(model.config, source)
+    if known.group is not None:
+        verdict = compare_with_group(found.automaton, known.group, known.elements, found.outputs)
+        return {
+            "monoid": str(verdict),
+            "monoid_elements": verdict.elements,
+            "isomorphic": verdict.isomorphic,
+            "word_problem": verdict.word_problem,
+        }
+    size = monoid_size(found.automaton)
+    text = "too many elements to count" if size is None else f"{size:,} element{'s' if size != 1 else ''}"
+    return {"monoid": text, "monoid_elements": size, "isomorphic": None, "word_problem": None}
+
+
+def _in_words(word_problem: bool | None) -> str:
+    if word_problem is None:
+        return ""
+    return "; the automaton is its word problem" if word_problem else "; the automaton is not its word problem"
+
+
+def _share(share: float) -> str:
+    """To four places, rounded down, so that only what is perfect reads 1."""
+    return "1" if share == 1 else f"{int(share * 10_000) / 10_000:.4f}"
