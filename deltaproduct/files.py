@@ -38,13 +38,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; `UsageError` if it is missing or is no JSON."""
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8; `UsageError` if it is missing or is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}.") from e
     except ValueError as e:
+        raise UsageError(f"{path} is not text in UTF-8.") from e
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; `UsageError` if it is missing or is no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
         raise UsageError(f"{path} is not valid JSON: {e}.") from e
 
 

@@ -63,6 +63,53 @@ def test_a_model_that_is_wrong_once_is_found_wrong():
     assert found.wrong >= 1 and certificate.guaranteed == 0 and certificate.wrong >= 1
 
 
+def test_every_wrong_label_is_counted():
+    """With two labels exchanged all tries that lead to these are wrong, though the states are right."""
+    compiled = copy.deepcopy(MODELS["S3"])
+    with torch.no_grad():
+        compiled.model.head.weight[:] = compiled.model.head.weight[[0, 2, 1, 3, 4, 5]]
+    found = explore(compiled.model, compiled.automaton)
+    assert found.complete and len(found.state_of) == 6 and found.wrong == 12
+    assert certify(compiled.model, compiled.automaton, found).wrong == 24  # found twice
+
+
+def test_rounding_is_part_of_the_drift():
+    """S3's two factors of two-dimensional keys: no less than 20 roundings of 2⁻²⁴, whatever the weights miss."""
+    certificate = certify(MODELS["S3"].model, MODELS["S3"].automaton, EXPLORED["S3"])
+    double = certify(in_dtype(MODELS["S3"], torch.float64).model, MODELS["S3"].automaton, EXPLORED["S3"])
+    assert certificate.drift > 20 * 2**-24
+    assert double.drift < 4 * 2**-24  # of the same weights, rounded as float64 rounds
+
+
+@pytest.mark.parametrize("name", ["S3", "A5", "Z60", "a cascade", "D5 in two layers"])
+@torch.no_grad()
+def test_what_is_tolerated_does_no_harm(name):
+    """Every head's state pushed off its code in a random direction: as far as is tolerated, then 30 times as far."""
+    compiled, found = MODELS[name], EXPLORED[name]
+    model = compiled.model
+    heads = certify(model, compiled.automaton, found).heads
+    rng = torch.Generator().manual_seed(0)
+    _, start = model(torch.tensor([[len(compiled.automaton.alphabet)]]))
+    want = torch.tensor(compiled.automaton.transitions)[found.state_of[found.before], found.symbols]
+
+    def wrong(times: float) -> int:
+        states = []
+        for layer, (held, holds) in enumerate(zip(found.held, found.holds, strict=True)):
+            own = torch.stack([held[h, holds[found.before, h]] for h in range(len(held))], 1)
+            for head in (head for head in heads if head.layer == layer):
+                scale = float(held[head.head].flatten(1).norm(dim=1).max())
+                basis = found.kept[layer][head.head]
+                push = torch.randn(len(own), len(basis), own.shape[3], generator=rng)
+                push /= push.flatten(1).norm(dim=1).clamp(min=1e-9)[:, None, None]
+                own[:, head.head] += times * 0.95 * head.tolerated * scale * (basis.T @ push)
+            states.append(start[layer]._replace(recurrent=own))
+        logits, _ = model(found.symbols[:, None], states)
+        return int((logits[:, 0].argmax(-1) != want).sum())
+
+    assert sum(wrong(1.0) for _ in range(10)) == 0
+    assert wrong(30.0) > 0
+
+
 def test_what_cannot_all_be_tried_is_not_guaranteed(monkeypatch):
     monkeypatch.setattr(exploring, "MAX_TRIED", 100)
     monkeypatch.setattr(exploring, "BATCH", 60)

@@ -1,6 +1,7 @@
 """What the README and the figures say is true of the code."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_python_runs():
-    general, decoding = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    general, decoding, exact = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(general, names)
     assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
     if BACKENDS["cpu"].obstacle(torch.device("cpu"), torch.float32) is None:
         exec(decoding, names)
         assert names["logits"].shape == (2, 6)
+    exec(exact, {})
 
 
 def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
@@ -32,6 +34,7 @@ def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     assert len(lines) >= 10
     started = []
     commands = ["train.Train", "evaluate.Evaluate", "reproduce.Reproduce"]
+    commands += ["compile.Compile", "verify.Verify", "extract.Extract"]
     commands += ["bench.BenchOps", "bench.BenchStep", "bench.BenchTrain"]
     for command in commands:
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
@@ -39,6 +42,31 @@ def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     for line in lines:
         main(line.replace("\\\n", " ").split())
     assert {"Train", "Evaluate", "Reproduce", "BenchOps"} <= set(started)
+
+
+PAGES = sorted((ROOT / "docs" / "theory").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_python_runs(page):
+    """Every formula of a page is followed by a block that asserts it; a page's blocks are one program."""
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert page.stem == "README" or sum(block.count("assert ") for block in blocks) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_links_exist_and_commands_parse(page, tmp_path, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)h#][^)]*)\)", text):
+        assert (page.parent / target).exists(), target
+    for command in ("compile.Compile", "verify.Verify", "extract.Extract", "explain.Explain"):
+        monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"^deltaproduct ([^#\n]*)", text, re.MULTILINE):
+        main(shlex.split(line))
 
 
 def test_links_and_folders_of_the_readme_exist():

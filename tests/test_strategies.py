@@ -175,6 +175,11 @@ def test_all_reasons_at_once():
     assert "\n" not in said
 
 
+def test_what_is_too_large_is_refused_though_a_strategy_fits():
+    with pytest.raises(UsageError, match="needs 6 states, at most 5"):
+        compile_group("S3", limits=Limits(states=5))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

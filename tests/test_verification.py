@@ -8,11 +8,14 @@ import torch
 
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
+from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import SequenceModel
+from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.dot import automaton_to_dot
 from deltaproduct.theory import verification
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
-from deltaproduct.theory.verification import draw_words, load, run_automaton, verify
+from deltaproduct.theory.verification import draw_words, guaranteed_length, load, run_automaton, verify
 
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
@@ -106,6 +109,66 @@ def test_an_automaton_is_minimised_unless_its_states_are_all_that_is_asked_for(c
         assert len(load(out).automaton.states) == states
 
 
+def test_dot_is_read_as_json_is(capsys, tmp_path):
+    pytest.importorskip("pydot")
+    (tmp_path / "ab.dot").write_text(automaton_to_dot(AB))
+    (tmp_path / "ab.json").write_text(json.dumps(AB.to_dict()))
+    for kind in ("dot", "json"):
+        status, out, _ = run(capsys, "compile", "--automaton", tmp_path / f"ab.{kind}", "--out", tmp_path / kind)
+        assert status == 0 and "3 states, 2 symbols" in out
+    assert load(tmp_path / "dot").automaton.transitions == load(tmp_path / "json").automaton.transitions
+
+
+def test_from_a_run(capsys, tmp_path):
+    """Of a model that is good for some hundred symbols, with keys that are off, an exact one."""
+    pytest.importorskip("aalpy")
+    compiled = compile_group("S3")
+    weight = compiled.model.blocks[0].mixer.k_proj.weight
+    with torch.no_grad():
+        weight.mul_(1 + 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    assert 64 < verify(compiled, length=5000, words=4).first_wrong < 5000
+    compiled.save(tmp_path / "worn")
+    status, out, _ = run(capsys, "compile", "--from-run", tmp_path / "worn", "--out", tmp_path / "new")
+    assert status == 0 and "6 states, agreement 0.99" in out and "strategy: rotation" in out
+    mended = load(tmp_path / "new")
+    assert mended.automaton == compiled.automaton and verify(mended, length=5000, words=4).wrong == 0
+    assert run(capsys, "compile", "--from-run", tmp_path / "nowhere", "--out", tmp_path / "no")[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trained_model_becomes_exact(capsys, tmp_path):
+    """What `reproduce s3` trains loses the state beyond its training length; extracted and compiled it does not."""
+    pytest.importorskip("aalpy")
+    arguments = ["reproduce", "s3", "--seeds", "1", "--lengths", "128,8192", "--out", tmp_path / "s3"]
+    assert run(capsys, *arguments)[0] == 0
+    runs = json.loads((tmp_path / "s3" / "summary.json").read_text())["runs"]
+    best = max(runs, key=lambda one: one["accuracy"]["128"])
+    assert best["label"] == "DeltaProduct_2[-1,1]" and best["accuracy"]["128"] > 0.99 > 0.9 > best["accuracy"]["8192"]
+    folder = tmp_path / "s3" / "runs" / best["name"]
+    status, out, _ = run(capsys, "extract", folder, "--out", tmp_path / "learned")
+    assert status == 0 and "transition monoid: S3; the automaton is its word problem" in out
+    learned = tmp_path / "learned" / "automaton.json"
+    assert run(capsys, "compile", "--automaton", learned, "--out", tmp_path / "mended")[0] == 0
+    status, out, _ = run(capsys, "verify", tmp_path / "mended", "--length", "1000000", "--json")
+    assert status == 0 and json.loads(out)["wrong"] == 0
+    # The labels are the task's: the model takes the place of the trained one.
+    mended = load(tmp_path / "mended").model
+    assert evaluate_length(mended, get_task("S3"), 100_000, sequences=8).accuracy == 1
+
+
+def test_what_a_certificate_says_of_a_dtype(tmp_path):
+    certificate = {"certificates": [{"dtype": "float32", "guaranteed": None}, {"dtype": "bfloat16", "guaranteed": 7}]}
+    compile_group("Z2").save(tmp_path / "z2", certificate)
+    said = [guaranteed_length(tmp_path / "z2", dtype) for dtype in ("float32", "bfloat16", "float16")]
+    assert said == ["every length", 7, None]
+    compile_group("Z2").save(tmp_path / "none")
+    assert guaranteed_length(tmp_path / "none", "float32") is None
+    (tmp_path / "none" / "certificate.json").write_text("[]")
+    with pytest.raises(UsageError, match="has no certificates"):
+        guaranteed_length(tmp_path / "none", "float32")
+
+
 def test_verify_says_what_is_wrong_and_where(capsys, tmp_path):
     compiled = compile_group("Z3")
     Compiled(compiled.model, compile_group("D3").automaton).save(tmp_path / "misfit")
@@ -129,6 +192,8 @@ def test_verify_says_what_is_wrong_and_where(capsys, tmp_path):
         (["--group", "S5", "--num-householder", "2"], "permutation: needs 4 Householder factors per token, at most 2"),
         (["--group", "Q8"], "Q8"),
         (["--automaton", "nowhere.json"], "nowhere.json"),
+        (["--automaton", "nowhere.dot"], "nowhere.dot"),
+        (["--from-run", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_one_clear_line(capsys, tmp_path, arguments, word):

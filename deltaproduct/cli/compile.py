@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from deltaproduct.analysis import extract
+from deltaproduct.cli.extract import trained
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json
+from deltaproduct.files import read_json, read_text
 from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.dot import automaton_from_dot
 from deltaproduct.theory.certificate import Certificate, certificates
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.validate import Limits
@@ -33,6 +36,7 @@ class Compile:
     alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols; None: those of the expression")] = None
     automaton: Annotated[Path | None, tyro.conf.arg(help="JSON (alphabet, states, initial, accepting, transitions) "
                                                          "or Graphviz DOT")] = None  # fmt: skip
+    from_run: Annotated[Path | None, tyro.conf.arg(help="a trained run: the automaton that `extract` finds")] = None
     strategy: Annotated[Strategy, tyro.conf.arg(help="the construction; auto: the fewest layers")] = "auto"
     monoid: Annotated[bool, tyro.conf.arg(help="follow what a word does to all states, not only to one")] = False
     num_householder: Annotated[int | None, tyro.conf.arg(help="at most, per token")] = None
@@ -41,9 +45,11 @@ class Compile:
     max_width: Annotated[int | None, tyro.conf.arg(help="at most, of the residual stream")] = 16_384
 
     def run(self) -> None:
-        given = [name for name in ("group", "regex", "automaton") if getattr(self, name) is not None]
+        given = [name for name in ("group", "regex", "automaton", "from_run") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UsageError(f"Give one of --group, --regex and --automaton, not {' and '.join(given) or 'none'}.")
+            raise UsageError(
+                f"Give one of --group, --regex, --automaton and --from-run, not {' and '.join(given) or 'none'}."
+            )
         if self.alphabet is not None and given != ["regex"]:
             raise UsageError("--alphabet goes with --regex.")
         if self.out.exists():
@@ -89,8 +95,16 @@ class Compile:
             raise UsageError("--monoid goes with --regex or --automaton: a word problem is one already.")
         if self.regex is not None:
             return from_regex(self.regex, self.alphabet)
+        if self.from_run is not None:
+            found = extract(*trained(self.from_run))
+            print(f"extracted from {self.from_run}: {len(found.automaton.states):,} states, agreement "
+                  f"{found.agreement:.4f} on {found.words} words of length {found.length}")  # fmt: skip
+            return found.automaton
         assert self.automaton is not None
-        given = Automaton.from_dict(read_json(self.automaton))
+        if self.automaton.suffix in (".dot", ".gv"):
+            given = automaton_from_dot(read_text(self.automaton))
+        else:
+            given = Automaton.from_dict(read_json(self.automaton))
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
         return given.minimal() if meant else given.reachable()

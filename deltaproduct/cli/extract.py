@@ -29,7 +29,7 @@ DOT, PICTURE, EXTRACT = "automaton.dot", "automaton.png", "extract.json"
 class Extract:
     """Find the automaton that a trained model follows; writes automaton.json, .dot and .png, and extract.json.
 
-    `compile --automaton` makes exact weights of it.
+    `compile --automaton` makes exact weights of it, and `compile --from-run` does both.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a run's folder, or a checkpoint's")]
@@ -48,13 +48,8 @@ class Extract:
     def run(self) -> None:
         if self.out.exists():
             raise UsageError(f"{self.out} already exists; choose another folder.")
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
         pyplot()  # where it is missing, better now than after all the work
-        inner = self.source / CHECKPOINT
-        folder = inner if inner.exists() or (self.source / METRICS).exists() else self.source
-        model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
-        source = self._trained_on(folder)
+        model, source = trained(self.source, task=self.task, device=self.device, backend=self.backend)
         began = time.perf_counter()
         found = extract(
             model, source, method=self.method, max_length=self.max_length, max_states=self.max_states, seed=self.seed
@@ -98,14 +93,26 @@ class Extract:
             print(f"learned from words of up to {found.learned_length} symbols: on longer ones the model drifts")
         print(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
 
-    def _trained_on(self, folder: Path) -> Task | Automaton:
-        """The task that was named or trained on, or the automaton that `compile` put beside the weights."""
-        trained = checkpoint_config(folder)
-        if name := self.task or (trained.training.task if trained else None):
-            return get_task(name)
-        if (folder / AUTOMATON).is_file():
-            return Automaton.from_dict(read_json(folder / AUTOMATON))
-        raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
+
+def trained(
+    source: Path, *, task: str | None = None, device: str = "auto", backend: str = "auto"
+) -> tuple[SequenceModel, Task | Automaton]:
+    """The model in a run's folder or a checkpoint's, and what it was trained on (`task`, where that is not said).
+
+    For a folder of `compile` that is the automaton beside the weights. Raises UsageError when there is no such folder,
+    it is damaged, or nothing says what the model was trained on.
+    """
+    if not source.exists():
+        raise UsageError(f"{source} does not exist.")
+    inner = source / CHECKPOINT
+    folder = inner if inner.exists() or (source / METRICS).exists() else source
+    model = SequenceModel.from_pretrained(folder, device=choose_device(device)).use_backend(backend)
+    config = checkpoint_config(folder)
+    if name := task or (config.training.task if config else None):
+        return model, get_task(name)
+    if (folder / AUTOMATON).is_file():
+        return model, Automaton.from_dict(read_json(folder / AUTOMATON))
+    raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
 
 
 def _monoid(found: Extraction, model: SequenceModel, source: Task | Automaton) -> dict[str, Any]:
