@@ -76,6 +76,28 @@ def test_monoids():
     assert sorted(group.monoid()) == sorted(itertools.permutations(range(3)))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_monoids_automaton_accepts_the_same_language(seed):
+    """And its states are what words do: two words end in one state if and only if they do the same to all states."""
+    rng = random.Random(seed)
+    automaton = random_automaton(rng, rng.randint(1, 4), rng.randint(1, 3))
+    monoid = automaton.of_monoid()
+    assert len(monoid.states) == len(automaton.monoid())
+    ends = {}
+    for _ in range(200):
+        word = [rng.randrange(len(automaton.alphabet)) for _ in range(rng.randint(0, 12))]
+        assert monoid.accepts(word) == automaton.accepts(word)
+        end = ([monoid.initial, *monoid.trace(word)])[-1]
+        effect = []
+        for state in range(len(automaton.states)):
+            for symbol in word:
+                state = automaton.transitions[state][symbol]
+            effect.append(state)
+        assert ends.setdefault(tuple(effect), end) == end
+        assert len(monoid.states[end]) <= max(len(word), len("(empty word)"))  # it is called by a shortest one
+    assert len(set(ends.values())) == len(ends)
+
+
 def test_json_and_back():
     value = PARITY.to_dict()
     assert Automaton.from_dict(json.loads(json.dumps(value))) == PARITY

@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import Automaton, from_regex
 from deltaproduct.tasks.formal import modular_arithmetic
 from deltaproduct.theory.certificate import certificates
-from deltaproduct.theory.compiler import compile_automaton
+from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.verification import draw_words, verify
 
 # Fifty regular expressions over a and b, those that the project promises by name first
@@ -79,6 +79,18 @@ def test_two_hundred_random_automata_agree_with_the_library():
     for seed in range(1000, 1200):
         rng = random.Random(seed)
         assert_agrees_with_library(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)), 20, 1000, seed)
+
+
+@pytest.mark.parametrize("name", ["S3", "Z60", pytest.param("S5", marks=pytest.mark.slow), "S4", "A5", "D12"])
+def test_groups_agree_with_the_library(name):
+    """The library's automaton of the Cayley table, on 20 words of length 1,000."""
+    compiled = compile_group(name)
+    theirs, names = library(compiled.automaton), compiled.automaton.alphabet
+    drawn = draw_words(compiled.automaton, 20, 1000, seed=0)
+    with torch.no_grad():
+        logits, _ = compiled.model(torch.cat((torch.full((20, 1), len(names)), torch.from_numpy(drawn)), 1))
+    want = [list(theirs.read_input_stepwise([names[i] for i in word], ignore_rejection=True))[1:] for word in drawn]
+    assert logits.argmax(-1)[:, 1:].tolist() == want
 
 
 @pytest.mark.parametrize("regex", REGEXES[:12])

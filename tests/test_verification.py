@@ -109,6 +109,14 @@ def test_an_automaton_is_minimised_unless_its_states_are_all_that_is_asked_for(c
         assert len(load(out).automaton.states) == states
 
 
+def test_the_syntactic_monoid_on_request(capsys, tmp_path):
+    """Of (ab)*: the empty word, a, b, ab, ba and 0."""
+    pytest.importorskip("automata")
+    status, out, _ = run(capsys, "compile", "--regex", "(ab)*", "--monoid", "--out", tmp_path / "m")
+    assert status == 0 and "6 states, 2 symbols" in out
+    assert set(load(tmp_path / "m").automaton.states) == {"(empty word)", "a", "b", "ab", "ba", "aa"}
+
+
 def test_dot_is_read_as_json_is(capsys, tmp_path):
     pytest.importorskip("pydot")
     (tmp_path / "ab.dot").write_text(automaton_to_dot(AB))
