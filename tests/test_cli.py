@@ -7,22 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 
 from deltaproduct.cli.main import main
 from deltaproduct.models import SequenceModel
 
 TINY = ["--hidden-size", "16", "--num-heads", "2", "--head-dim", "4", "--lengths", "4,8", "--batch-sizes", "8,4"]
-
-
-def run(capsys, *arguments):
-    """(status, standard output, standard error) of the program in this process."""
-    status = 0
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as e:
-        status = e.code or 0
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import shlex
 
 import pytest
+from commands import run
 from test_theorems import COUNTING_PROOF, DIAGONAL, TASKS, classes
 
 from deltaproduct.cli.main import main
@@ -14,17 +15,6 @@ from deltaproduct.theory.theorems.explain import explain
 from deltaproduct.theory.theorems.model_class import ModelClass
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import verify
-
-
-def run(capsys, *arguments):
-    """(status, standard output, standard error) of the program in this process."""
-    status = 0
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as e:
-        status = e.code or 0
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_text(capsys):

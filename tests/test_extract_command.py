@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from commands import run
 
-from deltaproduct.cli.main import main
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.dot import automaton_from_dot
 from deltaproduct.theory.compiler import compile_automaton, compile_group
@@ -20,17 +20,6 @@ AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2
 def libraries():
     pytest.importorskip("aalpy")
     pytest.importorskip("matplotlib")
-
-
-def run(capsys, *arguments):
-    """(status, standard output, standard error) of the program in this process."""
-    status = 0
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as e:
-        status = e.code or 0
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_extract_writes_a_folder(capsys, tmp_path):

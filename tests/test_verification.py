@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from commands import run
 
-from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import SequenceModel
@@ -19,17 +19,6 @@ from deltaproduct.theory.verification import draw_words, guaranteed_length, load
 
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
-
-
-def run(capsys, *arguments):
-    """(status, standard output, standard error) of the program in this process."""
-    status = 0
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as e:
-        status = e.code or 0
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_every_second_word_stays_alive():
