@@ -16,7 +16,7 @@ from deltaproduct.tasks import get_task
 from deltaproduct.tasks.groups import build_group
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.constructions.circle import lines, points
-from deltaproduct.theory.constructions.shallow import MAX_UNITS
+from deltaproduct.theory.constructions.circuit import MAX_UNITS
 from deltaproduct.theory.representations import of_automaton
 from deltaproduct.theory.rotations import rotations
 from deltaproduct.theory.validate import Limits
@@ -29,7 +29,8 @@ GROUPS = [
     ("D12", "rotation", None, 1, 2), ("D60", "rotation", None, 1, 2), ("S3_x_Z2", "rotation", None, 1, 2),
     ("Z3", "two-layer", None, 2, 1), ("Z8", "two-layer", None, 2, 1), ("Z60", "two-layer", None, 2, 1),
     ("S3", "two-layer", None, 2, 1), ("D4", "two-layer", None, 2, 1), ("D6", "two-layer", None, 2, 1),
-    ("D9", "two-layer", None, 2, 1), ("D12", "two-layer", None, 2, 1),
+    ("Z4_x_D3", "two-layer", None, 2, 1), ("D3_x_D4", "two-layer", None, 2, 1), ("Z3_x_Z3", "two-layer", None, 2, 1),
+    ("S3_x_Z2", "two-layer", None, 2, 1), ("D9", "two-layer", None, 2, 1), ("D12", "two-layer", None, 2, 1),
     ("S3", "shallow", 1, 4, 1), ("S3", "shallow", None, 3, 2), ("D4", "shallow", 1, 4, 1), ("D4", "shallow", 2, 3, 2),
     ("Z4", "shallow", 1, 4, 1), ("A4", "shallow", 1, 4, 1), ("S4", "shallow", 2, 3, 2), ("S4", "shallow", 3, 3, 3),
     ("S3", "cascade", None, 1, 4), ("S3", "auto", 1, 2, 1), ("S4", "auto", 2, 1, 2), ("Z2", "auto", 1, 1, 1),
@@ -185,7 +186,7 @@ def test_what_is_too_large_is_refused_though_a_strategy_fits():
     [
         (lambda: compile_group("S5", limits=Limits(num_householder=2)), ["permutation: needs 4", "57,604 units"]),
         (lambda: compile_group("S5", "rotation"), ["no group of rotations"]),
-        (lambda: compile_group("Z4_x_D3", "two-layer"), ["do not come together"]),
+        (lambda: compile_group("S4", "two-layer"), ["not among the rotations and mirrorings of polygons"]),
         (lambda: compile_group("Z2", "two-layer"), ["one layer of them does"]),
         (lambda: compile_group("S7"), ["5,040 states by 5,040 symbols"]),
         (lambda: compile_group("S3", "magic"), ["no strategy 'magic'"]),

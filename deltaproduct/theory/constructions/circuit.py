@@ -23,6 +23,7 @@ LARGE = 1e3  # of keys and values before their normalisation: its eps is then be
 ON, OFF = 40.0, -200.0  # logits of β = 2 and 0; sigmoid is 1 and below 1e-86 there, float64 included
 STEEPNESS = 80.0  # of an AND: at half of it silu is x on one side of 0, and 1e-16 on the other
 SHARPNESS = 10.0  # of the logits
+MAX_UNITS = 20_000  # of an MLP
 
 
 @dataclass(frozen=True, eq=False)

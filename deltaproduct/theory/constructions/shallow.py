@@ -26,12 +26,11 @@ from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group, Permutation
 from deltaproduct.theory.constructions.circle import CORNER, FLIP, lines, points
-from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.circuit import MAX_UNITS, Circuit, Unit, Write, all_of
 from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, from_rotation, transpositions
 from deltaproduct.theory.representations import inverse, require_permutations, simplex, swap_factors
 
-MAX_UNITS = 20_000  # of a look-up
 MAX_GROUP = 1_000  # elements
 
 ONE = torch.ones(1, 1, dtype=torch.float64)

@@ -1,11 +1,15 @@
 """What is proven about a group and a model class, put together: verdict, citations, and commands that show it."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.groups import build_group
+from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.constructions.shallow import Action, shallow
+from deltaproduct.theory.constructions.two_layers import two_layers
+from deltaproduct.theory.representations import of_group
 from deltaproduct.theory.theorems.group_facts import GroupFacts, group_facts
 from deltaproduct.theory.theorems.measured import Measured, measured
 from deltaproduct.theory.theorems.model_class import ModelClass
@@ -120,25 +124,27 @@ def _weights(facts: GroupFacts, model: ModelClass) -> str | None:
         return None
     if n >= facts.one_layer_householder:
         strategy = ""
-    elif model.layers >= 2 and _one_polygon(facts):
+    elif model.layers >= 2 and _of_polygons(facts) and _fits(lambda: two_layers(of_group(facts.name), "two-layer")):
         strategy = "--strategy two-layer "
-    elif model.layers >= (3 if n > 1 else 4) and _fits_shallow(facts.name, n):
+    elif model.layers >= (3 if n > 1 else 4) and _fits(lambda: _shallow(facts.name, n)):
         strategy = "--strategy shallow "
     else:
         return None
     return f"deltaproduct compile --group {facts.name} --num-householder {n} {strategy}--out exact/{facts.name}"
 
 
-def _one_polygon(facts: GroupFacts) -> bool:
-    """Whether two_layers.py knows the group: all its factors are cyclic, or one is dihedral and the others Z2."""
-    others = [part for part in facts.factors or (facts,) if not part.cyclic]
-    rotating = [part for part in facts.factors if (part.cyclic or 0) > 2]
-    return not others or (len(others) == 1 and others[0].dihedral is not None and not rotating)
+def _of_polygons(facts: GroupFacts) -> bool:
+    """Whether two_layers.py knows the group: all its factors are cyclic or dihedral."""
+    return all(part.cyclic or part.dihedral for part in facts.factors or (facts,))
 
 
-def _fits_shallow(name: str, num_householder: int) -> bool:
+def _shallow(name: str, num_householder: int) -> Plan:
+    return shallow(Action.of_group(build_group(name)), num_householder, "shallow")
+
+
+def _fits(make: Callable[[], Plan]) -> bool:
     try:
-        shallow(Action.of_group(build_group(name)), num_householder, "shallow")
+        make()
     except UsageError:  # a look-up would be too large
         return False
     return True
