@@ -52,6 +52,15 @@ def test_what_does_not_survive_makes_no_difference():
     assert len(found.state_of) <= 2 * 120  # orders of five states, and what comes with them
 
 
+def test_what_survives_after_all_voids_the_guarantee(monkeypatch):
+    """As if a sample of transitions had shown only one direction of S3's plane."""
+    compiled = MODELS["S3"]
+    monkeypatch.setattr(exploring, "_kept", lambda *_: [[torch.eye(2)[:1], torch.eye(2)]])
+    found = explore(compiled.model, compiled.automaton)
+    certificate = certify(compiled.model, compiled.automaton, found)
+    assert found.complete and not certificate.complete and certificate.guaranteed == 0
+
+
 def test_a_model_that_is_wrong_once_is_found_wrong():
     """Of 36 pairs one: from state (0 1), by the element (0 1), label 3 in place of 0."""
     compiled = MODELS["S3"]

@@ -115,17 +115,18 @@ def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration
     for tries in batches(exploration):
         evidence.add(*tries)
     heads = evidence.heads()
-    sound = exploration.complete and not (exploration.wrong or evidence.wrong)
+    complete = exploration.complete and evidence.survives <= CLEARED
+    wrong = exploration.wrong + evidence.wrong
     return Certificate(
         dtype=str(evidence.dtype).removeprefix("torch."),
         situations=len(exploration.state_of),
         tried=len(exploration.before),
         pairs=exploration.pairs,
-        complete=exploration.complete,
-        wrong=exploration.wrong + evidence.wrong,
+        complete=complete,
+        wrong=wrong,
         margin=evidence.margin,
         drift=max((head.drift for head in heads), default=0.0),
-        guaranteed=_guaranteed(heads) if sound else 0,
+        guaranteed=_guaranteed(heads) if complete and not wrong else 0,
         heads=tuple(heads),
     )
 
@@ -186,6 +187,7 @@ class _Evidence:
         self.scale = [held.flatten(2).norm(dim=2).amax(1).clamp(min=1e-30) for held in self.held]  # [H] each
         self.edges = [[_Edges() for _ in held] for held in self.held]
         self.wrong, self.margin, self.largest = 0, math.inf, 0.0
+        self.survives = 0.0  # of what the exploration took not to: situations would be more than it knows
         self.gains, self.clear = [0.0] * len(self.held), [math.inf] * len(self.held)
 
     def add(self, before: Tensor, symbols: Tensor, after: Tensor) -> None:
@@ -257,8 +259,9 @@ class _Evidence:
         for h, edges in enumerate(self.edges[layer]):
             basis, own = self.exploration.kept[layer][h].double(), self.exploration.holds[layer]
             projected = basis @ matrix[:, h] @ basis.T
-            lost = (matrix[:, h] - matrix[:, h] @ basis.T @ basis).flatten(1).norm(dim=1)
-            norm = torch.minimum(limit[:, h], projected.flatten(1).norm(dim=1)) + lost
+            outside = (matrix[:, h] - matrix[:, h] @ basis.T @ basis).flatten(1).norm(dim=1)
+            norm = torch.minimum(limit[:, h], projected.flatten(1).norm(dim=1)) + outside
+            self.survives = max(self.survives, float(outside.max()))
             found, code = ((basis @ s).flatten(1) for s in (state[:, h], self.held[layer][h, own[after, h]]))
             factor = ((found * code).sum(1) / code.square().sum(1)).nan_to_num(1.0)  # nothing survives: nothing to miss
             missed = (found - code).norm(dim=1) + rounding[:, h]
