@@ -91,7 +91,8 @@ def test_the_commands_that_it_gives_are_understood(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "n", "layers", "strategy"),
     [("A5", 3, 1, "auto"), ("S3_x_Z2", 1, 2, "two-layer"), ("Z60", 1, 2, "two-layer"), ("S4", 1, 4, None),
-     ("A4", 1, 4, "shallow"), ("S5", 1, 4, None), ("S5", 3, 3, None), ("S3_x_D4", 1, 2, "two-layer"), ("S7", 6, 1, None)],
+     ("A4", 1, 4, "shallow"), ("S5", 1, 4, None), ("S5", 3, 3, None), ("S3_x_D4", 1, 2, "two-layer"),
+     ("S7", 6, 1, None)],
 )  # fmt: skip
 def test_weights_are_offered_where_the_compiler_has_them(name, n, layers, strategy):
     found = explain(name, ModelClass(n, layers))
