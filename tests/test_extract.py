@@ -17,7 +17,7 @@ from deltaproduct.analysis.moore import probing_words
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths
 from deltaproduct.experiments.s3 import s3
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.theory.compiler import compile_automaton, compile_group
@@ -53,6 +53,9 @@ class Pretend(torch.nn.Module):
     """In place of a model: labels by a rule of the automaton's state, the number of symbols read and a hash of them."""
 
     state_size = 3
+
+    def state_size_after(self, tokens):
+        return self.state_size
 
     def __init__(self, automaton, rule):
         super().__init__()
@@ -294,3 +297,15 @@ def s3_run(tmp_path_factory):
     """DeltaProduct_2[-1,1] of `reproduce s3`, seed 0."""
     job = s3(seeds=1)[0]
     return train(job.config, tmp_path_factory.mktemp("s3") / job.name, show=False)
+
+
+def test_a_cache_is_nothing_to_cluster():
+    """Attention keeps its tokens, alone or beside other layers: such a model can be asked, not watched."""
+    for overrides in ({}, {"1": {"mixer": "deltaproduct"}}):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 3, "num_labels": 2, "hidden_size": 8, "num_heads": 2, "head_dim": 4}
+        config = ModelConfig(**sizes, mixer="attention", num_hidden_layers=2, layer_overrides=overrides)
+        model = SequenceModel(config)
+        assert model.state_size_after(5) > model.state_size
+        with pytest.raises(UsageError, match="keeps a cache; use lstar"):
+            extract(model, method="clustering", max_length=8, max_states=50)

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, DeltaNet, DeltaProduct, GatedDeltaNet, get_mixer
+from deltaproduct.layers import MIXERS, AttentionState, DeltaNet, DeltaProduct, GatedDeltaNet, get_mixer
 
 EXACT = 1e-11
 B, T = 3, 23
@@ -25,7 +25,14 @@ OPTIONS = [
     {"num_v_heads": 4, "expand_v": 2.0, "use_forget_gate": True},
     {"beta_bias_init": 1.5, "conv_size": 2, "qkv_activation": "relu", "allow_neg_eigval": False},
     {"conv_size": 1, "num_householder": 1, "use_output_gate": True, "expand_v": 1.5},
+    {"feature_map": "identity", "expand_v": 2.0},
+    {"gate_low_rank_dim": 3, "gate_logit_normalizer": 2, "expand_v": 1.5},
+    {"expand": 4, "ssm_state_size": 3, "conv_size": 2, "allow_neg_eigval": False},
+    {"time_step_rank": 2, "conv_size": 1},
+    {"use_short_conv": False},
+    {"num_kv_heads": 1, "rope_theta": None},
 ]
+PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba")
 CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name, mixer in MIXERS.items()
@@ -63,8 +70,13 @@ def in_pieces(mixer, x, state, cuts):
     return torch.cat(outputs, 1), state
 
 
+def floats(state) -> int:
+    return sum(a.numel() for a in tree_leaves(state) if a is not None and a.is_floating_point())
+
+
 def select(state, row: int):
-    return tree_map(lambda a: None if a is None else a[row : row + 1], state)
+    one = tree_map(lambda a: None if a is None else a[row : row + 1], state)
+    return one.trimmed() if isinstance(one, AttentionState) else one
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -106,11 +118,12 @@ def test_gradients_state_size_and_causality(name, options):
     mixer = build(name, options, hidden_size=3, num_heads=1, head_dim=2)
     if "num_v_heads" in options:
         mixer = build(name, options | {"num_v_heads": 2}, hidden_size=3, num_heads=1, head_dim=2)
-    assert sum(a.numel() for a in tree_leaves(mixer.init_state(1)) if a is not None) == mixer.state_size
+    assert floats(mixer.init_state(1)) == mixer.state_size == mixer.state_size_after(0)
+    assert floats(mixer(noise(1, 7, 3))[1]) == mixer.state_size_after(7)
     _, state = mixer(noise(2, 2, 3, seed=2))
     x = noise(2, 5, 3)
     flat, spec = tree_flatten(state)
-    there = [i for i, a in enumerate(flat) if a is not None]
+    there = [i for i, a in enumerate(flat) if a is not None and a.is_floating_point()]
     names = [n for n, _ in mixer.named_parameters()]
 
     def f(x, *tensors):
@@ -151,6 +164,19 @@ def test_float32_and_bfloat16(name, options):
     assert (padded.double() - out.double()).norm() <= 2**-8 * y.norm()
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_bfloat16_weights(name):
+    """A model that is bfloat16 throughout: its outputs are, its states are not."""
+    exact = build(name, {}).bfloat16().double()  # weights rounded once, so that only the computing differs
+    low, x = deepcopy(exact).bfloat16(), noise(B, 50, 12).bfloat16()
+    with torch.no_grad():
+        y, _ = exact(x.double())
+        out, state = low(x)
+        _, state = low(x[:, :1], state)
+    assert out.dtype == torch.bfloat16 and state[0].dtype == torch.float32
+    assert (out.double() - y).norm() <= 10 * 2**-8 * y.norm()
+
+
 DELTA = [c for c in CASES if issubclass(MIXERS[c.values[0]], DeltaProduct)]
 
 
@@ -187,7 +213,9 @@ def test_keys_and_queries_are_normalised(length):
     assert (got - want).abs().max() < 1e-3 * want.abs().max()  # but for the 1e-6 of the norm
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if "num_householder" not in o], ids=str)
+@pytest.mark.parametrize(
+    "options", [o for o in OPTIONS if set(o) <= {*DeltaProduct.arguments()} - {"num_householder"}], ids=str
+)
 @pytest.mark.parametrize(
     ("preset", "gates"),
     [(DeltaNet, {}), (GatedDeltaNet, {"use_forget_gate": True, "use_output_gate": True})],
@@ -249,6 +277,26 @@ def test_no_tokens_at_all(name):
 def test_impossible_sizes_are_refused(name, changed):
     with pytest.raises(UsageError, match=rf"\b{name}\b") as refusal:
         DeltaProduct(**({"hidden_size": 12, "num_heads": 2, "head_dim": 4} | changed))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name", "changed"),
+    [
+        *((m, n, {n: 0}) for m in PEERS for n in ("hidden_size", "head_dim", "norm_eps") if n in MIXERS[m].arguments()),
+        *((m, "num_heads", {"num_heads": 0}) for m in ("linear_attention", "gla", "mlstm")),
+        *((m, "expand_v", {"expand_v": bad}) for m in ("linear_attention", "gla", "mlstm") for bad in (0.1, math.inf)),
+        *((m, n, {n: 0}) for m in ("mamba2", "mamba") for n in ("expand", "ssm_state_size", "conv_size")),
+        ("mamba2", "head_dim", {"head_dim": 5}),
+        ("mamba", "time_step_rank", {"time_step_rank": 0}),
+        ("gla", "gate_low_rank_dim", {"gate_low_rank_dim": 0}),
+        ("gla", "gate_logit_normalizer", {"gate_logit_normalizer": 0}),
+        ("linear_attention", "feature_map", {"feature_map": "exp"}),
+    ],
+)
+def test_impossible_sizes_of_the_peers_are_refused(mixer, name, changed):
+    with pytest.raises(UsageError, match=rf"\b{name}\b") as refusal:
+        build(mixer, changed)
     assert "\n" not in str(refusal.value)
 
 

@@ -43,8 +43,10 @@ def learn_clustering(
 
     Its start has the output `UNKNOWN`.
 
-    Raises UsageError when there would be more than `max_states` clusters.
+    Raises UsageError when there would be more than `max_states` clusters, or the model's state grows with the tokens.
     """
+    if teacher.model.state_size_after(1) != teacher.model.state_size:
+        raise UsageError("Clustering watches a state of fixed size, and this model keeps a cache; use lstar.")
     watched = _Watched(teacher, max_length, rng)
     hopeless: set[tuple[int, int]] = set()
     while (worst := watched.most_divided(hopeless)) is not None:

@@ -1,7 +1,41 @@
-"""Sequence mixers: DeltaProduct and, as its presets, DeltaNet and Gated DeltaNet."""
+"""Sequence mixers: DeltaProduct, its presets DeltaNet and Gated DeltaNet, and their peers."""
 
+from deltaproduct.layers.attention import Attention, AttentionState
 from deltaproduct.layers.deltaproduct import DeltaNet, DeltaProduct, DeltaProductState, GatedDeltaNet
+from deltaproduct.layers.dense_rnn import DenseLinearRNN, DenseLinearRNNState
+from deltaproduct.layers.gla import GatedLinearAttention
+from deltaproduct.layers.linear_attention import LinearAttention
+from deltaproduct.layers.mamba import Mamba
+from deltaproduct.layers.mamba2 import Mamba2
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mlstm import MLSTM
 from deltaproduct.layers.registry import MIXERS, get_mixer
+from deltaproduct.layers.rnn import GRU, LSTM, RNNState
+from deltaproduct.layers.rwkv7 import RWKV7, RWKV7State
+from deltaproduct.layers.slstm import SLSTM, SLSTMState
 
-__all__ = ["MIXERS", "DeltaNet", "DeltaProduct", "DeltaProductState", "GatedDeltaNet", "Mixer", "get_mixer"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "MIXERS",
+    "MLSTM",
+    "RWKV7",
+    "SLSTM",
+    "Attention",
+    "AttentionState",
+    "DeltaNet",
+    "DeltaProduct",
+    "DeltaProductState",
+    "DenseLinearRNN",
+    "DenseLinearRNNState",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mixer",
+    "RNNState",
+    "RWKV7State",
+    "SLSTMState",
+    "get_mixer",
+]

@@ -36,7 +36,11 @@ class Mixer(nn.Module, ABC):
     @property
     @abstractmethod
     def state_size(self) -> int:
-        """Floats of state carried per sequence."""
+        """Floats of state carried per sequence; of one that grows, what it holds before the first token."""
+
+    def state_size_after(self, tokens: int) -> int:
+        """Floats of state carried per sequence after so many tokens; only a cache of them grows."""
+        return self.state_size
 
     def forward(
         self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None

@@ -8,6 +8,7 @@ import cattrs
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import get_mixer
+from deltaproduct.layers.linear_attention import FEATURE_MAPS
 from deltaproduct.tasks import Task
 
 
@@ -35,6 +36,8 @@ class ModelConfig:
     num_householder: int = described(2, "N, Householder steps per token")
     expand_v: float = described(1.0, "V/K, value over key dimension")
     num_v_heads: int | None = described(None, "HV, value heads; None: as many as query/key heads")
+    num_kv_heads: int | None = described(None, "attention's key/value heads; None: as many as query heads")
+    rope_theta: float | None = described(10_000.0, "base of attention's rotary positions; None: no positions")
     allow_neg_eigval: bool = described(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
     use_forget_gate: bool = described(False, "gated recurrence")
     use_output_gate: bool = described(False, "gate the normalised output")
@@ -43,6 +46,12 @@ class ModelConfig:
     qkv_activation: str = described("silu", "what q, k and v pass through: silu, relu or identity")
     norm_eps: float = described(1e-5, "eps of every RMSNorm")
     beta_bias_init: float | None = described(None, "initial bias of β's projection; None: no bias")
+    feature_map: str = described("elu", "of linear_attention: elu or identity")
+    gate_low_rank_dim: int = described(16, "of gla: rank of the gate's projection")
+    gate_logit_normalizer: int = described(16, "of gla: root that is taken of the gate")
+    expand: int = described(2, "of mamba and mamba2: inner size over D")
+    ssm_state_size: int = described(16, "of mamba and mamba2: N, states per channel")
+    time_step_rank: int | None = described(None, "of mamba: rank of the step sizes' projection; None: D/16, rounded up")
     initializer_range: float | None = described(0.02, "std of linear weights; None: PyTorch's own initialisation")
     embedding_init_std: float | None = described(None, "std of the embedding; None: initializer_range, else 1")
     tie_word_embeddings: bool = described(False, "share the embedding with the head")
@@ -53,8 +62,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1")
+        self._require("feature_map", self.feature_map in FEATURE_MAPS, f"one of {', '.join(FEATURE_MAPS)}")
         for name in ("num_householder", "conv_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("num_kv_heads", self.num_kv_heads is None or self.num_kv_heads >= 1, "at least 1")
+        self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive")
         self._require("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 0, "0 or more")
         self._require("norm_eps", self.norm_eps > 0, "positive")
         self._require("expand_v", self.expand_v > 0, "positive")

@@ -114,6 +114,10 @@ class SequenceModel(nn.Module):
         """Floats of state carried per sequence."""
         return sum(mixer.state_size for mixer in self.mixers())
 
+    def state_size_after(self, tokens: int) -> int:
+        """The same after so many tokens: more where a layer keeps a cache of them."""
+        return sum(mixer.state_size_after(tokens) for mixer in self.mixers())
+
     @property
     def num_parameters(self) -> int:
         """Trainable numbers, a tied embedding counted once."""

@@ -1,0 +1,111 @@
+"""Mamba-2: a decay per head and token, one input and one output direction that all heads share.
+
+B batch · T tokens · D hidden size · I = expand · D inner size · H = I / P heads of P channels · N state size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaproduct.errors import UsageError
+from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.parts import RMSNorm, ShortConvolution
+from deltaproduct.layers.sizes import require_positive
+from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.scan import gated_linear_attention
+
+
+def initial_time_steps(count: int) -> Tensor:
+    """dt_bias [count] such that softplus(dt_bias) is log-uniform in [1e-3, 0.1], as in the Mamba papers."""
+    dt = torch.empty(count).uniform_(-6.907755, -2.302585).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class MambaState(NamedTuple):
+    """What a layer of Mamba or Mamba-2 carries from token to token."""
+
+    recurrent: Tensor  # Mamba-2: [B,H,N,P]; Mamba: [B,I,N]
+    history: Tensor  # of the convolution, [B,conv_size−1,channels]
+
+
+class Mamba2(Mixer):
+    """Mamba-2's SSD layer (arXiv 2405.21060, sections 5–7).
+
+    Per head S_t = a_t S_{t−1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + d x_t, with Δ = softplus(W_Δ u + dt_bias) and
+    a = exp(−Δ exp(A_log)); x, B and C pass through a short convolution and silu; the output is W_out norm(y ⊙ silu(z)).
+    In the papers' table H_i = A(x_i) H_{i−1} + B(x_i): A = a I, B = B_t (Δ_t x_t)ᵀ. With `allow_neg_eigval`,
+    a = 2 exp(−Δ exp(A_log)) − 1 (arXiv 2411.12537, section 4).
+
+    Args:
+        hidden_size: D.
+        head_dim: P, a divisor of I.
+        expand: I / D.
+        ssm_state_size: N.
+        conv_size: width of the convolution.
+        allow_neg_eigval: decays in [−1,1] in place of [0,1].
+        norm_eps: of the gated RMSNorm.
+
+    Raises:
+        UsageError: a size is not positive, or head_dim does not divide I.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        expand: int = 2,
+        ssm_state_size: int = 16,
+        conv_size: int = 4,
+        allow_neg_eigval: bool = True,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        require_positive(
+            hidden_size=hidden_size, head_dim=head_dim, expand=expand, ssm_state_size=ssm_state_size, norm_eps=norm_eps
+        )
+        inner = expand * hidden_size
+        if inner % head_dim:
+            raise UsageError(f"head_dim={head_dim} must divide expand={expand} times hidden_size={hidden_size}.")
+        self.num_heads, self.head_dim, self.ssm_state_size = inner // head_dim, head_dim, ssm_state_size
+        self.allow_neg_eigval = allow_neg_eigval
+        self.channels = inner + 2 * ssm_state_size
+        self.in_proj = nn.Linear(hidden_size, inner + self.channels + self.num_heads, bias=False)  # z; x, B, C; Δ
+        self.conv1d = ShortConvolution(self.channels, conv_size)
+        self.conv_bias = nn.Parameter(torch.zeros(self.channels))
+        self.dt_bias = nn.Parameter(initial_time_steps(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.norm = RMSNorm(inner, norm_eps)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    @property
+    def state_size(self) -> int:
+        floats = self.num_heads * self.head_dim * self.ssm_state_size
+        return floats + (self.conv1d.width - 1) * self.channels
+
+    def init_state(self, batch_size: int) -> MambaState:
+        weight = self.in_proj.weight
+        shape = (batch_size, self.num_heads, self.ssm_state_size, self.head_dim)
+        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
+        return MambaState(recurrent, self.conv1d.init_state(batch_size))
+
+    def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
+        inner, n = self.num_heads * self.head_dim, self.ssm_state_size
+        z, xbc, dt = self.in_proj(x).split((inner, self.channels, self.num_heads), -1)
+        xbc, history = self.conv1d(xbc, state.history, cu_seqlens=cu_seqlens)
+        values, k, q = F.silu(xbc + self.conv_bias).split((inner, n, n), -1)
+        values = rearrange(values, "b t (h p) -> b t h p", h=self.num_heads)
+        # In float32 even under autocast: decays near 1 or −1 are what carries a state far.
+        dt = F.softplus(dt.to(compute_dtype(dt)) + self.dt_bias)
+        a = (-dt * self.A_log.to(dt.dtype).exp()).exp()
+        if self.allow_neg_eigval:
+            a = 2 * a - 1
+        o, recurrent = gated_linear_attention(
+            q.unsqueeze(2), k.unsqueeze(2), values * dt.unsqueeze(-1), a=a, initial_state=state.recurrent,
+            cu_seqlens=cu_seqlens, scale=1.0,
+        )  # fmt: skip
+        o = rearrange(o + self.D[:, None] * values, "b t h p -> b t (h p)")
+        return self.out_proj(self.norm(o.to(z.dtype) * F.silu(z))), MambaState(recurrent, history)

@@ -1,0 +1,125 @@
+"""RWKV-7's time mixing: token shift, decay per channel, and a removal key apart from the one that writes.
+
+B batch · T tokens · D hidden size · H heads · K head size · R low rank · S packed sequences.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaproduct.layers.dense_rnn import matrix_scan
+from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.sizes import require_positive
+from deltaproduct.ops.inputs import compute_dtype, l2_normalise
+
+SLOWEST = math.exp(-0.5)  # −log of the strongest decay, exp(−e^(−½)) = 0.545
+HEAD_EPS = 64e-5  # of the norm over a head's output, as in the paper
+
+
+class RWKV7State(NamedTuple):
+    """What one layer carries."""
+
+    recurrent: Tensor  # [B,H,K,K], the transpose of the paper's wkv: rows are keys
+    previous: Tensor  # [B,D], the last token's input
+
+
+class LowRank(nn.Module):
+    """up(activation(down(x))) + bias: D → R → size."""
+
+    def __init__(self, hidden_size: int, rank: int, size: int, activation: nn.Module, bias: bool = True):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.activation = activation
+        self.up = nn.Linear(rank, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.activation(self.down(x)))
+
+
+class RWKV7(Mixer):
+    """RWKV-7's time mixing (arXiv 2503.14456, section 4); in the papers' table H_i = A(x_i) H_{i−1} + B(x_i) with
+
+    A(x_t) = diag(w_t) − (a_t ⊙ κ̂_t) κ̂_tᵀ,  B(x_t) = k̃_t v_tᵀ  (H is the transpose of the paper's wkv), where
+    w_t = exp(−e^(−½) σ(d_t)), κ̂_t = k_t ⊙ ξ of norm 1, k̃_t = k_t ⊙ (1 + (a_t − 1) ⊙ α) and a_t in [0,1]. Every input
+    is x_t mixed with x_{t−1}; d, a and the gate g are low-rank. With p_t = norm(H_tᵀ r_t) + (r_t · (ρ ⊙ k̃_t)) v_t per
+    head, y_t = o_proj(g_t ⊙ p_t). The value residual from the first layer is left out: a mixer sees no other layer.
+    `matrix_scan` runs it, which makes no use of the transition's structure.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        head_dim: K; a head's state is K×K.
+
+    Raises:
+        UsageError: a size is not positive.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int):
+        super().__init__()
+        require_positive(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        width = num_heads * head_dim
+        rank = 32 * max(1, round(1.8 * hidden_size**0.5 / 32))  # the paper's ranks grow about as √D
+        self.mix_weight = nn.Parameter(torch.full((6, hidden_size), 0.5))  # μ of r, w, k, v, a, g
+        self.r_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.w_lora = LowRank(hidden_size, rank, width, nn.Tanh())
+        self.a_lora = LowRank(hidden_size, rank, width, nn.Identity())
+        self.g_lora = LowRank(hidden_size, rank, width, nn.Sigmoid(), bias=False)
+        with torch.no_grad():  # a head's channels keep between nearly all and little of themselves from token to token
+            self.w_lora.up.bias.copy_(torch.linspace(-6, 0, head_dim).repeat(num_heads))
+            self.a_lora.up.bias.zero_()
+        self.removal = nn.Parameter(torch.full((num_heads, head_dim), 0.85))  # ξ
+        self.replacement = nn.Parameter(torch.ones(num_heads, head_dim))  # α
+        self.bonus = nn.Parameter(torch.full((num_heads, head_dim), 0.1))  # ρ
+        self.norm_weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.norm_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    @property
+    def state_size(self) -> int:
+        return self.num_heads * self.head_dim**2 + self.mix_weight.shape[1]
+
+    def init_state(self, batch_size: int) -> RWKV7State:
+        weight = self.mix_weight
+        shape = (batch_size, self.num_heads, self.head_dim, self.head_dim)
+        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
+        return RWKV7State(recurrent, weight.new_zeros(batch_size, weight.shape[1]))
+
+    def mix(self, x: Tensor, state: RWKV7State, cu_seqlens: Tensor | None) -> tuple[Tensor, RWKV7State]:
+        real = None
+        if cu_seqlens is not None:
+            x, real = unpack(x, cu_seqlens)
+        extended = torch.cat((state.previous[:, None].to(x.dtype), x), 1)
+        if real is None:
+            previous = extended[:, -1]
+        else:
+            previous = extended[torch.arange(len(x), device=x.device), real.sum(1)]
+        shift = extended[:, :-1] - x
+        mixed = (x + shift * mu for mu in self.mix_weight.to(x.dtype))
+        layers = (self.r_proj, self.w_lora, self.k_proj, self.v_proj, self.a_lora, self.g_lora)
+        projected = [layer(part) for layer, part in zip(layers, mixed, strict=True)]
+        out_dtype = projected[0].dtype
+        with torch.autocast(x.device.type, enabled=False):  # states are float32 at least
+            dtype = compute_dtype(x)
+            r, d, k, v, a, g = (rearrange(p.to(dtype), "b t (h k) -> b t h k", h=self.num_heads) for p in projected)
+            w, a = torch.exp(-SLOWEST * torch.sigmoid(d)), torch.sigmoid(a)
+            removal = l2_normalise(k * self.removal)
+            k = k * (1 + (a - 1) * self.replacement)
+            transition = torch.diag_embed(w) - (a * removal)[..., :, None] * removal[..., None, :]
+            write = k[..., :, None] * v[..., None, :]
+            if real is not None:  # what stands behind the shorter sequences leaves their states alone
+                at = real[:, :, None, None, None]
+                transition = torch.where(at, transition, torch.eye(self.head_dim, dtype=dtype, device=x.device))
+                write = torch.where(at, write, 0)
+            o, recurrent = matrix_scan(transition, write, r, state.recurrent.to(dtype))
+            o = F.layer_norm(o, (self.head_dim,), eps=HEAD_EPS) * self.norm_weight + self.norm_bias
+            p = (o + (r * self.bonus * k).sum(-1, keepdim=True) * v) * g
+        p = p if real is None else pack(p, real)
+        return self.o_proj(rearrange(p, "b t h k -> b t (h k)").to(out_dtype)), RWKV7State(recurrent, previous)

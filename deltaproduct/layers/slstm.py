@@ -1,0 +1,133 @@
+"""The xLSTM's sLSTM: exponential gates, a normaliser, and recurrent weights inside each head.
+
+B batch · T tokens · D hidden size · H heads · K head size, cells per head · S packed sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.parts import ShortConvolution
+from deltaproduct.layers.sizes import require_positive
+from deltaproduct.ops.inputs import compute_dtype
+
+EMPTY = -1e30  # log of the largest weight in a memory that holds nothing; finite, so that differences are
+
+
+class SLSTMState(NamedTuple):
+    """What one layer carries; the history is None without the short convolution."""
+
+    cell: Tensor  # c [B,H,K], times exp(−m)
+    normaliser: Tensor  # n [B,H,K], times exp(−m)
+    hidden: Tensor  # h [B,H,K]
+    stabiliser: Tensor  # m [B,H,K]
+    history: Tensor | None  # [B,conv_size−1,D]
+
+
+class SLSTM(Mixer):
+    """The sLSTM (arXiv 2405.04517, section 2.2; stabilised as in equations 15–17 and appendix A.1), in H heads of K:
+
+    c_t = f_t c_{t−1} + i_t z_t,  n_t = f_t n_{t−1} + i_t,  h_t = o_t c_t / n_t,  with z = tanh(z̃), i = exp(ĩ),
+    f = σ(f̃), o = σ(õ) and each of z̃, ĩ, f̃, õ = W x_t + R h_{t−1} + b, where R is block-diagonal: a K×K block per head.
+    Then y_t = o_proj(groupnorm(h_t)), one group a head. As in the paper's block, the short convolution feeds only i, f.
+
+    It has no row in the papers' table H_i = A(x_i) H_{i−1} + B(x_i): the gates see h_{t−1}, so that the step is not
+    linear in the state and time cannot be parallelised. With R = 0 it would be diagonal.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        head_dim: K.
+        use_short_conv: a causal convolution of width conv_size, then silu, before the input and forget gates.
+        norm_eps: of the group norm.
+
+    Raises:
+        UsageError: a size or norm_eps is not positive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        require_positive(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.use_short_conv, self.norm_eps = use_short_conv, norm_eps
+        width = num_heads * head_dim
+        self.zo_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.if_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.recurrent = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim))  # R, transposed; z, o, i, f
+        nn.init.uniform_(self.recurrent, -(head_dim**-0.5), head_dim**-0.5)
+        # Forget gates start between σ(3) and σ(6): a head's cells remember for some twenty to four hundred tokens.
+        forget = torch.linspace(3, 6, head_dim)
+        self.bias = nn.Parameter(torch.cat((torch.zeros(3 * head_dim), forget)).repeat(num_heads, 1))
+        if use_short_conv:
+            self.conv1d = ShortConvolution(hidden_size, conv_size)
+        self.norm_weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    @property
+    def state_size(self) -> int:
+        floats = 4 * self.num_heads * self.head_dim
+        if self.use_short_conv:
+            floats += (self.conv1d.width - 1) * self.conv1d.weight.shape[0]
+        return floats
+
+    def init_state(self, batch_size: int) -> SLSTMState:
+        shape = (batch_size, self.num_heads, self.head_dim)
+        zeros = torch.zeros(shape, dtype=compute_dtype(self.bias), device=self.bias.device)
+        history = self.conv1d.init_state(batch_size) if self.use_short_conv else None
+        return SLSTMState(zeros, zeros, zeros, torch.full_like(zeros, EMPTY), history)
+
+    def mix(self, x: Tensor, state: SLSTMState, cu_seqlens: Tensor | None) -> tuple[Tensor, SLSTMState]:
+        conv, history = x, None
+        if self.use_short_conv:
+            conv, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
+            conv = F.silu(conv)
+        inputs = torch.cat((self.zo_proj(x), self.if_proj(conv)), -1)
+        inputs = rearrange(inputs, "b t (g h k) -> b t h (g k)", g=4, h=self.num_heads)
+        real = None
+        if cu_seqlens is not None:
+            inputs, real = unpack(inputs, cu_seqlens)
+        with torch.autocast(x.device.type, enabled=False):  # in float32: rounding would add up from token to token
+            h, state = self.run(inputs.to(compute_dtype(x)) + self.bias, state, real)
+            h = h if real is None else pack(h, real)
+            h = F.layer_norm(h, (self.head_dim,), eps=self.norm_eps) * self.norm_weight  # a group a head
+        y = self.o_proj(rearrange(h, "b t h k -> b t (h k)").to(x.dtype))
+        return y, state._replace(history=history)
+
+    def run(self, inputs: Tensor, state: SLSTMState, real: Tensor | None = None) -> tuple[Tensor, SLSTMState]:
+        """W x + b as inputs [B,T,H,4K] → h [B,T,H,K] and the state; where real [B,T] is False, it stays as it is."""
+        c, n, h, m = state[:4]
+        recurrent, outputs = self.recurrent.to(inputs.dtype), []
+        h = h.transpose(0, 1)  # [H,B,K], as bmm wants it
+        c, n, m = c.transpose(0, 1), n.transpose(0, 1), m.transpose(0, 1)
+        for t, now in enumerate(inputs.permute(1, 2, 0, 3).unbind(0)):
+            z, o, i, f = torch.baddbmm(now, h, recurrent).chunk(4, -1)
+            log_f = F.logsigmoid(f) + m
+            new_m = torch.maximum(log_f, i)
+            forget, write = torch.exp(log_f - new_m), torch.exp(i - new_m)
+            new_c = forget * c + write * torch.tanh(z)
+            new_n = forget * n + write
+            new_h = torch.sigmoid(o) * new_c / new_n
+            if real is None:
+                c, n, h, m = new_c, new_n, new_h, new_m
+            else:
+                keep = real[:, t, None]
+                pairs = ((new_c, c), (new_n, n), (new_h, h), (new_m, m))
+                c, n, h, m = (torch.where(keep, new, old) for new, old in pairs)
+            outputs.append(h)
+        if not outputs:
+            return inputs.new_zeros(*inputs.shape[:3], self.head_dim), state
+        h, c, n, m = (s.transpose(0, 1) for s in (h, c, n, m))
+        return torch.stack(outputs).permute(2, 0, 1, 3), SLSTMState(c, n, h, m, None)

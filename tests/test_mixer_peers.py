@@ -1,0 +1,246 @@
+"""The mixers beside other people's code, and beside float64 loops written from the papers' equations.
+
+Peers compute in float32 and in another order: 1e-4 of the largest output, a few hundred roundings of 6e-8 enlarged by a
+norm. Loops are float64 like the mixers: 1e-11, as in test_mixers.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from deltaproduct.layers import get_mixer
+
+PEER, EXACT = 1e-4, 1e-11
+B, T, D = 2, 70, 32
+
+
+def build(name: str, **settings):
+    torch.manual_seed(0)
+    defaults = {"hidden_size": D, "num_heads": 2, "head_dim": 8, "allow_neg_eigval": False, "norm_eps": 1e-5}
+    mixer = get_mixer(name).from_config(SimpleNamespace(**(defaults | settings)))
+    with torch.no_grad():  # biases and norms that start at 0 or 1 would hide where they are applied
+        for parameter_name, p in mixer.named_parameters():
+            if parameter_name.endswith(("bias", "norm.weight", "D")):
+                p += 0.3 * torch.randn_like(p)
+    return mixer
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    return want.abs().max() > 1e-2 and bool((got - want).abs().max() <= tolerance * want.abs().max())
+
+
+def copy_weights(peer: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    assert set(weights) == {name for name, _ in peer.named_parameters()}
+    peer.load_state_dict(weights)
+
+
+def some_input(dtype=torch.float32) -> Tensor:
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+# Other people's code
+
+
+def mamba_weights(mixer) -> dict[str, Tensor]:
+    """Our names are theirs, but for the convolution's bias."""
+    weights = dict(mixer.named_parameters())
+    return {name.replace("conv_bias", "conv1d.bias"): p.detach() for name, p in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"ssm_state_size": 5, "expand": 3, "conv_size": 3, "time_step_rank": 7}], ids=str
+)
+def test_mamba_is_that_of_transformers(sizes):
+    pytest.importorskip("transformers")
+    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
+
+    mixer = build("mamba", **sizes)
+    config = MambaConfig(
+        hidden_size=D, state_size=sizes.get("ssm_state_size", 16), expand=sizes.get("expand", 2), num_hidden_layers=1,
+        conv_kernel=sizes.get("conv_size", 4), time_step_rank=sizes.get("time_step_rank", 2),
+    )  # fmt: skip
+    peer = MambaMixer(config, 0).eval()
+    copy_weights(peer, mamba_weights(mixer))
+    x = some_input()
+    with torch.no_grad():
+        assert close(mixer(x)[0], peer(x), PEER)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"ssm_state_size": 5, "expand": 3, "conv_size": 3, "head_dim": 16}], ids=str)
+def test_mamba2_is_that_of_transformers(sizes):
+    pytest.importorskip("transformers")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+
+    mixer = build("mamba2", **sizes)
+    config = Mamba2Config(
+        hidden_size=D, state_size=sizes.get("ssm_state_size", 16), expand=sizes.get("expand", 2), n_groups=1,
+        conv_kernel=sizes.get("conv_size", 4), head_dim=mixer.head_dim, num_heads=mixer.num_heads, chunk_size=16,
+        layer_norm_epsilon=1e-5, num_hidden_layers=1,
+    )  # fmt: skip
+    peer = Mamba2Mixer(config, 0).eval()
+    copy_weights(peer, mamba_weights(mixer))
+    x = some_input()
+    with torch.no_grad():
+        assert close(mixer(x)[0], peer(x), PEER)
+
+
+def test_mlstm_is_that_of_transformers():
+    pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
+    if not hasattr(modeling, "xLSTMLayer"):
+        pytest.skip("with the xlstm package installed, transformers has no layer of its own")
+    mixer = build("mlstm", head_dim=16)
+    config = modeling.xLSTMConfig(
+        hidden_size=D, num_heads=2, qk_dim_factor=1.0, v_dim_factor=1.0, norm_eps=1e-5, eps=1e-9, gate_soft_cap=1e6,
+        weight_mode="single", mode="inference", chunkwise_kernel="chunkwise--native_autograd", num_hidden_layers=1,
+        sequence_kernel="native_sequence__native", step_kernel="native",
+    )  # fmt: skip
+    peer = modeling.xLSTMLayer(config).eval()
+    with torch.no_grad():
+        mixer.g_proj.bias.zero_()  # theirs has none
+        renamed = {
+            "q_proj.": "q.", "k_proj.": "k.", "v_proj.": "v.", "g_proj.": "ogate_preact.", "i_proj.": "igate_preact.",
+            "f_proj.": "fgate_preact.", "o_proj.": "out_proj.", "o_norm.": "multihead_norm.",
+        }  # fmt: skip
+        weights = {}
+        for name, p in mixer.named_parameters():
+            if name != "g_proj.bias":
+                first, last = name.split(".")
+                weights[renamed[first + "."] + last] = p.repeat(2) if first == "o_norm" else p
+        copy_weights(peer, weights)
+        x = some_input()
+        assert close(mixer(x)[0], peer(x)[0], PEER)
+
+
+# The papers' equations, a token at a time
+
+
+def heads(x: Tensor, h: int) -> Tensor:
+    """[B, H·K] → [B,H,K]."""
+    return x.view(x.shape[0], h, -1)
+
+
+def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "identity"])
+def test_linear_attention_is_its_equations(feature_map):
+    mixer, x = build("linear_attention", feature_map=feature_map, expand_v=2.0).double(), some_input(torch.float64)
+    s = torch.zeros(B, 2, 8, 16, dtype=torch.float64)
+    z = torch.zeros(B, 2, 8, dtype=torch.float64)
+    want = []
+    for x_t in x.unbind(1):
+        q, k, v = (heads(x_t @ p.weight.T, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        if feature_map == "elu":
+            q, k = (torch.where(u > 0, u + 1, u.exp()) for u in (q, k))
+        s = s + torch.einsum("bhk,bhv->bhkv", k, v)
+        z = z + k
+        o = torch.einsum("bhk,bhkv->bhv", q, s)
+        if feature_map == "elu":
+            o = o / (torch.einsum("bhk,bhk->bh", q, z)[..., None] + 1e-6)
+        else:
+            o = rms(o * 8**-0.5, mixer.o_norm.weight)
+        want.append(o.flatten(1) @ mixer.o_proj.weight.T)
+    y, state = mixer(x)
+    assert close(y, torch.stack(want, 1), EXACT) and close(state.recurrent, s, EXACT)
+    assert (state.normalizer is None) == (feature_map == "identity")
+    assert state.normalizer is None or close(state.normalizer, z, EXACT)
+
+
+def test_gla_is_its_equations():
+    mixer, x = build("gla", expand_v=2.0, gate_low_rank_dim=3).double(), some_input(torch.float64)
+    s, want = torch.zeros(B, 2, 8, 16, dtype=torch.float64), []
+    for x_t in x.unbind(1):
+        q, k, v = (heads(x_t @ p.weight.T, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        down, up = mixer.gk_proj
+        alpha = heads(torch.sigmoid(x_t @ down.weight.T @ up.weight.T + up.bias) ** (1 / 16), 2)
+        s = alpha[..., None] * s + torch.einsum("bhk,bhv->bhkv", k, v)
+        o = rms(torch.einsum("bhk,bhkv->bhv", q, s) * 8**-0.5, mixer.o_norm.weight)
+        gate = x_t @ mixer.g_proj.weight.T
+        want.append((o.flatten(1) * gate * torch.sigmoid(gate)) @ mixer.o_proj.weight.T)
+    y, state = mixer(x)
+    assert close(y, torch.stack(want, 1), EXACT) and close(state.recurrent, s, EXACT)
+
+
+@pytest.mark.parametrize("input_gate", [-20.0, 0.0, 5.0])
+def test_mlstm_is_its_equations_without_a_stabiliser(input_gate):
+    """Gates that float64 can hold by themselves: the stabiliser must not change an output."""
+    mixer, x = build("mlstm", expand_v=2.0).double(), some_input(torch.float64)
+    with torch.no_grad():
+        mixer.i_proj.bias += input_gate
+        mixer.i_proj.weight *= 3
+    c, n, want = torch.zeros(B, 2, 8, 16, dtype=torch.float64), torch.zeros(B, 2, 8, dtype=torch.float64), []
+    for x_t in x.unbind(1):
+        q, k, v = (heads(x_t @ p.weight.T, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        i, f = (x_t @ p.weight.T + p.bias for p in (mixer.i_proj, mixer.f_proj))
+        i, f, k = i.exp()[..., None], torch.sigmoid(f)[..., None], k * 8**-0.5
+        c = f[..., None] * c + i[..., None] * torch.einsum("bhk,bhv->bhkv", k, v)
+        n = f * n + i * k
+        h = torch.einsum("bhk,bhkv->bhv", q, c) / torch.einsum("bhk,bhk->bh", q, n).abs().clamp(min=1)[..., None]
+        h = h - h.mean(-1, keepdim=True)
+        h = rms(h, mixer.o_norm.weight)
+        gate = torch.sigmoid(x_t @ mixer.g_proj.weight.T + mixer.g_proj.bias)
+        want.append((h.flatten(1) * gate) @ mixer.o_proj.weight.T)
+    y, state = mixer(x)
+    assert (y - torch.stack(want, 1)).abs().max() <= EXACT * y.abs().max()
+    scale = state.stabilizer.exp()[..., None]
+    assert (state.normalizer * scale - n).abs().max() <= EXACT * n.abs().max()
+    assert (state.recurrent * scale[..., None] - c).abs().max() <= EXACT * c.abs().max()
+
+
+@pytest.mark.parametrize("input_gate", [-1000.0, 1000.0])
+def test_mlstm_gates_do_not_overflow(input_gate):
+    mixer, x = build("mlstm"), some_input().requires_grad_()
+    with torch.no_grad():
+        mixer.i_proj.bias += input_gate
+        mixer.f_proj.bias -= 200  # so that m follows the input gate and does not stay where it started
+    y, state = mixer(x)
+    y.sum().backward()
+    assert (state.stabilizer - input_gate).abs().max() < 10
+    assert all(u.isfinite().all() for u in (y, *state, x.grad))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("allow_neg_eigval", [False, True], ids=["[0,1]", "[-1,1]"])
+def test_mamba_is_its_equations(name, allow_neg_eigval):
+    mixer = build(name, allow_neg_eigval=allow_neg_eigval, ssm_state_size=5).double()
+    x = some_input(torch.float64)
+    with torch.no_grad():
+        mixer.in_proj.weight *= 3  # step sizes that vary, so that decays come near both ends
+    a_rate, inner = mixer.A_log.exp(), 2 * D
+    projected = x @ mixer.in_proj.weight.T
+    if name == "mamba":
+        u, z = projected.split((inner, inner), -1)
+    else:
+        z, u, dt = projected.split((inner, inner + 10, mixer.num_heads), -1)
+    filters = mixer.conv1d.weight[:, 0]  # [channels, 4]
+    decays, want, state = [], [], 0.0
+    for t in range(T):
+        seen = mixer.conv_bias + sum(filters[:, 3 - back] * u[:, t - back] for back in range(min(t + 1, 4)))
+        seen = seen * torch.sigmoid(seen)
+        if name == "mamba":
+            low, b, c = (seen @ mixer.x_proj.weight.T).split((mixer.rank, 5, 5), -1)
+            step = softplus(low @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
+            a = torch.exp(-step[..., None] * a_rate)  # [B,I,N]
+            write = (step * seen)[..., None] * b[:, None]
+        else:
+            seen, b, c = seen.split((inner, 5, 5), -1)
+            step = softplus(dt[:, t] + mixer.dt_bias)
+            a = torch.exp(-step * a_rate).repeat_interleave(8, -1)[..., None]  # [B,I,1]
+            write = (step.repeat_interleave(8, -1) * seen)[..., None] * b[:, None]
+        if allow_neg_eigval:
+            a = 2 * a - 1
+        decays.append(a)
+        state = a * state + write
+        y = (state * c[:, None]).sum(-1) + mixer.D.repeat_interleave(inner // len(mixer.D)) * seen
+        y = y * z[:, t] * torch.sigmoid(z[:, t])
+        want.append((rms(y, mixer.norm.weight) if name == "mamba2" else y) @ mixer.out_proj.weight.T)
+    assert (torch.stack(decays).min() < -0.5) == allow_neg_eigval
+    y, end = mixer(x)
+    assert close(y, torch.stack(want, 1), EXACT)
+    got = end.recurrent if name == "mamba" else end.recurrent.movedim(2, -1).flatten(1, 2)
+    assert close(got, state, EXACT)
