@@ -36,7 +36,8 @@ def test_text(capsys):
 def test_json(capsys):
     status, out, _ = run(capsys, "explain", "--group", "Z4", "--transition", "diagonal", "--gated", "--json")
     found = json.loads(out)
-    assert status == 0 and found["verdict"] == "impossible" and found["weights"] is found["experiment"] is None
+    assert status == 0 and found["verdict"] == "impossible" and found["weights"] is None
+    assert found["experiment"].startswith("deltaproduct train --task Z4 --mixer mamba --allow-neg-eigval --steps")
     assert found["model"] == {"num_householder": 1, "layers": 1, "allow_neg_eigval": True, "gated": True} | DIAGONAL
     assert [s["source"] for s in found["statements"]] == [COUNTING_PROOF] and found["statements"][0]["reason"]
     assert found["nearest"][0]["layers"] == 2
@@ -71,7 +72,7 @@ def test_the_commands_that_it_gives_are_understood(monkeypatch):
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(self))
     for (name, moves), model in itertools.product(TASKS, classes(3, 2)):
         found = explain(name, model, moves=moves)
-        assert (found.experiment is None) == (model.diagonal or found.verdict == "possible")
+        assert (found.experiment is None) == (found.verdict == "possible")
         assert found.weights is None or found.verdict == "possible"
         for command in filter(None, (found.weights, found.experiment)):
             words = shlex.split(command)[1:]
@@ -80,9 +81,11 @@ def test_the_commands_that_it_gives_are_understood(monkeypatch):
     for words, name, model in forms.values():
         main(words)
         made = started.pop()
-        assert made.num_householder == model.num_householder
+        assert model.diagonal or made.num_householder == model.num_householder
         if words[0] == "train":
-            assert (made.allow_neg_eigval, made.use_forget_gate) == (model.allow_neg_eigval, model.gated)
+            assert made.mixer == ("mamba" if model.diagonal else "deltaproduct")
+            assert made.allow_neg_eigval == model.allow_neg_eigval
+            assert made.use_forget_gate == (model.gated and not model.diagonal)
             assert made.num_hidden_layers == model.layers and made.task.split("_")[0] == name.split("_")[0]
         else:
             assert made.group == name and (made.strategy == "two-layer") == ("two-layer" in words)

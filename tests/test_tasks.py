@@ -1,5 +1,6 @@
 """The tasks against independent oracles: sympy's permutation groups, loops over tuples, and values worked by hand."""
 
+import json
 import math
 import time
 
@@ -469,9 +470,17 @@ def test_bad_sizes(name, batch, length, message):
     assert task.min_length == getattr(task, "block", 1)
 
 
-def test_list_tasks_examples_work():
+def test_list_tasks_examples_work(tmp_path, monkeypatch):
+    pytest.importorskip("automata")
+    automaton = {"alphabet": ["0", "1"], "states": ["even", "odd"], "initial": 0, "accepting": [0],
+                 "transitions": [[0, 1], [1, 0]]}  # fmt: skip
+    (tmp_path / "machine.json").write_text(json.dumps(automaton))
+    monkeypatch.chdir(tmp_path)
     rows = list_tasks()
-    assert len({pattern for pattern, _, _ in rows}) == len(rows) == 11
+    assert len({pattern for pattern, _, _ in rows}) == len(rows) == 33
     for pattern, description, example in rows:
         assert pattern and description and "\n" not in description
-        assert get_task(example).name == example
+        task = get_task(example)
+        assert task.name == example
+        lines = task.worked_example().splitlines()
+        assert lines[0] == f"{example}: {task.summary}" and len(lines) == 5 + max(8, task.min_length)

@@ -17,9 +17,9 @@ class TasksList:
     def run(self) -> None:
         table = Table()
         for column in ("name", "for example", "what it is"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for pattern, description, example in list_tasks():
-            table.add_row(pattern, example, description)
+            table.add_row(pattern, "" if example == pattern else example, description)
         Console().print(table)
 
 

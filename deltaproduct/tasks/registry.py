@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks import groups
+from deltaproduct.tasks import automaton_task, context_free, context_sensitive, groups, recall, regular
 from deltaproduct.tasks.task import Task
 
 
@@ -15,7 +15,8 @@ class Family(NamedTuple):
     """The tasks whose names have one form.
 
     `regex` must match the whole name; `build(name, *the regex's groups)` makes the task, or raises a UsageError that
-    says why there is none: so a regex takes in names that are well formed but impossible, such as S1.
+    says why there is none: so a regex takes in names that are well formed but impossible, such as S1. `kept` is whether
+    a task that was built once serves again; not where a file decides, which can change.
     """
 
     pattern: str
@@ -23,11 +24,13 @@ class Family(NamedTuple):
     description: str
     regex: str
     build: Callable[..., Task]
+    kept: bool = True
 
 
 _INT, _GROUP = groups.INTEGER, groups.GROUP_NAME
 _BASE = rf"{_GROUP}(?:_only_swaps|_limit_to_{_INT})?"
 _LONG_BASE = rf"({_BASE})_({_INT})"
+_FORMAL: dict[str, Task] = {**regular.TASKS, **context_free.TASKS, **context_sensitive.TASKS}
 
 FAMILIES = (
     Family("Sn", "S3", "all permutations of n points", rf"(S{_INT})", groups.group_task),
@@ -47,21 +50,35 @@ FAMILIES = (
            rf"{_LONG_BASE}_s_tokens_only_input", groups.filler_input_task),
     Family("Sn_hard", "S5_hard", "4 swaps in one token, then 3 identities, labels delayed by 3",
            rf"({_GROUP})(?:_only_swaps)?_hard", groups.hard_task),
+    Family("regex:R", "regex:(ab)*", "state of a regular expression's automaton; regex_accept:R, acceptance",
+           r"regex(_accept)?:(.+)", automaton_task.regex_task),
+    Family("random_automaton:NxS:SEED", "random_automaton:6x3:0",
+           "the same for a random automaton of N states, S symbols",
+           rf"random_automaton(_accept)?:({_INT})x({_INT}):({_INT})", automaton_task.random_automaton_task),
+    Family("automaton:FILE", "automaton:machine.json", "the same for the automaton in a JSON or DOT file",
+           r"automaton(_accept)?:(.+)", automaton_task.file_task, kept=False),
+    Family("mqar_D_V", "mqar_8_64", "recall of D values by their keys, V tokens; mqar_D_V_random: no plain fillers",
+           rf"mqar_({_INT})_({_INT})(_random)?", recall.recall_task),
+    *(Family(name, name, task.summary, name, _FORMAL.__getitem__) for name, task in _FORMAL.items()),
 )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
 def get_task(name: str) -> Task:
     """The task called `name`, such as "S3"; `list_tasks` shows the forms a name can take. Names are case-sensitive.
 
-    Tasks are immutable, and a second call returns the same object.
+    Tasks are immutable, and a second call returns the same object, unless the name is that of a file.
     Raises UsageError when no family has a name of this form (with a suggestion when one is near), or when the name has
     the form but the task cannot exist, such as "S1".
     """
     for family in FAMILIES:
         if match := re.fullmatch(family.regex, name, re.ASCII):
-            return family.build(name, *match.groups())
+            return _kept(family, name, match.groups()) if family.kept else family.build(name, *match.groups())
     raise UsageError(f"unknown task {name!r}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+
+
+@lru_cache(maxsize=64)
+def _kept(family: Family, name: str, parts: tuple[str | None, ...]) -> Task:
+    return family.build(name, *parts)
 
 
 def list_tasks() -> list[tuple[str, str, str]]:

@@ -23,8 +23,11 @@ class Task(ABC):
         vocab_size: number of token ids, BOS included; an embedding needs this many rows.
         num_labels: number of label ids; a head needs this many outputs.
         bos_id: the token that begins every sequence.
-        chance: expected accuracy, over the scored positions of a long sequence, of the best guess that reads no input.
+        chance: expected accuracy, over the scored positions of a long sequence, of the best guess that reads no input;
+            for the tasks of the Chomsky hierarchy, the papers' value of it, so that scores compare with theirs.
         min_length: the shortest legal length.
+        train_lengths, test_lengths: the shortest and the longest that the papers train and test at; None where they
+            have no such ranges.
     """
 
     name: str
@@ -34,6 +37,12 @@ class Task(ABC):
     bos_id: int
     chance: float
     min_length: int = 1
+    train_lengths: tuple[int, int] | None = None
+    test_lengths: tuple[int, int] | None = None
+
+    def scaled(self, accuracy: float) -> float:
+        """(accuracy − chance) / (1 − chance): 0 for guessing, 1 for all right, below 0 for worse than guessing."""
+        return (accuracy - self.chance) / (1 - self.chance)
 
     def sample(self, batch: int, length: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw `batch` independent sequences of `length` tokens, BOS not counted.

@@ -150,13 +150,12 @@ def _fits(make: Callable[[], Plan]) -> bool:
     return True
 
 
-def _experiment(group: str, model: ModelClass, moves: int | None) -> str | None:
-    """`deltaproduct train` for the class; None for diagonal transitions, which no mixer here has."""
-    if model.diagonal:
-        return None
+def _experiment(group: str, model: ModelClass, moves: int | None) -> str:
+    """`deltaproduct train` for the class; for diagonal transitions Mamba, whose gate is its decay."""
     task = group if moves is None else f"{group}_only_swaps" if moves == 2 else f"{group}_limit_to_{moves}"
-    flags = [f"--task {task}", f"--num-householder {model.num_householder}"]
+    kind = "--mixer mamba" if model.diagonal else f"--num-householder {model.num_householder}"
+    flags = [f"--task {task}", kind]
     flags += ["--allow-neg-eigval" if model.allow_neg_eigval else "--no-allow-neg-eigval"]
     flags += [f"--num-hidden-layers {model.layers}"] if model.layers > 1 else []
-    flags += ["--use-forget-gate"] if model.gated else []
+    flags += ["--use-forget-gate"] if model.gated and not model.diagonal else []
     return f"deltaproduct train {' '.join(flags)} --steps 350 --seed 0 --out runs/shown"
