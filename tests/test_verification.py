@@ -12,10 +12,11 @@ from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_task import run_automaton
 from deltaproduct.tasks.dot import automaton_to_dot
 from deltaproduct.theory import verification
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
-from deltaproduct.theory.verification import draw_words, guaranteed_length, load, run_automaton, verify
+from deltaproduct.theory.verification import draw_words, guaranteed_length, load, verify
 
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
@@ -24,7 +25,7 @@ AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2
 def test_every_second_word_stays_alive():
     words = draw_words(AB, 6, 50, seed=0)
     assert words.shape == (6, 50) and set(np.unique(words)) == {0, 1}
-    states = run_automaton(AB, words)
+    states = run_automaton(AB, torch.from_numpy(words)).numpy()
     assert [list(row) for row in states] == [AB.trace(word) for word in words.tolist()]
     assert (states[1::2] != 2).all() and (states[0::2, -1] == 2).all()
     assert not np.array_equal(words, draw_words(AB, 6, 50, seed=1))
@@ -45,7 +46,7 @@ def test_a_wrong_model_is_found_wrong():
     with torch.no_grad():
         compiled.model.head.weight[:] = compiled.model.head.weight[[0, 2, 1]]
     found = verify(compiled, length=200, words=3, seed=5)
-    states = run_automaton(compiled.automaton, draw_words(compiled.automaton, 3, 200, 5))
+    states = run_automaton(compiled.automaton, torch.from_numpy(draw_words(compiled.automaton, 3, 200, 5))).numpy()
     assert found.wrong == (states != 0).sum() and found.margin < 0
     assert found.first_wrong == 1 + np.flatnonzero((states != 0).any(0))[0]
 

@@ -9,7 +9,8 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, verified_folder
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.automata import Automaton, order_of_discovery
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_task import lively_symbols, run_automaton
 from deltaproduct.theory.compiler import AUTOMATON, CERTIFICATE, Compiled
 
 PIECE_TOKENS = 1 << 15  # that go through the model at once
@@ -63,27 +64,14 @@ def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.n
     The first of every two is uniform. The other stays, where it can, among the states from which most others can still
     be reached: in most languages a uniform word soon ends up where nothing changes any more.
     """
-    reach = np.array(
-        [len(order_of_discovery(q, lambda p: automaton.transitions[p])) for q in range(len(automaton.states))]
-    )
     table, rng = np.array(automaton.transitions), np.random.default_rng(seed)
-    lively = reach[table] == reach[table].max(axis=1, keepdims=True)
-    # For every state its lively symbols first, so that a number below their count picks one of them.
-    order, count = np.argsort(~lively, axis=1, kind="stable"), lively.sum(axis=1)
+    order, count = lively_symbols(automaton)
     drawn = rng.integers(len(automaton.alphabet), size=(words, length))
     chance, state = rng.random((words // 2, length)), np.full(words // 2, automaton.initial)
     for t in range(length):
         drawn[1::2, t] = order[state, (chance[:, t] * count[state]).astype(int)]
         state = table[state, drawn[1::2, t]]
     return drawn
-
-
-def run_automaton(automaton: Automaton, words: np.ndarray) -> np.ndarray:
-    """The state after each symbol of words [B,T], by the table: [B,T]."""
-    table, state, states = np.array(automaton.transitions), np.full(len(words), automaton.initial), np.empty_like(words)
-    for t in range(words.shape[1]):
-        states[:, t] = state = table[state, words[:, t]]
-    return states
 
 
 @torch.no_grad()
@@ -97,7 +85,7 @@ def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) ->
     model, automaton = compiled.model, compiled.automaton
     device = model.embedding.weight.device
     symbols = draw_words(automaton, words, length, seed)
-    want = torch.from_numpy(run_automaton(automaton, symbols))
+    want = run_automaton(automaton, torch.from_numpy(symbols))
     bos = torch.full((words, 1), len(automaton.alphabet))
     _, state = model(bos.to(device))
     wrong, first_wrong, margin = 0, None, float("inf")
