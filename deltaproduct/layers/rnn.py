@@ -59,9 +59,8 @@ class _RNN(Mixer):
     def run_packed(self, x: Tensor, state: RNNState, cu_seqlens: Tensor) -> tuple[Tensor, RNNState]:
         """`run` for x [1,T,D] and cu_seqlens [S+1]."""
         rows, real = unpack(x, cu_seqlens)
-        there = (
-            real.any(1).nonzero().flatten()
-        )  # torch refuses empty sequences; they keep the state that they came with
+        # torch refuses empty sequences; they keep the state that they came with.
+        there = real.any(1).nonzero().flatten()
         lengths = real[there].sum(1).cpu()
         begun = RNNState(state.hidden[there], None if state.cell is None else state.cell[there])
         packed = pack_padded_sequence(rows[there], lengths, batch_first=True, enforce_sorted=False)

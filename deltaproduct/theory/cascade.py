@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automata import Automaton, order_of_discovery
 from deltaproduct.theory.congruences import MAX_PARTS, Stage, Subset, shortest_chain
 
 MAX_STEPS = 200_000  # of a level: each is a unit of an MLP
@@ -193,16 +193,11 @@ def _labelled(context: Context, label: int, actions: dict[Step, Action]) -> list
     by_context: dict[Context, list[Step]] = {}
     for step in actions:
         by_context.setdefault(step.before, []).append(step)
-    found = {(context, label): None}
-    fresh = list(found)
-    while fresh:
-        parts, place = fresh.pop()
-        for step in by_context.get(parts, []):
-            new = step.after, actions[step](place)
-            if new not in found:
-                found[new] = None
-                fresh.append(new)
-    return sorted(found)
+
+    def next_ones(at: tuple[Context, int]) -> list[tuple[Context, int]]:
+        return [(step.after, actions[step](at[1])) for step in by_context.get(at[0], [])]
+
+    return sorted(order_of_discovery((context, label), next_ones))
 
 
 def _next_steps(level: Level) -> set[Step]:

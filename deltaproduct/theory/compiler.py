@@ -22,6 +22,7 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group, build_group
 from deltaproduct.theory.cascade import decompose
+from deltaproduct.theory.congruences import takes_one_level
 from deltaproduct.theory.constructions.one_layer import one_layer
 from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.constructions.shallow import Action, shallow
@@ -141,7 +142,6 @@ def _as_rotations(name: str) -> Plan:
 
 
 def _one_level(automaton: Automaton) -> Plan:
-    cascade = decompose(automaton)
-    if len(cascade.levels) > 1 or not all(level.selects for level in cascade.levels):
-        require_permutations(automaton)
-    return stack(cascade, "permutation")
+    if not takes_one_level(automaton):
+        require_permutations(automaton)  # which says of one symbol why it is neither
+    return stack(decompose(automaton), "permutation")

@@ -53,7 +53,7 @@ def shortest_chain(automaton: Automaton) -> list[Stage]:
     if n == 1:
         return []
     top, bottom = (0,) * n, tuple(range(n))
-    between = [] if is_direct(automaton, top, bottom) or n > MAX_SEARCHED else congruences(automaton)
+    between = [] if takes_one_level(automaton) or n > MAX_SEARCHED else congruences(automaton)
     nodes = sorted({top, bottom, *between}, key=lambda p: (max(p), p))
     # Dijkstra's algorithm, from coarse to fine.
     order = itertools.count()  # among equal costs, whatever was found first
@@ -85,6 +85,12 @@ def congruences(automaton: Automaton) -> list[Partition]:
                 return list(found)[:MAX_CONGRUENCES]
             found[_join(p, q)] = None
     return list(found)
+
+
+def takes_one_level(automaton: Automaton) -> bool:
+    """Whether every symbol permutes the states, or takes all of them to one."""
+    n = len(automaton.states)
+    return is_direct(automaton, (0,) * n, tuple(range(n)))
 
 
 def is_direct(automaton: Automaton, coarse: Partition, fine: Partition) -> bool:

@@ -71,10 +71,10 @@ def _dihedral(elements: Sequence[Permutation]) -> list[Representation] | None:
     turned, power = set(), r
     while power not in turned:
         turned.add(power)
-        power = _compose(r, power)
+        power = compose(r, power)
     s = next(p for p in elements if p not in turned)
     identity = tuple(range(len(s)))
-    if _compose(s, s) != identity or _compose(_compose(r, s), _compose(r, s)) != identity:
+    if compose(s, s) != identity or compose(compose(r, s), compose(r, s)) != identity:
         return None
     sign = torch.ones(1, 1, dtype=torch.float64)
     found = []
@@ -101,7 +101,7 @@ def _polyhedral(elements: Sequence[Permutation]) -> list[Representation] | None:
     third = _turn_about(torch.tensor([math.sqrt(1 - cosine**2), 0, cosine], dtype=torch.float64), 2 * math.pi / 3)
     for a in halves:
         for b in thirds:
-            if _order(_compose(a, b)) == p and (matrices := _reached({a: half, b: third})).keys() == set(elements):
+            if _order(compose(a, b)) == p and (matrices := _reached({a: half, b: third})).keys() == set(elements):
                 return [Representation(name, torch.stack([matrices[g] for g in elements]))]
     return None
 
@@ -118,14 +118,15 @@ def _reached(generators: dict[Permutation, Tensor]) -> dict[Permutation, Tensor]
     fresh = list(matrices)
     for p in fresh:  # grows while it is gone through
         for generator, matrix in generators.items():
-            product = _compose(p, generator)
+            product = compose(p, generator)
             if product not in matrices:
                 matrices[product] = matrices[p] @ matrix
                 fresh.append(product)
     return matrices
 
 
-def _compose(p: Permutation, q: Permutation) -> Permutation:
+def compose(p: Permutation, q: Permutation) -> Permutation:
+    """p ∘ q: first q, then p."""
     return tuple(p[x] for x in q)
 
 

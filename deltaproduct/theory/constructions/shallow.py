@@ -30,6 +30,7 @@ from deltaproduct.theory.constructions.circuit import MAX_UNITS, Circuit, Unit, 
 from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, from_rotation, transpositions
 from deltaproduct.theory.representations import inverse, require_permutations, simplex, swap_factors
+from deltaproduct.theory.rotations import compose
 
 MAX_GROUP = 1_000  # elements
 
@@ -75,7 +76,7 @@ class Action:
         found = {tuple(range(len(self.symbols[0]))): None}
         for p in (fresh := list(found)):  # grows while it is gone through
             for symbol in self.symbols:
-                product = _then(p, symbol)
+                product = compose(symbol, p)
                 if product not in found:
                     found[product] = None
                     fresh.append(product)
@@ -178,28 +179,23 @@ def _next_work(circuit: Circuit, action: Action, m: int, steps: int, place: int,
             known[key] = circuit.take(1)
         return known[key]
 
-    def at(half: int, i: int, word: Sequence[int]) -> list[int]:
-        """Slots that are active in the i-th place of a half when `word` is what the other begins with, or this one."""
-        return [place + half * m + i, *(kept + j * (bos + 1) + x for j, x in enumerate(word, start=half * m))]
+    def read(half: int, word: Sequence[int]) -> list[int]:
+        """Slots of the buffer that are active when a half begins with `word`."""
+        return [kept + j * (bos + 1) + x for j, x in enumerate(word, start=half * m)]
 
     units = [all_of([bos], *(circuit.take(1) for _ in range(3)))]
     for word in [(bos,) * m, *itertools.product(range(bos), repeat=m)]:
-        product = identity
-        for x in word:
-            product = product if x == bos else _then(product, symbols[x])
-        todo = transpositions(product)
+        todo = transpositions(_product(symbols, word))
         for i, half in itertools.product(range(m), (0, 1)):
             part, rest = tuple(todo[i * steps : (i + 1) * steps]), identity
             for a, b in todo[(i + 1) * steps :]:
-                rest = _then(rest, _swap(a, b, len(rest)))
-            other = at(1 - half, 0, word)[1:]
-            units.append(all_of([place + half * m + i, *other], slot(work.parts, part), slot(work.missing, rest)))
+                rest = compose(_swap(a, b, len(rest)), rest)
+            known = [place + half * m + i, *read(1 - half, word)]
+            units.append(all_of(known, slot(work.parts, part), slot(work.missing, rest)))
     for length in range(1, m + 1):
         for word in itertools.product(range(bos), repeat=length):
-            product = identity
-            for x in word:
-                product = _then(product, symbols[x])
-            units += [all_of(at(half, length - 1, word), slot(work.so_far, product)) for half in (0, 1)]
+            so_far = slot(work.so_far, _product(symbols, word))
+            units += [all_of([place + half * m + length - 1, *read(half, word)], so_far) for half in (0, 1)]
     circuit.look_up(units, power=3)
     return work
 
@@ -227,9 +223,12 @@ def _track(circuit: Circuit, action: Action, elements: Sequence[Permutation], wo
     return circuit.plan(strategy, answer, torch.eye(action.num_labels, dtype=torch.float64))
 
 
-def _then(p: Permutation, q: Permutation) -> Permutation:
-    """First p, then q."""
-    return tuple(q[x] for x in p)
+def _product(symbols: Sequence[Permutation], word: Sequence[int]) -> Permutation:
+    """Of a word, its first symbol first; what is no symbol does nothing."""
+    product = tuple(range(len(symbols[0])))
+    for x in word:
+        product = compose(symbols[x], product) if x < len(symbols) else product
+    return product
 
 
 def _swap(a: int, b: int, k: int) -> Permutation:
