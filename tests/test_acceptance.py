@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def s3_runs(tmp_path_factory):
     """One seed of each configuration of `reproduce s3`, by label."""
     out = tmp_path_factory.mktemp("s3")
-    return {job.label: train(job.config, out / job.name, show=False) for job in s3(seeds=1, first_seed=7)}
+    return {job.label: train(job.config, out / job.name, show=False) for job in s3("cpu", [7])}
 
 
 def test_only_two_reflections_with_negative_eigenvalues_track_s3(s3_runs):

@@ -79,7 +79,7 @@ def test_links_and_folders_of_the_readme_exist():
 def result(label, seed, accuracy):
     by_length = dict(zip(("128", "512"), accuracy, strict=True))
     curve = {"length": [1, 128, 512], "accuracy": [1.0, *accuracy]}
-    times = {"training_length": 128, "wall_seconds": 9}
+    times = {"task": "S3", "chance": 1 / 6, "training_length": 128, "wall_seconds": 9}
     return {"label": label, "seed": seed, "accuracy": by_length, "curve": curve, **times}
 
 
@@ -102,7 +102,7 @@ def test_table_shows_median_and_range_and_rounds_nothing_up_to_one():
 
 @pytest.mark.parametrize("runs", [RUNS, RUNS[:1]])
 def test_figure_is_written_whole(tmp_path, runs):
-    accuracy_by_length(runs, tmp_path / "a.png", title="t", chance=1 / 6)
+    accuracy_by_length(runs, tmp_path / "a.png", title="t")
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG") and b"IEND" in data[-12:]
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

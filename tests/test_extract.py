@@ -295,7 +295,7 @@ def test_a_trained_model_that_drifts_has_learned_s3_all_the_same(tmp_path, metho
 @pytest.fixture(scope="module")
 def s3_run(tmp_path_factory):
     """DeltaProduct_2[-1,1] of `reproduce s3`, seed 0."""
-    job = s3(seeds=1)[0]
+    job = s3("cpu", [0])[0]
     return train(job.config, tmp_path_factory.mktemp("s3") / job.name, show=False)
 
 

@@ -119,6 +119,6 @@ class BenchTrain(_Bench):
 
     def run(self) -> None:
         task = get_task(self.task)
-        training = dataclasses.replace(s3(seeds=1)[0].config.training, task=task.name)
+        training = dataclasses.replace(s3("cpu", [0])[0].config.training, task=task.name)
         model = state_tracking_model(task, num_householder=self.num_householder, allow_neg_eigval=True)
         self._show(bench_train(RunConfig(training, model), backends=self.backends or None, **self._options()))

@@ -1,6 +1,8 @@
 """`deltaproduct reproduce NAME`: run one of the papers' experiments, from nothing to its figure."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,12 +11,11 @@ from rich.console import Console
 
 from deltaproduct.cli.flags import IntList, check_lengths
 from deltaproduct.errors import UsageError
+from deltaproduct.experiments.experiment import Scale
+from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
 from deltaproduct.experiments.runner import SUMMARY, run_jobs
-from deltaproduct.experiments.s3 import LENGTHS, s3
-from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.files import make_folder
-from deltaproduct.plots.figures import accuracy_by_length
-from deltaproduct.tasks import get_task
 
 FIGURE = "accuracy.png"
 
@@ -26,40 +27,68 @@ class Reproduce:
     Running it again on the same folder continues what was cut off and reuses what was finished.
     """
 
-    name: Annotated[tyro.conf.Positional[Literal["s3"]], tyro.conf.arg(help="which experiment")]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"which experiment: {', '.join(EXPERIMENTS)}")]
     out: Annotated[Path, tyro.conf.arg(help="folder of the experiment; created")]
+    scale: Annotated[
+        Scale,
+        tyro.conf.arg(help="cpu: within half an hour on two cores; cpu-long: hours there; paper: the papers' setting"),
+    ] = "cpu"
     seeds: Annotated[int, tyro.conf.arg(help="runs of each configuration")] = 3
     first_seed: Annotated[int, tyro.conf.arg(help="the first of the consecutive seeds")] = 0
-    steps: Annotated[int, tyro.conf.arg(help="optimiser steps of each run")] = 350
-    lengths: Annotated[IntList, tyro.conf.arg(help="lengths to evaluate at")] = LENGTHS
-    sequences: Annotated[int, tyro.conf.arg(help="evaluation sequences per length")] = 64
-    jobs: Annotated[int | None, tyro.conf.arg(help="runs at once; None: one per core")] = None
+    only: Annotated[
+        str | None, tyro.conf.arg(help="only the runs whose names match, such as 'A5-n2-*,S5-n4-*'; --list shows all")
+    ] = None
+    list: Annotated[bool, tyro.conf.arg(help="print the names of the runs and do nothing else")] = False
+    steps: Annotated[int | None, tyro.conf.arg(help="optimiser steps of each run, in place of the scale's own")] = None
+    lengths: Annotated[
+        IntList | None, tyro.conf.arg(help="lengths to evaluate at, in place of the experiment's own")
+    ] = None
+    sequences: Annotated[
+        int | None, tyro.conf.arg(help="evaluation sequences, per length or in all, in place of the experiment's own")
+    ] = None
+    jobs: Annotated[int | None, tyro.conf.arg(help="runs at once; None: one per GPU, or one per core")] = None
+    launcher: Annotated[
+        Literal["local", "slurm", "ray"], tyro.conf.arg(help="where the runs are carried out")
+    ] = "local"
 
     def run(self) -> None:
-        lengths = check_lengths(self.lengths)
-        for flag in ("seeds", "sequences", "jobs"):
+        for flag in ("seeds", "sequences", "jobs", "steps"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        experiment = get_experiment(self.name)
+        jobs = self._chosen(experiment.at(self.scale, range(self.first_seed, self.first_seed + self.seeds)))
+        if self.list:
+            print("\n".join(job.name for job in jobs))
+            return
         make_folder(self.out)
         console = Console(stderr=True, soft_wrap=True)
-        jobs = s3(seeds=self.seeds, first_seed=self.first_seed, steps=self.steps)
-        console.print(f"{len(jobs)} runs of {self.steps} steps into {self.out}", highlight=False)
-        summary = run_jobs(
-            jobs,
-            self.out,
-            experiment=self.name,
-            lengths=lengths,
-            sequences=self.sequences,
-            workers=self.jobs,
-        )
-        accuracy_by_length(
-            summary["runs"],
-            self.out / FIGURE,
-            title="Who tracks S3 beyond the training length? One layer",
-            chance=get_task("S3").chance,
-        )
-        Console().print(accuracy_table(summary["runs"]))
-        print(f"{self.out / SUMMARY} and {self.out / FIGURE} are written.")
+        steps = sum(job.config.training.steps for job in jobs)
+        console.print(f"{len(jobs)} runs, {steps:,} steps in all, into {self.out}", highlight=False)
+        summary = run_jobs(jobs, self.out, experiment=self.name, workers=self.jobs, launcher=self.launcher)
+        experiment.draw(summary["runs"], self.out / FIGURE)
+        Console().print(experiment.table(summary["runs"]))
+        print(f"{self.out / SUMMARY}, {self.out / FIGURE}")
         if summary["failed"]:
-            raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed: {', '.join(summary['failed'])}.")
+            raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed; {self.out / SUMMARY} says why.")
+
+    def _chosen(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """The jobs that the flags ask for, changed as they say."""
+        if self.only is not None:
+            patterns = self.only.split(",")
+            jobs = [job for job in jobs if any(fnmatchcase(job.name, pattern.strip()) for pattern in patterns)]
+            if not jobs:
+                raise UsageError(f"No run of {self.name} is called {self.only!r}; --list shows what there is.")
+        return [self._changed(job) for job in jobs]
+
+    def _changed(self, job: Job) -> Job:
+        training, asked = job.config.training, job.asked
+        if self.steps is not None:
+            training = replace(training, steps=self.steps)
+        if self.sequences is not None:
+            asked = replace(asked, sequences=self.sequences)
+        if self.lengths is not None:
+            if asked.length_range is not None:
+                raise UsageError(f"{self.name} is measured over a range of lengths, which --lengths cannot change.")
+            asked = Asked(check_lengths(self.lengths), sequences=asked.sequences)
+        return replace(job, config=replace(job.config, training=training), asked=asked)

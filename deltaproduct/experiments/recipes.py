@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from deltaproduct.experiments.job import Asked
+from deltaproduct.layers import get_mixer
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import Task
+from deltaproduct.training import TrainConfig
 
 # One layer that tracks state on a laptop. What each choice does for S3 is measured in docs/LOG.md: no convolution, MLP
 # or gate, because the recurrence alone should do the work; keys and values without an activation, so that they can
@@ -23,7 +26,93 @@ STATE_TRACKING: dict[str, Any] = {
     "embedding_init_std": 1.0,
 }
 
+# What the larger groups need (hidden 64 stays stuck on A5), and the curriculum that brings a layer to length 128.
+LARGER_GROUPS: dict[str, Any] = {"hidden_size": 128, "num_heads": 8}
+CURRICULUM: dict[int, tuple[int, int]] = {  # length → batch size, steps
+    4: (512, 300), 8: (512, 300), 16: (256, 400), 32: (128, 800), 64: (64, 500), 128: (64, 1200),
+}  # fmt: skip
+
+# arXiv 2502.10297, appendix C.1, and its published code.
+PAPER_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_heads": 12,
+    "head_dim": 32,
+    "use_short_conv": False,
+}
+PAPER_SAMPLES, PAPER_EPOCHS = 2_000_000, 100
+PAPER_ASKED = Asked((128, 512), sequences=500_000)
+
 
 def state_tracking_model(task: Task, **changes: Any) -> ModelConfig:
     """The recipe's model for a task; `changes` are fields of `ModelConfig`."""
-    return ModelConfig(**{**STATE_TRACKING, "vocab_size": task.vocab_size, "num_labels": task.num_labels, **changes})
+    return sized(task, {**STATE_TRACKING, **changes})
+
+
+def sized(task: Task, fields: dict[str, Any]) -> ModelConfig:
+    """A model for a task, of these fields of `ModelConfig`."""
+    return ModelConfig(**{**fields, "vocab_size": task.vocab_size, "num_labels": task.num_labels})
+
+
+def curriculum(task: Task, seed: int, *, longest: int = 128) -> TrainConfig:
+    """The schedule of the larger groups, up to a length of its stages: all models have the same number of steps."""
+    stages = {length: stage for length, stage in CURRICULUM.items() if length <= longest}
+    steps = [steps for _, steps in stages.values()]
+    return TrainConfig(
+        task=task.name,
+        steps=sum(steps),
+        seed=seed,
+        lengths=tuple(stages),
+        batch_sizes=tuple(batch for batch, _ in stages.values()),
+        stage_steps=tuple(steps[:-1]),
+        stage_loss=None,
+        lr=5e-3,
+    )
+
+
+def paper_training(task: Task, seed: int, *, length: int = 128) -> TrainConfig:
+    """arXiv 2502.10297's training on groups: 100 epochs over 2 million sequences of length 128."""
+    batch = 2048 if task.name == "S3" else 1024
+    return TrainConfig(
+        task=task.name,
+        steps=PAPER_EPOCHS * (PAPER_SAMPLES // batch),
+        seed=seed,
+        lengths=(length,),
+        batch_sizes=(batch,),
+        stage_loss=None,
+        num_samples=PAPER_SAMPLES,
+        lr=1e-3,
+        min_lr_ratio=0.0,
+        warmup_steps=0,
+        beta2=0.999,
+        weight_decay=1e-6,
+        clip=0.0,
+    )
+
+
+PAPERS_NAMES = {
+    "attention": "Transformer",
+    "dense_linear_rnn": "dense linear RNN",
+    "deltanet": "DeltaNet",
+    "gated_deltanet": "Gated DeltaNet",
+    "gla": "GLA",
+    "gru": "GRU",
+    "linear_attention": "linear attention",
+    "lstm": "LSTM",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "mlstm": "mLSTM",
+    "rwkv7": "RWKV-7",
+    "slstm": "sLSTM",
+    "titans": "Titans",
+    "ttt_linear": "TTT-Linear",
+}
+
+
+def label(model: ModelConfig) -> str:
+    """As the papers write it: DeltaProduct_2[-1,1], with the range of eigenvalues where the mixer has a choice."""
+    name = PAPERS_NAMES.get(model.mixer, model.mixer)
+    if model.mixer == "deltaproduct":
+        name = f"{'Gated ' if model.use_forget_gate else ''}DeltaProduct_{model.num_householder}"
+    if "allow_neg_eigval" not in get_mixer(model.mixer).arguments():
+        return name
+    return f"{name}{'[-1,1]' if model.allow_neg_eigval else '[0,1]'}"

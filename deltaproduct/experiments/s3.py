@@ -4,8 +4,21 @@ One layer, trained at length 128, in four configurations: n_h ∈ {1, 2} × eige
 the same budget and the same schedule, the curriculum's first stage included: it ends after a fixed number of steps.
 """
 
-from deltaproduct.experiments.recipes import state_tracking_model
-from deltaproduct.experiments.runner import Job
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.recipes import (
+    PAPER_ASKED,
+    PAPER_MODEL,
+    label,
+    paper_training,
+    sized,
+    state_tracking_model,
+)
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig
 
@@ -14,27 +27,34 @@ CONFIGURATIONS = ((2, True), (2, False), (1, True), (1, False))  # (num_househol
 FIRST_STAGE = 45  # steps at length 8
 
 
-def label(num_householder: int, allow_neg_eigval: bool) -> str:
-    """As the papers write it: DeltaProduct_2[-1,1]."""
-    return f"DeltaProduct_{num_householder}{'[-1,1]' if allow_neg_eigval else '[0,1]'}"
-
-
-def s3(*, seeds: int = 3, first_seed: int = 0, steps: int = 350) -> list[Job]:
+def s3(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce s3`."""
     task = get_task("S3")
     jobs = []
-    for seed in range(first_seed, first_seed + seeds):
+    for seed in seeds:
         for num_householder, allow_neg_eigval in CONFIGURATIONS:
-            model = state_tracking_model(task, num_householder=num_householder, allow_neg_eigval=allow_neg_eigval)
-            training = TrainConfig(
-                task=task.name,
-                steps=steps,
-                seed=seed,
-                lengths=(8, 128),
-                batch_sizes=(256, 64),
-                stage_steps=(FIRST_STAGE,),
-                stage_loss=None,
-            )
+            changes = {"num_householder": num_householder, "allow_neg_eigval": allow_neg_eigval}
+            if scale == "paper":
+                model = sized(task, PAPER_MODEL | changes)
+                training, asked = paper_training(task, seed), PAPER_ASKED
+            else:
+                model, asked = state_tracking_model(task, **changes), Asked(LENGTHS)
+                training = TrainConfig(
+                    task=task.name,
+                    steps=350,
+                    seed=seed,
+                    lengths=(8, 128),
+                    batch_sizes=(256, 64),
+                    stage_steps=(FIRST_STAGE,),
+                    stage_loss=None,
+                )
             name = f"n{num_householder}-{'neg' if allow_neg_eigval else 'pos'}-seed{seed}"
-            jobs.append(Job(name, label(num_householder, allow_neg_eigval), RunConfig(training, model)))
+            jobs.append(Job(name, label(model), RunConfig(training, model), asked))
     return jobs
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_length(runs, path, title="Who tracks S3 beyond the training length? One layer")
+
+
+S3 = Experiment("s3", "S3 in one layer, n_h 1 and 2, both ranges: the claim at its smallest", s3, accuracy_table, draw)

@@ -1,7 +1,7 @@
-"""Figures, each a function from a summary's data to a file."""
+"""Figures, each a function from the results of runs (`experiments.job.run_job`) to a file."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +9,151 @@ import numpy as np
 
 from deltaproduct.plots.style import COLOURS, MARKERS, RC, pyplot, save
 
+PANEL = (4.6, 3.2)  # inches, of one of several
+AXES = {"accuracy": "token accuracy", "sequence_accuracy": "sequences right so far"}
 
-def accuracy_by_length(runs: Sequence[dict[str, Any]], path: Path, *, title: str, chance: float) -> None:
-    """Token accuracy against sequence length, one colour per label: the median over seeds, and each seed thinly.
 
-    runs: results of `experiments.runner.run_job`, with "label", "accuracy" by length, "curve" and "training_length".
+def accuracy_by_length(
+    runs: Sequence[dict[str, Any]], path: Path, *, title: str, metrics: Sequence[str] = ("accuracy",)
+) -> None:
+    """Accuracy against sequence length, a column for each task and a row for each of `metrics`, one colour per label:
+    the median over seeds, and each seed thinly.
+
+    metrics: "accuracy" of tokens, or "sequence_accuracy": sequences of which every token so far is right.
     """
     plt = pyplot()
-    labels = list(dict.fromkeys(run["label"] for run in runs))
+    labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
     with plt.rc_context(RC):
-        figure, axes = plt.subplots()
-        for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
-            mine = [run for run in runs if run["label"] == label]
-            for run in mine:
-                axes.plot(run["curve"]["length"], run["curve"]["accuracy"], color=colour, alpha=0.3, linewidth=0.8)
-            curves = np.array([run["curve"]["accuracy"] for run in mine])
-            axes.plot(mine[0]["curve"]["length"], np.median(curves, axis=0), color=colour, linewidth=2)
-            lengths = [int(n) for n in mine[0]["accuracy"]]
-            medians = np.median([[run["accuracy"][str(n)] for n in lengths] for run in mine], axis=0)
-            axes.plot(lengths, medians, marker, color=colour, label=_subscript(label), markersize=6)
-        for length in sorted({run["training_length"] for run in runs}):
-            axes.axvline(length, color="black", linestyle="--", linewidth=1)
-            offset = {"xytext": (-4, 4), "textcoords": "offset points"}
-            axes.annotate(f"trained at {length}", (length, 1.0), **offset, fontsize=9, ha="right")
-        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
-        axes.annotate("chance", (1, chance), xytext=(2, 3), textcoords="offset points", fontsize=9, color="grey")
-        axes.set_xscale("log", base=2)
-        longest = max(run["curve"]["length"][-1] for run in runs)
-        axes.set_xticks([longest / 4**i for i in range(10) if longest / 4**i >= 1])
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set_ylim(0, 1.06)
-        axes.set_xlabel("sequence length (tokens)")
-        axes.set_ylabel("token accuracy")
-        axes.set_title(title, loc="left", pad=14)
+        several = len(tasks) * len(metrics) > 1
+        size = (PANEL[0] * len(tasks), PANEL[1] * len(metrics)) if several else RC["figure.figsize"]
+        figure, grid = plt.subplots(len(metrics), len(tasks), figsize=size, squeeze=False, sharey=True)
+        for column, task in enumerate(tasks):
+            for row, metric in enumerate(metrics):
+                axes = grid[row][column]
+                _curves(axes, [run for run in runs if run["task"] == task], labels, metric, named=not column)
+                if several and not row:
+                    axes.annotate(task, (0.5, 1), (0, 14), "axes fraction", "offset points", ha="center")
+                if not column:
+                    axes.set_ylabel(AXES[metric])
+                if row == len(metrics) - 1:
+                    axes.set_xlabel("sequence length (tokens)")
+        if several:
+            figure.suptitle(title, x=0.07, ha="left")
+        else:
+            grid[0][0].set_title(title, loc="left", pad=14)
         seeds = len({run["seed"] for run in runs})
         where = f"median of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.legend(title=where, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
+        _legend(grid, title=where, alignment="left")
         save(figure, path)
         plt.close(figure)
+
+
+def _curves(axes: Any, runs: Sequence[dict[str, Any]], labels: Sequence[str], metric: str, *, named: bool) -> None:
+    """One panel of `accuracy_by_length`; the lines across it are named in one of several."""
+    for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
+        mine = [run for run in runs if run["label"] == label]
+        if not mine:
+            continue
+        for run in mine:
+            axes.plot(run["curve"]["length"], run["curve"][metric], color=colour, alpha=0.3, linewidth=0.8)
+        curves = np.array([run["curve"][metric] for run in mine])
+        axes.plot(mine[0]["curve"]["length"], np.median(curves, axis=0), color=colour, linewidth=2)
+        lengths = [int(n) for n in mine[0][metric]]
+        medians = np.median([[run[metric][str(n)] for n in lengths] for run in mine], axis=0)
+        axes.plot(lengths, medians, marker, color=colour, label=_subscript(label), markersize=6)
+    for length in sorted({run["training_length"] for run in runs}):
+        axes.axvline(length, color="black", linestyle="--", linewidth=1)
+        offset = {"xytext": (-4, 4), "textcoords": "offset points"}
+        if named:
+            axes.annotate(f"trained at {length}", (length, 1.0), **offset, fontsize=9, ha="right")
+    if metric == "accuracy":
+        chance = runs[0]["chance"]
+        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+        if named:
+            axes.annotate("chance", (1, chance), (2, 3), textcoords="offset points", fontsize=9, color="grey")
+    axes.set_xscale("log", base=2)
+    longest = max(run["curve"]["length"][-1] for run in runs)
+    axes.set_xticks([longest / 4**i for i in range(10) if longest / 4**i >= 1])
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_ylim(0, 1.06)
+
+
+def accuracy_by_model(
+    runs: Sequence[dict[str, Any]], path: Path, *, title: str, papers: Mapping[tuple[str, str], float]
+) -> None:
+    """Scaled accuracy of each model, a column for each task: the best seed large, the others small, the papers' figure
+    as a ring. papers: (label, task) → what the papers report."""
+    plt = pyplot()
+    labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
+    with plt.rc_context(RC):
+        size = (2.2 + 3.6 * len(tasks), 1.2 + 0.3 * len(labels))
+        figure, grid = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+        for axes, task in zip(grid[0], tasks, strict=True):
+            for place, label in enumerate(labels):
+                values = [r["scaled_accuracy"] for r in runs if r["label"] == label and r["task"] == task]
+                if values:
+                    named = {} if place else {"label": "each seed"}
+                    axes.plot(values, [place] * len(values), "o", color=COLOURS[0], markersize=3.5, alpha=0.5, **named)
+                    named = {} if place else {"label": "the best"}
+                    axes.plot(max(values), place, "o", color=COLOURS[0], markersize=8, **named)
+                if (label, task) in papers:
+                    axes.plot(papers[label, task], place, "o", color=COLOURS[1], markersize=11, fillstyle="none")
+            axes.set_title(task, loc="left", fontsize=10.5)
+            axes.set_xlabel("scaled accuracy")
+            axes.set_xlim(-0.05, 1.05)
+            axes.set_yticks(range(len(labels)), [_subscript(label) for label in labels])
+        grid[0][0].invert_yaxis()
+        grid[0][-1].plot([], [], "o", color=COLOURS[1], markersize=11, fillstyle="none", label="papers")
+        _legend(grid)
+        figure.suptitle(title, x=0.07, ha="left")
+        save(figure, path)
+        plt.close(figure)
+
+
+def accuracy_by_state_size(runs: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Accuracy at the longest length against the floats of state per sequence, a column for each task."""
+    plt = pyplot()
+    labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
+    with plt.rc_context(RC):
+        size = (PANEL[0] * len(tasks), PANEL[1])
+        figure, grid = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+        for axes, task in zip(grid[0], tasks, strict=True):
+            for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
+                mine = [run for run in runs if run["label"] == label and run["task"] == task]
+                sizes = sorted({run["state_size"] for run in mine})
+                at = [[at_longest(run) for run in mine if run["state_size"] == size] for size in sizes]
+                axes.plot(sizes, list(map(np.median, at)), marker + "-", color=colour, label=_subscript(label))
+                for size, values in zip(sizes, at, strict=True):
+                    axes.plot([size] * len(values), values, marker, color=colour, markersize=3, alpha=0.5)
+            axes.set_title(task, loc="left", fontsize=10.5)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            axes.set_xlabel("state (floats per sequence)")
+            axes.set_ylim(0, 1.06)
+        grid[0][0].set_ylabel("accuracy")
+        _legend(grid)
+        figure.suptitle(title, x=0.07, ha="left", y=1.02)
+        save(figure, path)
+        plt.close(figure)
+
+
+def _legend(grid: Any, **options: Any) -> None:
+    """One legend for all panels, beside the first row."""
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    grid[0][-1].legend(handles.values(), handles.keys(), **beside, **options)
+
+
+def at_longest(run: Mapping[str, Any]) -> float:
+    """The run's accuracy at the longest of its lengths."""
+    return float(run["accuracy"][max(run["accuracy"], key=int)])
+
+
+def _in_order(runs: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """The different values of a field, in the order of their first runs."""
+    return list(dict.fromkeys(run[key] for run in runs))
 
 
 def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
@@ -55,4 +162,4 @@ def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
 
 def _subscript(label: str) -> str:
     """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
-    return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-", "−")
+    return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-1", "−1")

@@ -17,7 +17,8 @@ class TrainConfig:
 
     The curriculum's stage i trains at lengths[i] with batches of batch_sizes[i] sequences. It ends when the running
     mean of the loss falls below `stage_loss`, or after `stage_steps[i]` steps, whichever is set and comes first. The
-    learning rate's schedule runs over all steps and takes no notice of stages.
+    learning rate's schedule runs over all steps and takes no notice of stages. With `min_length`, all sequences of a
+    batch have one length, drawn anew for each batch.
 
     Raises:
         UsageError: a value is impossible; the message names the field.
@@ -27,6 +28,7 @@ class TrainConfig:
     steps: int = described(350, "optimiser steps in all")
     seed: int = described(0, "decides initial weights and training data")
     lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
+    min_length: int | None = described(None, "draw each batch's length from this to its stage's; None: the stage's")
     batch_sizes: tuple[int, ...] = described((256, 64), "sequences per step in each stage")
     stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
     stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
@@ -46,6 +48,9 @@ class TrainConfig:
         for name in ("steps", "grad_accumulation"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("lengths", len(self.lengths) > 0 and min(self.lengths) >= 1, "one or more lengths of at least 1")
+        shortest = min(self.lengths)
+        fits = self.min_length is None or 1 <= self.min_length <= shortest
+        self._require("min_length", fits, f"from 1 to the shortest of lengths, {shortest}")
         self._require("batch_sizes", len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1, "sizes of at least 1")
         if len(self.batch_sizes) not in (1, len(self.lengths)):
             raise UsageError(f"batch_sizes has {len(self.batch_sizes)} entries for {len(self.lengths)} lengths.")

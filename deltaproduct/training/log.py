@@ -2,25 +2,26 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from deltaproduct.files import write_text
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
 
-def last_step(path: Path) -> int:
-    """The last step that metrics.jsonl tells of; 0 if it is not there or ends within a line."""
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl; None if it is not there, or ends within a line."""
     try:
-        return int(json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["step"])
-    except (OSError, ValueError, IndexError, KeyError):
-        return 0
+        values = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 class Metrics:
@@ -75,7 +76,69 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Bar]:
     if console is None or not console.is_terminal:
         yield Bar(title, total, console, None)
         return
+    with bars(console) as bar:
+        yield Bar(title, total, console, bar)
+
+
+class Board:
+    """Progress of several runs at once: a line for each that is under way, and one for all together."""
+
+    def __init__(self, title: str, totals: Mapping[str, int], console: Console | None, bars: Progress | None):
+        """`totals`: the steps of each run, by name. A terminal gets bars; elsewhere lines are printed now and then."""
+        self._title, self._totals, self._console, self._bars = title, dict(totals), console, bars
+        self._done: dict[str, int] = {}
+        self._info: dict[str, str] = {}
+        self._over: set[str] = set()
+        self._tasks: dict[str, TaskID] = {}
+        self._all = None if bars is None else bars.add_task(title, total=sum(totals.values()), info="")
+        self._last = time.monotonic()
+
+    def update(self, name: str, done: int, info: str) -> None:
+        """Say how far a run is."""
+        self._done[name], self._info[name] = done, info
+        if self._bars is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(f"  {name}", total=self._totals[name], info="")
+            self._bars.update(self._tasks[name], completed=done, info=info)
+            self._sum_up()
+        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            for running in [n for n in self._done if n not in self._over]:
+                self._say(f"  {running}: {self._done[running]}/{self._totals[running]}  {self._info[running]}")
+
+    def end(self, name: str, line: str) -> None:
+        """Say how a run has ended."""
+        self._over.add(name)
+        self._done[name] = self._totals[name]
+        if self._bars is not None:
+            if name in self._tasks:
+                self._bars.remove_task(self._tasks.pop(name))
+            self._sum_up()
+        self._say(line)
+
+    def _sum_up(self) -> None:
+        if self._bars is not None and self._all is not None:
+            info = f"{len(self._over)} of {len(self._totals)} runs done"
+            self._bars.update(self._all, completed=sum(self._done.values()), info=info)
+
+    def _say(self, line: str) -> None:
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def board(title: str, totals: Mapping[str, int], *, show: bool = True) -> Iterator[Board]:
+    """A `Board` on standard error; with `show` false it says nothing."""
+    console = Console(stderr=True) if show else None
+    if console is None or not console.is_terminal:
+        yield Board(title, totals, console, None)
+        return
+    with bars(console) as progress:
+        yield Board(title, totals, console, progress)
+
+
+def bars(console: Console) -> Progress:
+    """Bars of steps on a terminal, gone when all is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[info]}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield Bar(title, total, console, bar)
+    return Progress(*columns, console=console, transient=True)

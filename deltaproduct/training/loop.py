@@ -143,7 +143,11 @@ def sample_batch(task: Task, settings: TrainConfig, step: int, stage: int) -> tu
         batches = settings.num_samples // size
         epoch, place = divmod(step, batches)
         number = int(torch.randperm(batches, generator=order_generator(settings.seed, epoch))[place])
-    return task.sample(size, settings.lengths[stage], generator=training_generator(settings.seed, number))
+    generator = training_generator(settings.seed, number)
+    length = settings.lengths[stage]
+    if settings.min_length is not None:
+        length = int(torch.randint(settings.min_length, length + 1, (), generator=generator))
+    return task.sample(size, length, generator=generator)
 
 
 def masked_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from deltaproduct.ops.reference import reference
 
 CPU = torch.device("cpu")
 TINY = OpShape(2, 8, 1, 4, 2)
-S3 = s3(seeds=1)[0].config
+S3 = s3("cpu", [0])[0].config
 
 
 def shown(report) -> str:

@@ -1,0 +1,45 @@
+"""Counting modulo m: Z5 and Z60 (arXiv 2411.12537, section 5.2, has Z60).
+
+Theorem 2 there: modulo m, not a power of two, needs a transition with an eigenvalue that is not real. A product of two
+reflections has one; one reflection per token needs a second layer (Theorem 6), and a diagonal transition never has.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.job import Job
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
+
+TASKS = ("Z5", "Z60")
+MODELS: dict[str, dict[str, Any]] = {
+    "": {"num_householder": 2},
+    "range": {"num_householder": 2, "allow_neg_eigval": False},
+    "one": {"num_householder": 1},
+    "layers": {"num_householder": 1, "num_hidden_layers": 2},
+    "mamba": {"mixer": "mamba", "num_householder": 1, "num_hidden_layers": 2, "use_short_conv": True},
+}
+
+
+def cyclic(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    """The runs of `deltaproduct reproduce cyclic`."""
+    longest = 32 if scale == "cpu" else 128
+    return [
+        group_job(task, scale, seed, longest=longest, prefix=f"{task}-{name}".rstrip("-"), **changes)
+        for seed in seeds
+        for task in (TASKS[:1] if scale == "cpu" else TASKS)
+        for name, changes in MODELS.items()
+    ]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_length(runs, path, title="Who counts modulo m?", metrics=BOTH)
+
+
+CYCLIC = Experiment(
+    "cyclic", "Z5 and Z60: complex eigenvalues or a second layer (arXiv 2411.12537, 5.2)", cyclic, accuracy_table, draw,
+    scales=("cpu", "cpu-long", "paper"),
+)  # fmt: skip

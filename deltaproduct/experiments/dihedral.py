@@ -1,0 +1,40 @@
+"""Symmetries of a regular polygon: two reflections per token in one layer, or one in two layers (arXiv 2502.10297,
+Theorem 7). On a laptop D5, and D12 at the longer scale."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.job import Job
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
+
+MODELS: tuple[dict[str, Any], ...] = (
+    {"num_householder": 2},
+    {"num_householder": 2, "allow_neg_eigval": False},
+    {"num_householder": 1},
+    {"num_householder": 1, "num_hidden_layers": 2},
+)
+
+
+def dihedral(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    """The runs of `deltaproduct reproduce dihedral`."""
+    longest = 32 if scale == "cpu" else 128
+    return [
+        group_job(task, scale, seed, longest=longest, **changes)
+        for seed in seeds
+        for task in (("D5",) if scale == "cpu" else ("D5", "D12"))
+        for changes in MODELS
+    ]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_length(runs, path, title="Who follows a polygon's symmetries?", metrics=BOTH)
+
+
+DIHEDRAL = Experiment(
+    "dihedral", "D5 and D12: one layer of two reflections, or two of one (arXiv 2502.10297, Theorem 7)", dihedral,
+    accuracy_table, draw, scales=("cpu", "cpu-long", "paper"),
+)  # fmt: skip

@@ -1,0 +1,33 @@
+"""Which permutation groups one layer learns: S5 with n_h = 1 … 4 (arXiv 2502.10297, Fig. 1, left).
+
+On a laptop the training length is 32, and 128 at the longer scale, with one curriculum for all four.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.job import Job
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
+
+
+def fig1(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    """The runs of `deltaproduct reproduce fig1`."""
+    longest = 32 if scale == "cpu" else 128
+    return [
+        group_job("S5", scale, seed, longest=longest, num_householder=num_householder)
+        for seed in seeds
+        for num_householder in (1, 2, 3, 4)
+    ]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_length(runs, path, title="Who tracks S5? One layer", metrics=BOTH)
+
+
+FIG1 = Experiment(
+    "fig1", "S5 in one layer with n_h 1 to 4 (arXiv 2502.10297, Fig. 1)", fig1, accuracy_table, draw,
+    scales=("cpu", "cpu-long", "paper"),
+)  # fmt: skip

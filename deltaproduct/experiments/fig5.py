@@ -1,0 +1,67 @@
+"""Who tracks S3, S4, A5 and S5 past the training length: n_h 1 … 4 in one layer, 1 … 10 layers with n_h = 1, and the
+range [0,1] (arXiv 2502.10297, Fig. 5 and 12).
+
+In under half an hour on two cores: S3 and S4, one layer, n_h 1 and 2, both ranges, trained at 128.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.recipes import label, state_tracking_model
+from deltaproduct.experiments.s3 import CONFIGURATIONS
+from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.plots.figures import accuracy_by_length
+from deltaproduct.tasks import get_task
+from deltaproduct.training import RunConfig, TrainConfig
+
+GROUPS = ("S3", "S4", "A5", "S5")
+HOUSEHOLDERS = (1, 2, 3, 4)
+LAYERS = (2, 3, 4, 6, 8, 10)  # with n_h = 1, besides one layer
+
+
+def fig5(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    """The runs of `deltaproduct reproduce fig5`, those of one seed together."""
+    jobs = []
+    for seed in seeds:
+        if scale == "cpu":
+            jobs += [small(group, seed, n, neg) for group in ("S3", "S4") for n, neg in CONFIGURATIONS]
+            continue
+        for group in GROUPS:
+            for neg in (True, False):
+                for n in HOUSEHOLDERS:
+                    jobs.append(group_job(group, scale, seed, num_householder=n, allow_neg_eigval=neg))
+            for layers in LAYERS if scale == "cpu-long" else range(2, 11):
+                jobs.append(group_job(group, scale, seed, num_householder=1, num_hidden_layers=layers))
+    return jobs
+
+
+def small(group: str, seed: int, num_householder: int, allow_neg_eigval: bool) -> Job:
+    """A run of minutes: the schedule with which hidden 64 learns S3 and S4, with its stages' steps fixed, so that those
+    who do not learn have the same."""
+    task = get_task(group)
+    model = state_tracking_model(task, num_householder=num_householder, allow_neg_eigval=allow_neg_eigval)
+    training = TrainConfig(
+        task=group,
+        steps=700,
+        seed=seed,
+        lengths=(4, 8, 16, 128),
+        batch_sizes=(256, 256, 128, 64),
+        stage_steps=(100, 100, 100),
+        stage_loss=None,
+    )
+    job = group_job(group, "cpu", seed, num_householder=num_householder, allow_neg_eigval=allow_neg_eigval)
+    return replace(job, label=label(model), config=RunConfig(training, model), asked=Asked((128, 512), sequences=256))
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_length(runs, path, title="Who tracks state beyond the training length?", metrics=BOTH)
+
+
+FIG5 = Experiment(
+    "fig5", "S3, S4, A5, S5: n_h 1 to 4, 1 to 10 layers, both ranges (arXiv 2502.10297, Fig. 5)", fig5, accuracy_table,
+    draw, scales=("cpu", "cpu-long", "paper"),
+)  # fmt: skip

@@ -1,0 +1,19 @@
+"""The experiments by name. A new one takes its own file and one line here."""
+
+from deltaproduct.errors import UsageError
+from deltaproduct.experiments.cyclic import CYCLIC
+from deltaproduct.experiments.dihedral import DIHEDRAL
+from deltaproduct.experiments.experiment import Experiment
+from deltaproduct.experiments.fig1 import FIG1
+from deltaproduct.experiments.fig5 import FIG5
+from deltaproduct.experiments.s3 import S3
+from deltaproduct.experiments.swaps import SWAPS
+
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (S3, FIG1, FIG5, CYCLIC, DIHEDRAL, SWAPS)}
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name; `UsageError` if there is none."""
+    if name not in EXPERIMENTS:
+        raise UsageError(f"There is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
+    return EXPERIMENTS[name]
