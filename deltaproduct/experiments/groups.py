@@ -25,7 +25,7 @@ def group_job(
     """A run on task `name`; `changes` are fields of `ModelConfig`.
 
     Args:
-        longest: length that is trained at, and tested up to four times of.
+        longest: length that is trained at, and tested up to sixteen times of.
         prefix: of the run's name, before its layers, n_h, range and seed.
 
     Several layers have MLPs between them, as in the papers; one layer has none on a laptop (`recipes.STATE_TRACKING`).
@@ -38,7 +38,7 @@ def group_job(
         blocks = {"intermediate_size": None if layers > 1 else 0}
         model = state_tracking_model(task, **{**LARGER_GROUPS, **blocks, **changes})
         training = curriculum(task, seed, longest=longest)
-        asked = Asked((longest, 2 * longest, 4 * longest), sequences=256)
+        asked = Asked(tuple(longest << i for i in range(5)), sequences=256)
     parts = [
         prefix or name,
         f"l{model.num_hidden_layers}" if model.num_hidden_layers > 1 else "",
