@@ -6,10 +6,13 @@ from deltaproduct.experiments.dihedral import DIHEDRAL
 from deltaproduct.experiments.experiment import Experiment
 from deltaproduct.experiments.fig1 import FIG1
 from deltaproduct.experiments.fig5 import FIG5
+from deltaproduct.experiments.parity import PARITY
 from deltaproduct.experiments.s3 import S3
 from deltaproduct.experiments.swaps import SWAPS
+from deltaproduct.experiments.table_chomsky import TABLE_CHOMSKY
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (S3, FIG1, FIG5, CYCLIC, DIHEDRAL, SWAPS)}
+_ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS)
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 
 
 def get_experiment(name: str) -> Experiment:

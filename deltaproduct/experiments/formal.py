@@ -1,0 +1,114 @@
+"""One run on a formal language, at any scale: what `parity` and `table-chomsky` have in common.
+
+Trained at lengths from 3 to 40, the symbol "=" included, and asked at lengths from 40 to 256, as in the papers.
+"""
+
+from typing import Any
+
+from deltaproduct.errors import UsageError
+from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.recipes import label, sized
+from deltaproduct.tasks import Task, get_task
+from deltaproduct.training import RunConfig, TrainConfig
+
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer": {"mixer": "attention"},
+    "gla": {"mixer": "gla"},
+    "mlstm": {"mixer": "mlstm"},
+    "slstm": {"mixer": "slstm"},
+    "mamba-pos": {"mixer": "mamba", "allow_neg_eigval": False},
+    "mamba-neg": {"mixer": "mamba"},
+    "deltanet-pos": {"mixer": "deltanet", "allow_neg_eigval": False},
+    "deltanet-neg": {"mixer": "deltanet"},
+    **{f"n{n}-pos": {"num_householder": n, "allow_neg_eigval": False} for n in (2, 3, 4)},
+    **{f"n{n}-neg": {"num_householder": n} for n in (2, 3, 4)},
+}
+
+# Scaled accuracy, best of three seeds: arXiv 2502.10297, Table 2, and arXiv 2411.12537, Table 3, where DeltaNet is in
+# both: the better of the two.
+_TASKS = ("parity", "mod_arithmetic", "mod_arithmetic_brackets")
+_REPORTED = {
+    "Transformer": (0.022, 0.031, 0.067),
+    "mLSTM": (0.087, 0.040, 0.114),
+    "sLSTM": (1.0, 0.787, 0.178),
+    "Mamba[0,1]": (0.0, 0.095, 0.123),
+    "Mamba[-1,1]": (1.0, 0.241, 0.116),
+    "DeltaNet[0,1]": (0.233, 0.314, 0.253),
+    "DeltaNet[-1,1]": (1.0, 0.971, 0.281),
+    "DeltaProduct_2[0,1]": (0.264, 0.402, 0.249),
+    "DeltaProduct_3[0,1]": (0.285, 0.402, 0.288),
+    "DeltaProduct_4[0,1]": (0.295, 0.369, 0.288),
+    "DeltaProduct_2[-1,1]": (0.896, 0.887, 0.329),
+    "DeltaProduct_3[-1,1]": (0.932, 0.736, 0.330),
+    "DeltaProduct_4[-1,1]": (0.982, 0.893, 0.342),
+}
+PAPERS = {(name, task): x for name, row in _REPORTED.items() for task, x in zip(_TASKS, row, strict=True)}
+
+# Half the papers' width. Everything else is theirs: convolution, SiLU, MLP.
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "head_dim": 16, "initializer_range": None}
+LONGEST = 40
+SHORTEST = 3
+STAGES = {4: 200, 6: 200, 8: 200, 12: 200, 16: 200, 24: 200, LONGEST: 300}  # longest length → most steps
+
+
+def formal_job(task_name: str, model_name: str, scale: str, seed: int) -> Job:
+    """A run of one of `MODELS` on a task that has one answer; `UsageError` where the task has no lengths of its own."""
+    task, changes = get_task(task_name), MODELS[model_name]
+    if task.train_lengths is None or task.test_lengths is None:
+        raise UsageError(f"Task {task_name} has no lengths to train and to test at.")
+    if scale == "paper":
+        model, training, sequences = sized(task, paper_model(task_name, changes)), paper_training(task, seed), 8192
+    else:
+        layers = 2 if task_name == "parity" else 3
+        model, sequences = sized(task, {**SMALL, "num_hidden_layers": layers, **changes}), 2048
+        training = small_training(task, seed, times=1 if scale == "cpu" else 10)
+    asked = Asked(length_range=task.test_lengths, sequences=sequences)
+    return Job(f"{task_name}-{model_name}-seed{seed}", label(model), RunConfig(training, model), asked)
+
+
+def small_training(task: Task, seed: int, *, times: int = 1) -> TrainConfig:
+    """Lengths that grow when what is there has been learnt, at the latest after `times` as many steps as `STAGES` says:
+    with one answer a sequence, long ones teach nothing to a model that does not follow short ones yet."""
+    steps = [times * steps for steps in STAGES.values()]
+    return TrainConfig(
+        task=task.name,
+        steps=sum(steps),
+        seed=seed,
+        lengths=tuple(STAGES),
+        min_length=SHORTEST,
+        batch_sizes=(128,),
+        stage_steps=tuple(steps[:-1]),
+        stage_loss=0.05,
+        lr=3e-3,
+    )
+
+
+def paper_model(task_name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """arXiv 2502.10297: 3 layers, one head of 128, with brackets 12 of 32; for the peers arXiv 2411.12537: 4 heads, 2
+    layers, 3 for arithmetic."""
+    if changes.get("mixer", "deltaproduct") in ("deltaproduct", "deltanet"):
+        heads = {"num_heads": 12, "head_dim": 32} if "brackets" in task_name else {"num_heads": 1, "head_dim": 128}
+        return {"hidden_size": 128, "num_hidden_layers": 3, **heads, **changes}
+    layers = 2 if task_name == "parity" else 3
+    return {"hidden_size": 128, "num_hidden_layers": layers, "num_heads": 4, "head_dim": 32, **changes}
+
+
+def paper_training(task: Task, seed: int) -> TrainConfig:
+    """arXiv 2502.10297: AdamW, batch 1,024, 10% warm-up and cosine to 1e-6, 100,000 steps, 20,000 for parity."""
+    steps = 20_000 if task.name == "parity" else 100_000
+    lr = 5e-4
+    return TrainConfig(
+        task=task.name,
+        steps=steps,
+        seed=seed,
+        lengths=(LONGEST,),
+        min_length=SHORTEST,
+        batch_sizes=(1024,),
+        stage_loss=None,
+        lr=lr,
+        min_lr_ratio=1e-6 / lr,
+        warmup_steps=steps // 10,
+        beta2=0.999,
+        weight_decay=0.1,
+        clip=0.0 if task.name == "parity" else 1.0,
+    )
