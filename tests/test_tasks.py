@@ -477,7 +477,7 @@ def test_list_tasks_examples_work(tmp_path, monkeypatch):
     (tmp_path / "machine.json").write_text(json.dumps(automaton))
     monkeypatch.chdir(tmp_path)
     rows = list_tasks()
-    assert len({pattern for pattern, _, _ in rows}) == len(rows) == 33
+    assert len({pattern for pattern, _, _ in rows}) == len(rows) == 39
     for pattern, description, example in rows:
         assert pattern and description and "\n" not in description
         task = get_task(example)

@@ -7,7 +7,17 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks import automaton_task, context_free, context_sensitive, groups, recall, regular
+from deltaproduct.tasks import (
+    automaton_task,
+    chess_moves,
+    code_swaps,
+    context_free,
+    context_sensitive,
+    entities,
+    groups,
+    recall,
+    regular,
+)
 from deltaproduct.tasks.task import Task
 
 
@@ -59,6 +69,18 @@ FAMILIES = (
            r"automaton(_accept)?:(.+)", automaton_task.file_task, kept=False),
     Family("mqar_D_V", "mqar_8_64", "recall of D values by their keys, V tokens; mqar_D_V_random: no plain fillers",
            rf"mqar_({_INT})_({_INT})(_random)?", recall.recall_task),
+    Family("code_swaps_N", "code_swaps_5", "N variables, lines a, b = b, a; code_swaps_N_text: as plain text",
+           rf"code_(swaps)_({_INT})(_text)?", code_swaps.code_task),
+    Family("code_temp_N", "code_temp_5", "the same by way of a temporary; code_temp_N_text",
+           rf"code_(temp)_({_INT})(_text)?", code_swaps.code_task),
+    Family("code_if_N", "code_if_5", "the same under an if; code_if_N_text",
+           rf"code_(if)_({_INT})(_text)?", code_swaps.code_task),
+    Family("entities_N", "entities_5", "N people who trade coins; entities_N_text: in plain English",
+           rf"entities_({_INT})(_text)?", entities.entities_task),
+    Family("chess_N", "chess_5", "N chess pieces that change places, a token a swap; chess_N_text: as plain text",
+           rf"chess_({_INT})()(_text)?", chess_moves.chess_task),
+    Family("chess_N_PARTS", "chess_5_st", "move by move: PARTS of piece, source, target; chess_N_PARTS_text",
+           rf"chess_({_INT})_(p|p?s?t|p?s)(_text)?", chess_moves.chess_task),
     *(Family(name, name, task.summary, name, _FORMAL.__getitem__) for name, task in _FORMAL.items()),
 )  # fmt: skip
 
