@@ -31,8 +31,10 @@ OPTIONS = [
     {"time_step_rank": 2, "conv_size": 1},
     {"use_short_conv": False},
     {"num_kv_heads": 1, "rope_theta": None},
+    {"ttt_chunk_size": 3, "use_output_gate": True},
+    {"ttt_chunk_size": 1, "ttt_base_lr": 0.5},
 ]
-PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba")
+PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
 CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name, mixer in MIXERS.items()

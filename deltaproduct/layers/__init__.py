@@ -13,6 +13,8 @@ from deltaproduct.layers.registry import MIXERS, get_mixer
 from deltaproduct.layers.rnn import GRU, LSTM, RNNState
 from deltaproduct.layers.rwkv7 import RWKV7, RWKV7State
 from deltaproduct.layers.slstm import SLSTM, SLSTMState
+from deltaproduct.layers.titans import Titans, TitansState
+from deltaproduct.layers.ttt import TTTLinear, TTTLinearState
 
 __all__ = [
     "GRU",
@@ -37,5 +39,9 @@ __all__ = [
     "RNNState",
     "RWKV7State",
     "SLSTMState",
+    "TTTLinear",
+    "TTTLinearState",
+    "Titans",
+    "TitansState",
     "get_mixer",
 ]

@@ -13,6 +13,8 @@ from deltaproduct.layers.mlstm import MLSTM
 from deltaproduct.layers.rnn import GRU, LSTM
 from deltaproduct.layers.rwkv7 import RWKV7
 from deltaproduct.layers.slstm import SLSTM
+from deltaproduct.layers.titans import Titans
+from deltaproduct.layers.ttt import TTTLinear
 
 MIXERS: dict[str, type[Mixer]] = {
     "deltaproduct": DeltaProduct,
@@ -24,6 +26,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "mamba": Mamba,
     "rwkv7": RWKV7,
+    "titans": Titans,
+    "ttt_linear": TTTLinear,
     "dense_linear_rnn": DenseLinearRNN,
     "lstm": LSTM,
     "gru": GRU,

@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaproduct.layers.dense_rnn import matrix_scan
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.ops.generalised_delta import generalised_delta_rule
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 
 SLOWEST = math.exp(-0.5)  # −log of the strongest decay, exp(−e^(−½)) = 0.545
@@ -48,7 +48,7 @@ class RWKV7(Mixer):
     w_t = exp(−e^(−½) σ(d_t)), κ̂_t = k_t ⊙ ξ of norm 1, k̃_t = k_t ⊙ (1 + (a_t − 1) ⊙ α) and a_t in [0,1]. Every input
     is x_t mixed with x_{t−1}; d, a and the gate g are low-rank. With p_t = norm(H_tᵀ r_t) + (r_t · (ρ ⊙ k̃_t)) v_t per
     head, y_t = o_proj(g_t ⊙ p_t). The value residual from the first layer is left out: a mixer sees no other layer.
-    `matrix_scan` runs it, which makes no use of the transition's structure.
+    `generalised_delta_rule` runs it, in chunks.
 
     Args:
         hidden_size: D.
@@ -109,16 +109,13 @@ class RWKV7(Mixer):
         with torch.autocast(x.device.type, enabled=False):  # states are float32 at least
             dtype = compute_dtype(x)
             r, d, k, v, a, g = (rearrange(p.to(dtype), "b t (h k) -> b t h k", h=self.num_heads) for p in projected)
-            w, a = torch.exp(-SLOWEST * torch.sigmoid(d)), torch.sigmoid(a)
+            log_w, a = -SLOWEST * torch.sigmoid(d), torch.sigmoid(a)
             removal = l2_normalise(k * self.removal)
             k = k * (1 + (a - 1) * self.replacement)
-            transition = torch.diag_embed(w) - (a * removal)[..., :, None] * removal[..., None, :]
-            write = k[..., :, None] * v[..., None, :]
+            u, write = -a * removal, k
             if real is not None:  # what stands behind the shorter sequences leaves their states alone
-                at = real[:, :, None, None, None]
-                transition = torch.where(at, transition, torch.eye(self.head_dim, dtype=dtype, device=x.device))
-                write = torch.where(at, write, 0)
-            o, recurrent = matrix_scan(transition, write, r, state.recurrent.to(dtype))
+                log_w, u, write = (torch.where(real[:, :, None, None], x, 0) for x in (log_w, u, k))
+            o, recurrent = generalised_delta_rule(r, write, v, log_w, u, removal, state.recurrent.to(dtype))
             o = F.layer_norm(o, (self.head_dim,), eps=HEAD_EPS) * self.norm_weight + self.norm_bias
             p = (o + (r * self.bonus * k).sum(-1, keepdim=True) * v) * g
         p = p if real is None else pack(p, real)

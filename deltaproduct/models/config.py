@@ -52,6 +52,8 @@ class ModelConfig:
     expand: int = described(2, "of mamba and mamba2: inner size over D")
     ssm_state_size: int = described(16, "of mamba and mamba2: N, states per channel")
     time_step_rank: int | None = described(None, "of mamba: rank of the step sizes' projection; None: D/16, rounded up")
+    ttt_chunk_size: int = described(16, "of ttt_linear: tokens in an inner mini-batch")
+    ttt_base_lr: float = described(1.0, "of ttt_linear: largest inner step size, times K")
     initializer_range: float | None = described(0.02, "std of linear weights; None: PyTorch's own initialisation")
     embedding_init_std: float | None = described(None, "std of the embedding; None: initializer_range, else 1")
     tie_word_embeddings: bool = described(False, "share the embedding with the head")
@@ -62,7 +64,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size"):
+        for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size", "ttt_chunk_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1")
         self._require("feature_map", self.feature_map in FEATURE_MAPS, f"one of {', '.join(FEATURE_MAPS)}")
@@ -72,6 +74,7 @@ class ModelConfig:
         self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive")
         self._require("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 0, "0 or more")
         self._require("norm_eps", self.norm_eps > 0, "positive")
+        self._require("ttt_base_lr", self.ttt_base_lr > 0, "positive")
         self._require("expand_v", self.expand_v > 0, "positive")
         for name in ("initializer_range", "embedding_init_std"):
             value = getattr(self, name)
