@@ -7,11 +7,13 @@ from deltaproduct.experiments.experiment import Experiment
 from deltaproduct.experiments.fig1 import FIG1
 from deltaproduct.experiments.fig5 import FIG5
 from deltaproduct.experiments.parity import PARITY
+from deltaproduct.experiments.recall_vs_tracking import RECALL_VS_TRACKING
 from deltaproduct.experiments.s3 import S3
 from deltaproduct.experiments.swaps import SWAPS
 from deltaproduct.experiments.table_chomsky import TABLE_CHOMSKY
+from deltaproduct.experiments.text import TEXT
 
-_ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS)
+_ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS, TEXT, RECALL_VS_TRACKING)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 
 

@@ -1,0 +1,69 @@
+"""What a state is good for: recall of pairs and tracking of a group, each against the size of the state.
+
+Attention's cache grows and recalls anything, but tracks little; a state of constant size tracks as far as its
+transitions reach, and recalls as much as it can hold. Every model is trained on both tasks at several sizes of its
+heads.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.recipes import STATE_TRACKING, label, sized
+from deltaproduct.experiments.tables import state_size_table
+from deltaproduct.plots.figures import accuracy_by_state_size
+from deltaproduct.tasks import get_task
+from deltaproduct.training import RunConfig, TrainConfig
+
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer": {"mixer": "attention"},
+    "gla": {"mixer": "gla"},
+    "deltanet": {"mixer": "deltanet"},
+    "n2": {"num_householder": 2},
+}
+HEAD_DIMS = (4, 8, 16, 32)
+TASKS = {"mqar_16_64": (64, 128), "S3": (8, 64)}  # curriculum of lengths of each
+
+
+def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    """The runs of `deltaproduct reproduce recall-vs-tracking`: on a laptop one seed at three sizes."""
+    quick = scale == "cpu"
+    jobs = []
+    for seed in seeds[:1] if quick else seeds:
+        for name, lengths in TASKS.items():
+            task = get_task(name)
+            training = TrainConfig(
+                task=name,
+                steps=600 if quick else 3000,
+                seed=seed,
+                lengths=lengths,
+                batch_sizes=(128, 64),
+                stage_steps=(200 if quick else 1000,),
+                stage_loss=None,
+                lr=5e-3,
+            )
+            for head_dim in HEAD_DIMS[:3] if quick else HEAD_DIMS:
+                for model_name, changes in MODELS.items():
+                    fields = {**STATE_TRACKING, "num_hidden_layers": 2, "use_short_conv": True, "head_dim": head_dim}
+                    model = sized(task, fields | changes)
+                    jobs.append(
+                        Job(
+                            f"{name}-{model_name}-k{head_dim}-seed{seed}",
+                            label(model),
+                            RunConfig(training, model),
+                            Asked((lengths[-1],), sequences=256),
+                        )
+                    )
+    return jobs
+
+
+def draw(runs: Runs, path: Path) -> None:
+    accuracy_by_state_size(runs, path, title="Recall and tracking against the state's size")
+
+
+RECALL_VS_TRACKING = Experiment(
+    "recall-vs-tracking", "accuracy on recall and on tracking against the state's size", recall_vs_tracking,
+    state_size_table, draw, scales=("cpu", "cpu-long"),
+)  # fmt: skip
