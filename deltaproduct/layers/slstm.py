@@ -68,8 +68,10 @@ class SLSTM(Mixer):
         self.if_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.recurrent = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim))  # R, transposed; z, o, i, f
         nn.init.uniform_(self.recurrent, -(head_dim**-0.5), head_dim**-0.5)
-        # Forget gates start between σ(3) and σ(6): a head's cells remember for some twenty to four hundred tokens.
-        forget = torch.linspace(3, 6, head_dim)
+        # A head's forget gates start between σ(5) and σ(−7), as in the authors' code, where the spacing also depends on
+        # the block: some cells remember for a hundred tokens, some forget at once. Without the latter a cell can count,
+        # but parity, which overwrites at every token, is not learnt within thousands of steps (docs/LOG.md).
+        forget = torch.linspace(5, -7, head_dim)
         self.bias = nn.Parameter(torch.cat((torch.zeros(3 * head_dim), forget)).repeat(num_heads, 1))
         if use_short_conv:
             self.conv1d = ShortConvolution(hidden_size, conv_size)
