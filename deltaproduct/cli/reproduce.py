@@ -13,6 +13,7 @@ from deltaproduct.cli.flags import IntList, check_lengths
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.experiment import Scale
 from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.launchers import RAY_OPTIONS, SLURM_OPTIONS, get_launcher, parse_options
 from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
 from deltaproduct.experiments.runner import SUMMARY, run_jobs
 from deltaproduct.files import make_folder
@@ -46,10 +47,21 @@ class Reproduce:
     sequences: Annotated[
         int | None, tyro.conf.arg(help="evaluation sequences, per length or in all, in place of the experiment's own")
     ] = None
-    jobs: Annotated[int | None, tyro.conf.arg(help="runs at once; None: one per GPU, or one per core")] = None
+    jobs: Annotated[
+        int | None, tyro.conf.arg(help="runs at once; None: one per GPU, or one per core; on a cluster all")
+    ] = None
     launcher: Annotated[
-        Literal["local", "slurm", "ray"], tyro.conf.arg(help="where the runs are carried out")
+        Literal["local", "slurm", "ray"],
+        tyro.conf.arg(help="where the runs are carried out; a cluster needs --out on a disk that it shares"),
     ] = "local"
+    launcher_options: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME=VALUE,…",
+            help="what to ask of a cluster, such as partition=gpu,timeout_min=600,gpus_per_node=1 of slurm or "
+            f"address=auto,gpu=0.5 of ray. slurm: {', '.join(SLURM_OPTIONS)}; ray: {', '.join(RAY_OPTIONS)}",
+        ),
+    ] = None
 
     def run(self) -> None:
         for flag in ("seeds", "sequences", "jobs", "steps"):
@@ -61,11 +73,20 @@ class Reproduce:
         if self.list:
             print("\n".join(job.name for job in jobs))
             return
+        options = parse_options(self.launcher_options)
+        get_launcher(self.launcher, workers=1, folder=self.out, options=options)  # refused before a folder is made
         make_folder(self.out)
         console = Console(stderr=True, soft_wrap=True)
         steps = sum(job.config.training.steps for job in jobs)
         console.print(f"{len(jobs)} runs, {steps:,} steps in all, into {self.out}", highlight=False)
-        summary = run_jobs(jobs, self.out, experiment=self.name, workers=self.jobs, launcher=self.launcher)
+        summary = run_jobs(
+            jobs,
+            self.out,
+            experiment=self.name,
+            workers=self.jobs,
+            launcher=self.launcher,
+            launcher_options=options,
+        )
         experiment.draw(summary["runs"], self.out / FIGURE)
         Console().print(experiment.table(summary["runs"]))
         print(f"{self.out / SUMMARY}, {self.out / FIGURE}")

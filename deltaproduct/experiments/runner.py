@@ -5,7 +5,7 @@ A job that is done is not run again, one that was cut off continues, one that fa
 
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,16 @@ def run_jobs(
     experiment: str,
     workers: int | None = None,
     launcher: str = "local",
+    launcher_options: Mapping[str, Any] | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Run all jobs and write out/summary.json.
 
     Args:
-        workers: jobs at once; None means one per GPU, or one per core. Each has its share of the cores as threads.
-        launcher: local, slurm or ray.
+        workers: jobs at once; None means one per GPU, or one per core, and on a cluster all. Each has its share of this
+            machine's cores as threads, and on a cluster what `launcher_options` ask for.
+        launcher: local, slurm or ray; a cluster has to see `out`.
+        launcher_options: what to ask of a cluster, by the names in launchers/options.py.
         show: show progress on standard error: a line for every job that runs, and one whenever a job ends.
 
     Returns:
@@ -44,14 +47,16 @@ def run_jobs(
         folder).
 
     Raises:
-        UsageError: the folder cannot be written or holds other runs of these names, or every job failed.
+        UsageError: the launcher cannot serve here, the folder cannot be written or holds other runs of these names, or
+            every job failed.
     """
+    workers = max(1, min(workers, len(jobs))) if workers else default_workers(len(jobs), launcher, launcher_options)
+    place = get_launcher(launcher, workers=workers, folder=out, options=launcher_options)
     make_folder(out)
     for job in jobs:  # before anything is computed
         if (out / RUNS / job.name).exists():
             open_run(job.config, out / RUNS / job.name, resume=True)
     cores = os.cpu_count() or 1
-    workers = max(1, min(workers, len(jobs))) if workers else default_workers(len(jobs))
     threads = max(1, cores // workers) if launcher == "local" else None
     by_name = {job.name: job for job in jobs}
     done: dict[str, dict[str, Any]] = {}
@@ -80,9 +85,9 @@ def run_jobs(
             if (result := finished_result(job, out)) is not None:
                 settle(job.name, partial(dict, result))
             else:
-                calls[job.name] = partial(run_job, job, out, threads=threads)
+                calls[job.name] = partial(run_job, job, out.absolute(), threads=threads)
         if calls:
-            get_launcher(launcher, workers=workers, folder=out).run(calls, settle, tick)
+            place.run(calls, settle, tick)
     if not done:
         raise UsageError(f"Every job failed; the first because: {next(iter(failed.values()))}")
     summary = {
