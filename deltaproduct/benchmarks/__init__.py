@@ -1,8 +1,16 @@
 """What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
 
+from deltaproduct.benchmarks.mixers import bench_mixers
 from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, QUICK_SHAPES, bench_ops, row_names
 from deltaproduct.benchmarks.peers import PEERS, textbook_loop
-from deltaproduct.benchmarks.report import OpsBenchmark, OpShape, ScalingBenchmark, StepBenchmark, TrainBenchmark
+from deltaproduct.benchmarks.report import (
+    MixersBenchmark,
+    OpsBenchmark,
+    OpShape,
+    ScalingBenchmark,
+    StepBenchmark,
+    TrainBenchmark,
+)
 from deltaproduct.benchmarks.scaling import SCALING_LENGTHS, bench_scaling
 from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_step
 from deltaproduct.benchmarks.train import bench_train
@@ -14,11 +22,13 @@ __all__ = [
     "QUICK_STEP_MODEL",
     "SCALING_LENGTHS",
     "STEP_MODEL",
+    "MixersBenchmark",
     "OpShape",
     "OpsBenchmark",
     "ScalingBenchmark",
     "StepBenchmark",
     "TrainBenchmark",
+    "bench_mixers",
     "bench_ops",
     "bench_scaling",
     "bench_step",

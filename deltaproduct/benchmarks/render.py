@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltaproduct.benchmarks.report import (
+    MixerRow,
+    MixersBenchmark,
     OpsBenchmark,
     Report,
     Row,
@@ -37,6 +39,8 @@ def render(report: Report, console: Console) -> None:
             _step(report, page)
         case TrainBenchmark():
             _train(report, page)
+        case MixersBenchmark():
+            _mixers(report, page)
     m = report.machine
     where = m["cpu"] if report.device == "cpu" else ", ".join(m["gpus"])
     page.note(f"{where}, cores: {m['cores']}, threads: {m['threads']}, torch {m['torch']}, {report.dtype}.")
@@ -63,12 +67,16 @@ class _Page:
     def findings(self, rows: Sequence[Row | TrainRow]) -> None:
         """What kept a row from being timed, and how our own backends compare with all others."""
         for row in rows:
-            if row.status != "timed":
-                self.note(f"{row.backend} is {row.status} and was not timed: {row.reason}.")
+            self.untimed(row.backend, row)
         for row in rows:
             if row.speedup and row.backend in BACKENDS and row.backend != "reference":
                 ratios = ", ".join(f"{other} {_number(ratio)}" for other, ratio in row.speedup.items())
                 self.note(f"{row.backend}, speed-up over: {ratios}.")
+
+    def untimed(self, name: str, row: Row | TrainRow | MixerRow) -> None:
+        """What kept the row from being timed, if anything did."""
+        if row.status != "timed":
+            self.note(f"{name} is {row.status} and was not timed: {row.reason}.")
 
 
 def _ops(report: OpsBenchmark, page: _Page) -> None:
@@ -192,6 +200,38 @@ def _train(report: TrainBenchmark, page: _Page) -> None:
     page.note("error: max|x − x64| / max|x64| over the loss and all gradients.")
 
 
+def _mixers(report: MixersBenchmark, page: _Page) -> None:
+    m = report.config["model"]
+    sizes = f"D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+    title = f"A training step of {report.config['training']['task']}, B{report.batch_size} T{report.tokens} {sizes}"
+    rows = [
+        (
+            row.mixer,
+            "–" if row.error is None else f"{row.error:.0e}",
+            _ms(row.step) if row.status == "timed" else row.status.upper(),
+            _number(row.ratio),
+            _count(row.num_parameters),
+            _count(row.state_size),
+            _mib(row.peak_extra_bytes),
+        )
+        for row in report.rows
+    ]
+    page.table(title, ("mixer", "error", "step ms", f"× {report.yardstick}", "parameters", "state", "MiB"), rows)
+    for row in report.rows:
+        page.untimed(row.mixer, row)
+    for row in report.rows:
+        if row.why_slow:
+            page.note(f"{row.mixer} takes {_number(row.ratio)} × {report.yardstick}'s time: {row.why_slow}.")
+    for row in report.rows:
+        if row.step and row.step.runs < report.repeats:
+            page.note(f"{row.mixer} is slow and had {row.step.runs} runs.")
+    page.note(f"step: the training loop's own, whole; median of {report.repeats}, and below it the range.")
+    page.note(f"× {report.yardstick}: ratio of medians. N: of deltaproduct alone. state: floats a sequence carries.")
+    page.note("MiB: most memory in tensors beyond the weights, in a first step; native code's own scratch is not seen.")
+    page.note("error: max|x − x64| / max|x64| over the loss and all gradients, x64 the same model's in float64;")
+    page.note(f"sequences checked: {report.checked_batch}.")
+
+
 def _ms(t: Timing | None) -> str:
     return "–" if t is None else f"{_number(t.median_ms)}\n{_number(t.min_ms)}–{_number(t.max_ms)}"
 
@@ -210,6 +250,10 @@ def _percent(share: float | None) -> str:
 def _rate(size: int, t: Timing) -> str:
     """GB/s."""
     return _number(size / t.median_ms / 1e6)
+
+
+def _count(n: int | None) -> str:
+    return "–" if n is None else f"{n:,}"
 
 
 def _mib(n: int | None) -> str:

@@ -233,5 +233,36 @@ class TrainBenchmark(Report):
     benchmark: str = field(default="train", init=False)
 
 
+@dataclass
+class MixerRow:
+    """Training with one mixer; `status`, `reason` and `worst` as in `TrainRow`. What was not measured is None."""
+
+    mixer: str
+    status: str = "timed"
+    reason: str | None = None
+    error: float | None = None  # largest of the loss's and gradients' max|x − x64| / max|x64|, x64 its own in float64
+    worst: str | None = None
+    num_parameters: int | None = None  # of the whole model
+    state_size: int | None = None  # floats that a sequence carries after all its tokens
+    step: Timing | None = None  # the training loop's own, whole
+    ratio: float | None = None  # its median over the yardstick's
+    why_slow: str | None = None  # where that is above `MixersBenchmark.slow`
+    peak_extra_bytes: int | None = None  # of a first step, beyond the weights: gradients and AdamW's moments included
+
+
+@dataclass
+class MixersBenchmark(Report):
+    """What `bench_mixers` found."""
+
+    config: dict[str, Any]  # the RunConfig, from which a row differs in its mixer alone
+    batch_size: int
+    tokens: int  # T of a sequence, BOS included
+    checked_batch: int  # sequences on which correctness was checked
+    yardstick: str  # the mixer whose time is 1
+    slow: float  # times as long as the yardstick: rows above say why
+    rows: list[MixerRow]
+    benchmark: str = field(default="mixers", init=False)
+
+
 def main_timing(row: Row) -> Timing | None:
     return row.forward_backward or row.forward

@@ -63,11 +63,11 @@ def bench_train(
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     before: dict[tuple[str, str], Callable[[], object]] = {}
     say("gradients of the float64 reference")
-    wanted = _Training(config, "reference", settings.device, torch.float64).loss_and_gradients()
+    wanted = Training(config, "reference", settings.device, torch.float64).loss_and_gradients()
     for name in names:
         say(f"checking {name}")
         try:
-            trained = _Training(config, name, settings.device)
+            trained = Training(config, name, settings.device)
             row = TrainRow(name, **judge(trained.loss_and_gradients(), wanted, error_limit(settings.dtype)))
             parts: dict[str, Callable[[], object]] = {
                 "step": trained.step,
@@ -137,7 +137,7 @@ def _sampler(config: RunConfig) -> Callable[[], object]:
     return lambda: sample_batch(task, training, next(numbers), stage)
 
 
-class _Training:
+class Training:
     """What the training loop holds while it runs, at the first step of the run's last stage."""
 
     def __init__(

@@ -13,6 +13,7 @@ from deltaproduct.benchmarks import (
     QUICK_STEP_MODEL,
     STEP_MODEL,
     OpShape,
+    bench_mixers,
     bench_ops,
     bench_scaling,
     bench_step,
@@ -21,11 +22,14 @@ from deltaproduct.benchmarks import (
 from deltaproduct.benchmarks.render import render
 from deltaproduct.benchmarks.report import Report
 from deltaproduct.cli.flags import IntList
-from deltaproduct.experiments.recipes import state_tracking_model
+from deltaproduct.errors import UsageError
+from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
 from deltaproduct.experiments.s3 import s3
 from deltaproduct.files import make_folder, write_json
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig
+
+ALL_LENGTH, ALL_BATCH = 256, 64  # of `bench train --all`
 
 
 @dataclass(kw_only=True)
@@ -108,17 +112,28 @@ class BenchStep(_Bench):
 
 @dataclass(kw_only=True)
 class BenchTrain(_Bench):
-    """A whole training step of `deltaproduct reproduce s3`, with each backend, and its parts.
+    """A whole training step of `deltaproduct reproduce s3`, with each backend, and its parts; or with each mixer.
 
     `reproduce` gives each of its processes a share of the cores: OMP_NUM_THREADS=1 measures the step as it runs there.
     """
 
+    all: Annotated[
+        bool, tyro.conf.arg(help="in place of backends, every mixer, at hidden 128, 8 heads × 16 and length 256")
+    ] = False
     task: Annotated[str, tyro.conf.arg(help="the same run on another task, such as S5")] = "S3"
-    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token")] = 2
+    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token, of mixer deltaproduct")] = 2
     backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run; none: all that can serve")] = ()
 
     def run(self) -> None:
+        if self.all and self.backends:
+            raise UsageError("--all compares mixers, each with the operator's fastest backend; leave out --backends.")
         task = get_task(self.task)
         training = dataclasses.replace(s3("cpu", [0])[0].config.training, task=task.name)
-        model = state_tracking_model(task, num_householder=self.num_householder, allow_neg_eigval=True)
-        self._show(bench_train(RunConfig(training, model), backends=self.backends or None, **self._options()))
+        changes = {"num_householder": self.num_householder, "allow_neg_eigval": True}
+        if self.all:
+            training = dataclasses.replace(training, lengths=(ALL_LENGTH,), batch_sizes=(ALL_BATCH,), stage_steps=())
+            model = state_tracking_model(task, **LARGER_GROUPS, **changes)
+            self._show(bench_mixers(RunConfig(training, model), **self._options()))
+        else:
+            model = state_tracking_model(task, **changes)
+            self._show(bench_train(RunConfig(training, model), backends=self.backends or None, **self._options()))

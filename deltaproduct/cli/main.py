@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageError as e:
         _fail(str(e))
     except KeyboardInterrupt:
-        print("deltaproduct: interrupted; what was saved is whole, and --resume continues a run.", file=sys.stderr)
+        print("deltaproduct: interrupted; what was saved is whole: train --resume, or the same reproduce, goes on.",
+              file=sys.stderr)  # fmt: skip
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader, such as `head`, has gone. Python would complain once more on closing standard output.

@@ -49,7 +49,7 @@ def test_the_whole_step_is_the_loops_own(monkeypatch):
 
 
 def test_every_backward_is_of_a_fresh_loss():
-    trained = train._Training(S3, "chunkwise", CPU)
+    trained = train.Training(S3, "chunkwise", CPU)
     want = {name: g.clone() for name, g in trained.loss_and_gradients().items() if name != "loss"}
     for _ in range(2):
         trained.prepare_backward()
