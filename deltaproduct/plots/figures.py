@@ -10,6 +10,7 @@ import numpy as np
 from deltaproduct.plots.style import COLOURS, MARKERS, RC, pyplot, save
 
 PANEL = (4.6, 3.2)  # inches, of one of several
+PANELS: dict[str, Any] = {"squeeze": False, "sharey": True, "layout": "constrained"}
 AXES = {"accuracy": "token accuracy", "sequence_accuracy": "sequences right so far"}
 
 
@@ -26,19 +27,19 @@ def accuracy_by_length(
     with plt.rc_context(RC):
         several = len(tasks) * len(metrics) > 1
         size = (PANEL[0] * len(tasks), PANEL[1] * len(metrics)) if several else RC["figure.figsize"]
-        figure, grid = plt.subplots(len(metrics), len(tasks), figsize=size, squeeze=False, sharey=True)
+        figure, grid = plt.subplots(len(metrics), len(tasks), figsize=size, **PANELS)
         for column, task in enumerate(tasks):
             for row, metric in enumerate(metrics):
                 axes = grid[row][column]
                 _curves(axes, [run for run in runs if run["task"] == task], labels, metric, named=not column)
-                if several and not row:
-                    axes.annotate(task, (0.5, 1), (0, 14), "axes fraction", "offset points", ha="center")
+                if len(tasks) > 1 and not row:
+                    axes.set_title(task, pad=16, fontsize=10.5)
                 if not column:
                     axes.set_ylabel(AXES[metric])
                 if row == len(metrics) - 1:
                     axes.set_xlabel("sequence length (tokens)")
         if several:
-            figure.suptitle(title, x=0.07, ha="left")
+            figure.suptitle(title, x=0.01, ha="left")
         else:
             grid[0][0].set_title(title, loc="left", pad=14)
         seeds = len({run["seed"] for run in runs})
@@ -87,7 +88,7 @@ def accuracy_by_model(
     labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
     with plt.rc_context(RC):
         size = (2.2 + 3.6 * len(tasks), 1.2 + 0.3 * len(labels))
-        figure, grid = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+        figure, grid = plt.subplots(1, len(tasks), figsize=size, **PANELS)
         for axes, task in zip(grid[0], tasks, strict=True):
             for place, label in enumerate(labels):
                 values = [r["scaled_accuracy"] for r in runs if r["label"] == label and r["task"] == task]
@@ -98,14 +99,15 @@ def accuracy_by_model(
                     axes.plot(max(values), place, "o", color=COLOURS[0], markersize=8, **named)
                 if (label, task) in papers:
                     axes.plot(papers[label, task], place, "o", color=COLOURS[1], markersize=11, fillstyle="none")
-            axes.set_title(task, loc="left", fontsize=10.5)
+            if len(tasks) > 1:
+                axes.set_title(task, loc="left", fontsize=10.5)
             axes.set_xlabel("scaled accuracy")
             axes.set_xlim(-0.05, 1.05)
             axes.set_yticks(range(len(labels)), [_subscript(label) for label in labels])
-        grid[0][0].invert_yaxis()
+        grid[0][0].set_ylim(len(labels) - 0.5, -0.5)
         grid[0][-1].plot([], [], "o", color=COLOURS[1], markersize=11, fillstyle="none", label="papers")
         _legend(grid)
-        figure.suptitle(title, x=0.07, ha="left")
+        figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
 
@@ -116,7 +118,7 @@ def accuracy_by_state_size(runs: Sequence[dict[str, Any]], path: Path, *, title:
     labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
     with plt.rc_context(RC):
         size = (PANEL[0] * len(tasks), PANEL[1])
-        figure, grid = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+        figure, grid = plt.subplots(1, len(tasks), figsize=size, **PANELS)
         for axes, task in zip(grid[0], tasks, strict=True):
             for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
                 mine = [run for run in runs if run["label"] == label and run["task"] == task]
@@ -132,7 +134,7 @@ def accuracy_by_state_size(runs: Sequence[dict[str, Any]], path: Path, *, title:
             axes.set_ylim(0, 1.06)
         grid[0][0].set_ylabel("accuracy")
         _legend(grid)
-        figure.suptitle(title, x=0.07, ha="left", y=1.02)
+        figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
 
