@@ -56,6 +56,10 @@ def test_resume_takes_the_runs_own_settings(capsys, tmp_path):
     assert status == 2 and "lr" in err
 
 
+TINY_PARITY = ["train", "--task", "parity", "--hidden-size", "8", "--num-heads", "1", "--head-dim", "8", "--steps", "2"]
+TINY_PARITY += ["--lengths", "6", "--batch-sizes", "4", "--min-length", "3"]
+
+
 def test_tasks_and_doctor(capsys):
     status, out, _ = run(capsys, "tasks", "list")
     assert status == 0 and "S5_only_swaps" in out
@@ -63,6 +67,19 @@ def test_tasks_and_doctor(capsys):
     assert status == 0 and "[BOS]" in out and "vocabulary 7" in out
     status, out, _ = run(capsys, "doctor")
     assert status == 0 and torch.__version__ in out and "chunkwise" in out and "triton  no" in out
+
+
+def test_evaluate_over_a_range_of_lengths(capsys, tmp_path):
+    run(capsys, *TINY_PARITY, "--out", tmp_path / "p")
+    arguments = ["evaluate", tmp_path / "p", "--length-range", "5,9", "--sequences", "40"]
+    status, out, _ = run(capsys, *arguments, "--json")
+    figures = json.loads(out)
+    assert status == 0 and figures["scaled_accuracy"] == pytest.approx(2 * figures["accuracy"] - 1)
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0 and f"{figures['scaled_accuracy']:.4f}" in out and "lengths 5 to 9" in out
+    for wrong, word in (("9,5", "9 to 5"), ("5", "length_range"), ("1,9", "begins at 2")):
+        status, _, err = run(capsys, "evaluate", tmp_path / "p", "--length-range", wrong)
+        assert status == 2 and word in err
 
 
 def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp_path):

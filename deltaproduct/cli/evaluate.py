@@ -11,7 +11,7 @@ from rich.table import Table
 
 from deltaproduct.cli.flags import IntList, check_lengths
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation import evaluate_lengths, scores
+from deltaproduct.evaluation import RangeResult, evaluate_lengths, evaluate_range, scores
 from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
@@ -25,7 +25,12 @@ class Evaluate:
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a run's folder, or a checkpoint's")]
     lengths: Annotated[IntList, tyro.conf.arg(help="sequence lengths, BOS not counted")] = (128, 512, 2048, 8192)
-    sequences: Annotated[int, tyro.conf.arg(help="sequences per length")] = 64
+    length_range: Annotated[
+        IntList | None, tyro.conf.arg(help="lengths drawn from one number to another in place of those, such as 40,256")
+    ] = None
+    sequences: Annotated[
+        int | None, tyro.conf.arg(help="sequences per length, or in all over a range; None: 64, or 8192")
+    ] = None
     seed: Annotated[int, tyro.conf.arg(help="of the evaluation data")] = 0
     task: Annotated[str | None, tyro.conf.arg(help="for a checkpoint that does not say what it was trained on")] = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
@@ -34,6 +39,8 @@ class Evaluate:
 
     def run(self) -> None:
         lengths = check_lengths(self.lengths)
+        if self.length_range is not None and len(self.length_range) != 2:
+            raise UsageError("length_range must be the shortest and the longest length, such as 40,256.")
         if not self.source.exists():
             raise UsageError(f"{self.source} does not exist.")
         inner = self.source / CHECKPOINT
@@ -44,14 +51,35 @@ class Evaluate:
         name = self.task or (trained.training.task if trained else None)
         if name is None:
             raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
-        results = evaluate_lengths(model, get_task(name), lengths, sequences=self.sequences, seed=self.seed)
+        task = get_task(name)
+        if self.length_range is not None:
+            lo, hi = self.length_range
+            sequences = 8192 if self.sequences is None else self.sequences
+            self._show_range(evaluate_range(model, task, (lo, hi), sequences=sequences, seed=self.seed), name)
+            return
+        sequences = 64 if self.sequences is None else self.sequences
+        results = evaluate_lengths(model, task, lengths, sequences=sequences, seed=self.seed)
         if self.json:
             print(json.dumps(scores(results)))
             return
-        print(f"{folder} on {name}, {self.sequences} sequences per length")
+        print(f"{folder} on {name}, {sequences} sequences per length")
         table = Table()
         for column in ("length", "token accuracy", "sequence accuracy"):
             table.add_column(column, justify="right")
         for length, result in results.items():
             table.add_row(f"{length:,}", f"{result.accuracy:.4f}", f"{result.sequence_accuracy:.4f}")
         Console().print(table)
+
+    def _show_range(self, result: RangeResult, task: str) -> None:
+        figures = {
+            "accuracy": result.accuracy,
+            "scaled_accuracy": result.scaled_accuracy,
+            "sequence_accuracy": result.sequence_accuracy,
+        }
+        if self.json:
+            print(json.dumps(figures))
+            return
+        lo, hi = result.lengths
+        print(f"{self.source} on {task}, {result.sequences} sequences of lengths {lo} to {hi}")
+        for figure, value in figures.items():
+            print(f"  {figure.replace('_', ' ')}: {value:.4f}")
