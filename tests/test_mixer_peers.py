@@ -23,7 +23,7 @@ def build(name: str, **settings):
     mixer = get_mixer(name).from_config(SimpleNamespace(**(defaults | settings)))
     with torch.no_grad():  # biases and norms that start at 0 or 1 would hide where they are applied
         for parameter_name, p in mixer.named_parameters():
-            if parameter_name.endswith(("bias", "norm.weight", "D")):
+            if parameter_name.endswith(("bias", "norm.weight", "norm_weight", "D")):
                 p += 0.3 * torch.randn_like(p)
     return mixer
 
@@ -39,6 +39,15 @@ def copy_weights(peer: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 def some_input(dtype=torch.float32) -> Tensor:
     return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def in_pieces(mixer, x: Tensor):
+    """(y, state) of x [B,T,D] in three pieces with the carried state, the last of them one token."""
+    outputs, state = [], None
+    for piece in x.split((41, T - 42, 1), 1):
+        y, state = mixer(piece, state)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
 
 
 # Other people's code
@@ -89,7 +98,8 @@ def test_mamba2_is_that_of_transformers(sizes):
 
 def test_mlstm_is_that_of_transformers():
     pytest.importorskip("transformers")
-    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
+    # Beside an xlstm package without its kernels, transformers' module cannot be imported.
+    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm", exc_type=ImportError)
     if not hasattr(modeling, "xLSTMLayer"):
         pytest.skip("with the xlstm package installed, transformers has no layer of its own")
     mixer = build("mlstm", head_dim=16)
@@ -113,6 +123,160 @@ def test_mlstm_is_that_of_transformers():
         copy_weights(peer, weights)
         x = some_input()
         assert close(mixer(x)[0], peer(x)[0], PEER)
+
+
+def qwen3_next_weights(mixer) -> dict[str, Tensor]:
+    """Fused key head by key head: its q and k, the v and output gates of its value heads; and their β and decays."""
+
+    def fused(*weights: Tensor) -> Tensor:
+        return torch.cat([w.view(mixer.num_heads, -1, D) for w in weights], 1).flatten(0, 1)
+
+    q, k, v = mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight
+    beta, decay = mixer.b_proj.weight, torch.zeros(mixer.num_v_heads, D)
+    no_decay = {"A_log": torch.full((mixer.num_v_heads,), -torch.inf), "dt_bias": torch.zeros(mixer.num_v_heads)}
+    if mixer.use_forget_gate:
+        decay, no_decay = mixer.a_proj.weight, {"A_log": mixer.A_log, "dt_bias": mixer.dt_bias}
+    filters = torch.ones(len(q) + len(k) + len(v), 1, 1)  # theirs always convolves; of width 1 and weight 1 it does not
+    if mixer.use_short_conv:
+        filters = torch.cat([conv.weight for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d)])
+    return no_decay | {
+        "in_proj_qkvz.weight": fused(q, k, v, mixer.g_proj.weight),
+        "in_proj_ba.weight": fused(beta, decay),
+        "conv1d.weight": filters,
+        "norm.weight": mixer.o_norm.weight,
+        "out_proj.weight": mixer.o_proj.weight,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gated_deltanet", {}),
+        ("gated_deltanet", {"num_v_heads": 4, "expand_v": 2.0, "conv_size": 3}),
+        ("gated_deltanet", {"num_v_heads": 6, "use_short_conv": False}),
+        ("deltanet", {"num_v_heads": 4, "use_output_gate": True}),  # theirs has no layer without an output gate
+    ],
+    ids=str,
+)
+def test_gated_deltanet_is_that_of_transformers(name, settings):
+    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    mixer = build(name, **settings)
+    with torch.no_grad():  # queries and keys so short that the eps of their norm shows
+        mixer.q_proj.weight *= 0.1
+        mixer.k_proj.weight *= 0.1
+    config = modeling.Qwen3NextConfig(
+        hidden_size=D, linear_num_key_heads=2, linear_num_value_heads=mixer.num_v_heads, linear_key_head_dim=8,
+        linear_value_head_dim=mixer.head_v_dim, rms_norm_eps=1e-5, num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_conv_kernel_dim=settings.get("conv_size", 4) if mixer.use_short_conv else 1,
+    )  # fmt: skip
+    peer = modeling.Qwen3NextGatedDeltaNet(config, 0).eval()
+    copy_weights(peer, qwen3_next_weights(mixer))
+    x, weights = some_input().requires_grad_(), torch.linspace(-1, 1, B * T * D).view(B, T, D)
+    got, want = mixer(x)[0], peer(x)
+    assert close(got, want, PEER)
+    assert close(*(torch.autograd.grad(y, x, weights)[0] for y in (got, want)), PEER)
+    with torch.no_grad():
+        assert close(in_pieces(mixer, x)[0], want, PEER)
+
+
+def ifzo(ours: Tensor, dim: int) -> Tensor:
+    """The gates z, o, i, f along `dim` in the order of the xlstm package."""
+    return torch.cat((ours.narrow(dim, 2, 2), ours.narrow(dim, 0, 2)), dim)
+
+
+def slstm_cell_weights(mixer) -> dict[str, Tensor]:
+    recurrent = mixer.recurrent.detach().unflatten(2, (4, -1))  # [H,K,4,K]
+    bias = mixer.bias.detach().unflatten(1, (4, -1))  # [H,4,K]
+    return {
+        "_recurrent_kernel_": ifzo(recurrent, 2).flatten(2).mT,
+        "_bias_": ifzo(bias, 1).transpose(0, 1).flatten(),
+    }
+
+
+def same_slstm_state(got, want: Tensor) -> bool:
+    """want [4,B,H·K] of the package: h, c, n, m."""
+    ours = (got.hidden, got.cell, got.normaliser, got.stabiliser)
+    return all(close(u.flatten(1), w, PEER) for u, w in zip(ours, want, strict=True))
+
+
+@pytest.mark.parametrize("use_short_conv", [False, True])
+def test_slstm_is_that_of_its_authors(use_short_conv):
+    package = pytest.importorskip("xlstm.blocks.slstm.layer")
+    mixer = build("slstm", head_dim=D // 2, use_short_conv=use_short_conv)
+    peer = package.sLSTMLayer(
+        package.sLSTMLayerConfig(
+            embedding_dim=D, num_heads=2, conv1d_kernel_size=4 if use_short_conv else 0, backend="vanilla"
+        )
+    ).eval()
+    with torch.no_grad():
+        blocks = []
+        for proj in (mixer.zo_proj, mixer.if_proj):
+            weight = proj.weight.view(2, 2, D // 2, 2, D // 2)  # gate, head, cell; head and channel of x
+            weight *= torch.eye(2)[:, None, :, None]  # theirs shows a head its own channels of x alone
+            blocks.append(weight.sum(3))
+        (z, o), (i, f) = blocks
+        weights = {f"slstm_cell.{name}": p for name, p in slstm_cell_weights(mixer).items()}
+        # Their layer hands the cell the output of `fgate` as its input gate and that of `igate` as its forget gate.
+        weights |= {"zgate.weight": z, "ogate.weight": o, "fgate.weight": i, "igate.weight": f}
+        weights["group_norm.weight"] = mixer.norm_weight.flatten() - 1  # theirs is added to 1
+        if use_short_conv:
+            weights |= {"conv1d.conv.weight": mixer.conv1d.weight, "conv1d.conv.bias": torch.zeros(D)}  # ours has none
+        copy_weights(peer, weights)
+        x = some_input()
+        want, end = peer(x, return_last_state=True)
+        want = mixer.o_proj(want)  # theirs leaves this to the block
+        for got, state in (mixer(x), in_pieces(mixer, x)):
+            assert close(got, want, PEER) and same_slstm_state(state, end["slstm_state"])
+            assert not use_short_conv or torch.equal(state.history, end["conv_state"])
+
+
+@pytest.mark.parametrize("input_gate", [-100.0, 0.0, 100.0])
+def test_slstm_cell_is_that_of_its_authors(input_gate):
+    """Heads that see all of x and are fewer than its channels, which their layer lacks; gates beyond float32's exp."""
+    package = pytest.importorskip("xlstm.blocks.slstm.cell")
+    mixer, x = build("slstm", use_short_conv=False), some_input()
+    peer = package.sLSTMCell(package.sLSTMCellConfig(hidden_size=16, num_heads=2, backend="vanilla")).eval()
+    with torch.no_grad():
+        mixer.if_proj.weight *= 5
+        mixer.bias[:, 16:24] += input_gate
+        copy_weights(peer, slstm_cell_weights(mixer))
+        (z, o), (i, f) = (proj(x).chunk(2, -1) for proj in (mixer.zo_proj, mixer.if_proj))
+        h, end = peer(torch.cat((i, f, z, o), -1))  # [B,H,T,K]
+        h = h - h.mean(-1, keepdim=True)
+        h = rms(h, mixer.norm_weight[:, None])
+        y, state = mixer(x)
+        assert close(y, mixer.o_proj(h.transpose(1, 2).flatten(2)), PEER) and same_slstm_state(state, end)
+
+
+def test_mlstm_cell_is_that_of_its_authors():
+    """Whole with the quadratic form, and with the carried state token by token."""
+    package = pytest.importorskip("xlstm.blocks.mlstm.cell")
+    mixer, x = build("mlstm", head_dim=D // 2), some_input()
+    peer = package.mLSTMCell(package.mLSTMCellConfig(context_length=T, embedding_dim=D, num_heads=2)).eval()
+    projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    with torch.no_grad():
+        mixer.v_proj.weight *= 0.03  # outputs so small that the norm's eps shows by what they were divided
+        weights = {"outnorm.weight": mixer.o_norm.weight.repeat(2) - 1}  # theirs is added to 1
+        for name, gate in (("igate", mixer.i_proj), ("fgate", mixer.f_proj)):
+            theirs = torch.randn(2, 3 * D) / 5
+            gate.weight.copy_(theirs @ torch.cat([p.weight for p in projections]))  # theirs sees x as q, k and v
+            weights |= {f"{name}.weight": theirs, f"{name}.bias": gate.bias}
+        copy_weights(peer, weights)
+        qkv = [p(x) for p in projections]
+        gate = mixer.g_proj(x).sigmoid()  # not in their cell
+
+        want = mixer.o_proj(peer(*qkv) * gate)
+        outputs, end = [], None
+        for t in range(T):
+            h, end = peer.step(*(u[:, t : t + 1].clone() for u in qkv), end)
+            outputs.append(h)
+        assert close(mixer.o_proj(torch.cat(outputs, 1) * gate), want, PEER)
+        c, n, m = end
+        for got, state in (mixer(x), in_pieces(mixer, x)):
+            assert close(got, want, PEER)
+            assert close(state.recurrent, c, PEER)
+            assert close(state.normalizer, n[..., 0], PEER) and close(state.stabilizer, m[..., 0, 0], PEER)
 
 
 # The papers' equations, a token at a time
