@@ -5,10 +5,10 @@ reflections has one; one reflection per token needs a second layer (Theorem 6), 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.groups import BOTH, group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
@@ -35,11 +35,11 @@ def cyclic(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who counts modulo m?", metrics=BOTH)
-
-
 CYCLIC = Experiment(
-    "cyclic", "Z5 and Z60: complex eigenvalues or a second layer (arXiv 2411.12537, 5.2)", cyclic, accuracy_table, draw,
+    name="cyclic",
+    summary="Z5 and Z60: complex eigenvalues or a second layer (arXiv 2411.12537, 5.2)",
+    jobs=cyclic,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who counts modulo m?", metrics=BOTH),
     scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+)

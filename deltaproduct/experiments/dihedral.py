@@ -2,10 +2,10 @@
 Theorem 7). On a laptop D5, and D12 at the longer scale."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.groups import BOTH, group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
@@ -30,11 +30,11 @@ def dihedral(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who follows a polygon's symmetries?", metrics=BOTH)
-
-
 DIHEDRAL = Experiment(
-    "dihedral", "D5 and D12: one layer of two reflections, or two of one (arXiv 2502.10297, Theorem 7)", dihedral,
-    accuracy_table, draw, scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+    name="dihedral",
+    summary="D5 and D12: one layer of two reflections, or two of one (arXiv 2502.10297, Theorem 7)",
+    jobs=dihedral,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who follows a polygon's symmetries?", metrics=BOTH),
+    scales=("cpu", "cpu-long", "paper"),
+)

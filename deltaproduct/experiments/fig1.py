@@ -4,9 +4,9 @@ On a laptop the training length is 32, and 128 at the longer scale, with one cur
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.groups import BOTH, group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
@@ -23,11 +23,11 @@ def fig1(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who tracks S5? One layer", metrics=BOTH)
-
-
 FIG1 = Experiment(
-    "fig1", "S5 in one layer with n_h 1 to 4 (arXiv 2502.10297, Fig. 1)", fig1, accuracy_table, draw,
+    name="fig1",
+    summary="S5 in one layer with n_h 1 to 4 (arXiv 2502.10297, Fig. 1)",
+    jobs=fig1,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who tracks S5? One layer", metrics=BOTH),
     scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+)

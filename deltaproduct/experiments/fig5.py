@@ -6,9 +6,9 @@ In under half an hour on two cores: S3 and S4, one layer, n_h 1 and 2, both rang
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.groups import BOTH, group_job
 from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import label, state_tracking_model
@@ -57,11 +57,11 @@ def small(group: str, seed: int, num_householder: int, allow_neg_eigval: bool) -
     return replace(job, label=label(model), config=RunConfig(training, model), asked=Asked((128, 512), sequences=256))
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who tracks state beyond the training length?", metrics=BOTH)
-
-
 FIG5 = Experiment(
-    "fig5", "S3, S4, A5, S5: n_h 1 to 4, 1 to 10 layers, both ranges (arXiv 2502.10297, Fig. 5)", fig5, accuracy_table,
-    draw, scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+    name="fig5",
+    summary="S3, S4, A5, S5: n_h 1 to 4, 1 to 10 layers, both ranges (arXiv 2502.10297, Fig. 5)",
+    jobs=fig5,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who tracks state beyond the training length?", metrics=BOTH),
+    scales=("cpu", "cpu-long", "paper"),
+)

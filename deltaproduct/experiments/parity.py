@@ -5,9 +5,8 @@ Transformers, gates and eigenvalues in [0,1] do not get past the lengths that th
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.formal import PAPERS, formal_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import scaled_table
@@ -21,11 +20,10 @@ def parity(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     return [formal_job("parity", name, scale, seed) for seed in seeds for name in NAMES]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_model(runs, path, title="Parity, trained up to length 40, asked at 40 to 256", papers=PAPERS)
-
-
 PARITY = Experiment(
-    "parity", "parity at lengths 40 to 256, nine models (arXiv 2411.12537, Table 3)", parity,
-    partial(scaled_table, papers=PAPERS), draw,
-)  # fmt: skip
+    name="parity",
+    summary="parity at lengths 40 to 256, nine models (arXiv 2411.12537, Table 3)",
+    jobs=parity,
+    table=partial(scaled_table, papers=PAPERS),
+    draw=partial(accuracy_by_model, title="Parity, trained up to length 40, asked at 40 to 256", papers=PAPERS),
+)

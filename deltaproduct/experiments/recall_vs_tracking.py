@@ -6,10 +6,10 @@ heads.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import STATE_TRACKING, label, sized
 from deltaproduct.experiments.tables import state_size_table
@@ -59,11 +59,11 @@ def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     return jobs
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_state_size(runs, path, title="Recall and tracking against the state's size")
-
-
 RECALL_VS_TRACKING = Experiment(
-    "recall-vs-tracking", "accuracy on recall and on tracking against the state's size", recall_vs_tracking,
-    state_size_table, draw, scales=("cpu", "cpu-long"),
-)  # fmt: skip
+    name="recall-vs-tracking",
+    summary="accuracy on recall and on tracking against the state's size",
+    jobs=recall_vs_tracking,
+    table=state_size_table,
+    draw=partial(accuracy_by_state_size, title="Recall and tracking against the state's size"),
+    scales=("cpu", "cpu-long"),
+)

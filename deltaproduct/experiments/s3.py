@@ -5,9 +5,9 @@ the same budget and the same schedule, the curriculum's first stage included: it
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import (
     PAPER_ASKED,
@@ -53,8 +53,10 @@ def s3(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     return jobs
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who tracks S3 beyond the training length? One layer")
-
-
-S3 = Experiment("s3", "S3 in one layer, n_h 1 and 2, both ranges: the claim at its smallest", s3, accuracy_table, draw)
+S3 = Experiment(
+    name="s3",
+    summary="S3 in one layer, n_h 1 and 2, both ranges: the claim at its smallest",
+    jobs=s3,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who tracks S3 beyond the training length? One layer"),
+)

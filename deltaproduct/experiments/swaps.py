@@ -6,9 +6,9 @@ token time to act (multi-token).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.groups import BOTH, group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
@@ -29,11 +29,11 @@ def swaps(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="How much may each token move?", metrics=BOTH)
-
-
 SWAPS = Experiment(
-    "swaps", "S5 by swaps alone, up to three points, several tokens a symbol (arXiv 2411.12537, 5.2)", swaps,
-    accuracy_table, draw, scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+    name="swaps",
+    summary="S5 by swaps alone, up to three points, several tokens a symbol (arXiv 2411.12537, 5.2)",
+    jobs=swaps,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="How much may each token move?", metrics=BOTH),
+    scales=("cpu", "cpu-long", "paper"),
+)

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.formal import MODELS, PAPERS, formal_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import scaled_table
@@ -22,11 +21,11 @@ def table_chomsky(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     return [formal_job(task, name, scale, seed) for seed in seeds for task in TASKS for name in names]
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_model(runs, path, title="Trained up to length 40, asked at 40 to 256", papers=PAPERS)
-
-
 TABLE_CHOMSKY = Experiment(
-    "table-chomsky", "parity and arithmetic modulo 5, all models (arXiv 2502.10297, Table 2)", table_chomsky,
-    partial(scaled_table, papers=PAPERS), draw, scales=("cpu", "cpu-long", "paper"),
-)  # fmt: skip
+    name="table-chomsky",
+    summary="parity and arithmetic modulo 5, all models (arXiv 2502.10297, Table 2)",
+    jobs=table_chomsky,
+    table=partial(scaled_table, papers=PAPERS),
+    draw=partial(accuracy_by_model, title="Trained up to length 40, asked at 40 to 256", papers=PAPERS),
+    scales=("cpu", "cpu-long", "paper"),
+)

@@ -4,10 +4,10 @@ The papers publish no training for these; the recipe is the groups' own, at leng
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from deltaproduct.experiments.experiment import Experiment, Runs, Scale
+from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import label, state_tracking_model
 from deltaproduct.experiments.tables import accuracy_table
@@ -50,11 +50,11 @@ def text(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     return jobs
 
 
-def draw(runs: Runs, path: Path) -> None:
-    accuracy_by_length(runs, path, title="Who tracks state in text?")
-
-
 TEXT = Experiment(
-    "text", "chess, code and trades in plain text (encodings of arXiv 2404.08819)", text, accuracy_table, draw,
+    name="text",
+    summary="chess, code and trades in plain text (encodings of arXiv 2404.08819)",
+    jobs=text,
+    table=accuracy_table,
+    draw=partial(accuracy_by_length, title="Who tracks state in text?"),
     scales=("cpu", "cpu-long"),
-)  # fmt: skip
+)
