@@ -9,8 +9,9 @@ import torch
 from commands import run
 
 from deltaproduct.errors import UsageError
+from deltaproduct.evaluation import LengthResult
 from deltaproduct.experiments.formal import formal_job
-from deltaproduct.experiments.job import Asked, run_job
+from deltaproduct.experiments.job import Asked, accuracy_curve, run_job
 from deltaproduct.experiments.recipes import label
 from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
 from deltaproduct.experiments.runner import run_jobs
@@ -46,6 +47,7 @@ def test_every_experiment_is_a_list_of_runs_that_could_begin(name, scale):
         assert label(job.config.model) in job.label
         shortest = training.min_length or min(training.lengths)
         assert shortest >= task.min_length and (job.asked.length_range or job.asked.lengths)
+        assert training.lengths[-1] <= min(job.asked.length_range or job.asked.lengths)
         rate = 1.0 if name in OWN_RATES else training.lr
         budgets[task.name].add(replace(training, seed=0, lr=rate))
     # All models of one task have one schedule and one number of sequences.
@@ -104,6 +106,14 @@ def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     with pytest.raises(UsageError, match="Every job failed"):
         run_jobs([bad], tmp_path, experiment="s3", workers=1, show=False)
+
+
+def test_a_curve_has_the_scored_positions_alone():
+    nan = float("nan")
+    by_position = torch.tensor([nan, 1.0, nan, nan, 0.5, nan, nan, nan, 0.0, nan])
+    prefix = torch.tensor([nan, 1.0, nan, nan, 0.4, nan, nan, nan, 0.0, nan])
+    curve = accuracy_curve(LengthResult(9, 10, 0.5, 0.0, by_position, prefix))
+    assert curve == {"length": [1, 4, 8], "accuracy": [1.0, 0.75, 0.5], "sequence_accuracy": [1.0, 0.4, 0.0]}
 
 
 def test_a_batchs_length_is_drawn_from_the_range():
