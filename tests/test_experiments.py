@@ -1,5 +1,6 @@
 """Experiments as lists of jobs, and what carries a job out."""
 
+import io
 import json
 from collections import defaultdict
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import run
+from rich.console import Console
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult
@@ -19,6 +21,8 @@ from deltaproduct.experiments.s3 import s3
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.config import check_fits
 from deltaproduct.tasks import get_task
+from deltaproduct.training import log
+from deltaproduct.training.log import board
 from deltaproduct.training.loop import sample_batch
 
 OWN_RATES = ("parity", "table-chomsky")  # experiments in which each model has the learning rate that is best for it
@@ -125,3 +129,22 @@ def test_a_batchs_length_is_drawn_from_the_range():
     once, again = sample_batch(task, settings, 7, last), sample_batch(task, settings, 7, last)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert all(sample_batch(task, settings, step, 0)[0].shape[1] - 1 <= settings.lengths[0] for step in range(50))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_run_under_way_has_a_line(monkeypatch, terminal):
+    monkeypatch.setattr(log, "PLAIN_SECONDS", 0.0)
+    written = io.StringIO()
+    monkeypatch.setattr(log, "Console", lambda stderr: Console(file=written, force_terminal=terminal, width=100))
+    with board("fig", {"one": 10, "two": 20}) as shown:
+        shown.update("one", 4, "loss 0.5")
+        shown.update("two", 7, "loss 0.7")
+        shown.end("one", "[1/2] one: done")
+        shown.update("two", 8, "loss 0.6")
+    text = written.getvalue()
+    assert "[1/2] one: done" in text and "loss 0.6" in text
+    after = text[text.index("[1/2] one: done") :]
+    if terminal:
+        assert "18/30" in after and "1 of 2 runs done" in after and "two" in after
+    else:
+        assert "  one: 4/10  loss 0.5" in text and "one: 4" not in after and "  two: 8/20  loss 0.6" in after
