@@ -19,6 +19,7 @@ from deltaproduct.experiments.runner import SUMMARY, run_jobs
 from deltaproduct.files import make_folder
 
 FIGURE = "accuracy.png"
+FILE_WIDTH = 100  # of a table that goes to a file: five lengths with their ranges
 
 
 @dataclass(kw_only=True)
@@ -88,7 +89,8 @@ class Reproduce:
             launcher_options=options,
         )
         experiment.draw(summary["runs"], self.out / FIGURE)
-        Console().print(experiment.table(summary["runs"]))
+        shown = Console()
+        shown.print(experiment.table(summary["runs"]), width=None if shown.is_terminal else FILE_WIDTH)
         print(f"{self.out / SUMMARY}, {self.out / FIGURE}")
         if summary["failed"]:
             raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed; {self.out / SUMMARY} says why.")

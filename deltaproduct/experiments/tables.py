@@ -16,27 +16,32 @@ def accuracy_table(runs: Sequence[dict[str, Any]]) -> Table:
     """Token accuracy by length: for each label, and task, the median over its runs, and the smallest and largest
     beside it."""
     kinds = list(dict.fromkeys((run["task"], run["label"]) for run in runs))
-    tasks = {task for task, _ in kinds}
+    tasks = list(dict.fromkeys(task for task, _ in kinds))
     lengths = sorted({int(length) for run in runs for length in run["accuracy"]})
-    title = "Token accuracy by length" + (": median over seeds, and the range" if len(runs) > len(kinds) else "")
+    counts = {kind: sum((run["task"], run["label"]) == kind for run in runs) for kind in kinds}
+    alike = len(set(counts.values())) == 1
+    title = "Token accuracy by length"
+    if len(runs) > len(kinds):
+        title += f": median over {f'{counts[kinds[0]]} ' if alike else ''}seeds, and the range"
     table = _table(title)
     table.add_column("model", no_wrap=True)
-    if len(tasks) > 1:
-        table.add_column("task", no_wrap=True)
     for length in lengths:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
-    table.add_column("runs", justify="right")
+    if not alike:
+        table.add_column("runs", justify="right")
     table.add_column("s", justify="right")
-    for task, label in kinds:
-        mine = [run for run in runs if run["label"] == label and run["task"] == task]
-        cells = []
-        for length in lengths:
-            values = [run["accuracy"][str(length)] for run in mine if str(length) in run["accuracy"]]
-            spread = f"\n{_short(min(values))}–{_short(max(values))}" if len(values) > 1 else ""
-            cells.append(_short(statistics.median(values)) + spread if values else "")
-        seconds = statistics.median(run["wall_seconds"] for run in mine)
-        named = [escape(label), task] if len(tasks) > 1 else [escape(label)]
-        table.add_row(*named, *cells, str(len(mine)), f"{seconds:.0f}")
+    for task in tasks:
+        if len(tasks) > 1:
+            table.add_row(f"on {task}", style="bold")
+        for label in (label for of, label in kinds if of == task):
+            mine = [run for run in runs if run["label"] == label and run["task"] == task]
+            cells = []
+            for length in lengths:
+                values = [run["accuracy"][str(length)] for run in mine if str(length) in run["accuracy"]]
+                spread = f"\n{_short(min(values))}–{_short(max(values))}" if len(values) > 1 else ""
+                cells.append(_short(statistics.median(values)) + spread if values else "")
+            count = [] if alike else [str(len(mine))]
+            table.add_row(escape(label), *cells, *count, f"{statistics.median(r['wall_seconds'] for r in mine):.0f}")
     return table
 
 
