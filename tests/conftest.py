@@ -1,6 +1,16 @@
 """What every test here needs: one thread, and no GPU where a test does not ask for one."""
 
+import pytest
 import torch
 
 # The shapes of tests are too small for a second thread to help, and test processes share the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_thread():
+    # On a shared machine torch's threads wait for each other's cores, and a run of 4 ms can take 80.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from speed import best_of
 from sympy.combinatorics import Permutation as SympyPermutation
 from sympy.combinatorics.named_groups import AlternatingGroup, CyclicGroup, DihedralGroup, SymmetricGroup
 
@@ -354,25 +355,6 @@ def test_worked_example():
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
-
-
-def best_of(runs: int, work) -> float:
-    """Seconds of this process's own work on one thread, whatever else the machine does."""
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-@pytest.fixture
-def one_thread():
-    # On a shared machine torch's threads wait for each other's cores, and a run of 4 ms can take 80.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["S5", "S5_only_swaps", "S5_hard", "S5_4_s_tokens"])

@@ -5,11 +5,11 @@ import contextlib
 import io
 import pickle
 import re
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from speed import best_of
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import state_tracking_model
@@ -412,24 +412,6 @@ def test_chance(name):
     # Chosen on one half, the guess of a place is near the best, by less than the noise of a share of 3,000: that is
     # .5/55 = .009 at one place, and less over the 6 and more places that are averaged.
     assert abs(score - task.chance) < 0.012
-
-
-def best_of(runs: int, work) -> float:
-    """Seconds of this process's own work on one thread, whatever else the machine does."""
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["chess_8", "chess_8_pst", "code_if_8", "code_temp_5", "code_swaps_5", "entities_8",

@@ -49,7 +49,7 @@ class Job:
     asked: Asked
 
 
-def run_job(job: Job, out: Path, *, threads: int | None = None, show: bool = False) -> dict[str, Any]:
+def run_job(job: Job, out: Path, *, threads: int | None = None) -> dict[str, Any]:
     """Train and measure one job in out/runs/NAME; what was already finished there is read and not computed again.
 
     Returns:
@@ -63,7 +63,7 @@ def run_job(job: Job, out: Path, *, threads: int | None = None, show: bool = Fal
         return result
     folder = out / RUNS / job.name
     if not is_finished(folder, job.config):
-        train(job.config, folder, resume=True, show=show)
+        train(job.config, folder, resume=True, show=False)
     model = SequenceModel.from_pretrained(folder / CHECKPOINT)
     result = described(job, model) | {"wall_seconds": read_json(folder / RUN)["wall_seconds"]}
     result |= measure(model, job) | {"asked": plain(job.asked)}
@@ -98,7 +98,7 @@ def described(job: Job, model: SequenceModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_householder": config.num_householder,
         "allow_neg_eigval": config.allow_neg_eigval,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters,
         "state_size": model.state_size_after(1 + longest),
         "seed": training.seed,
         "steps": training.steps,
