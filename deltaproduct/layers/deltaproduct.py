@@ -123,7 +123,7 @@ class DeltaProduct(Mixer):
         floats = self.num_v_heads * self.head_dim * self.head_v_dim
         if self.use_short_conv:
             convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            floats += sum((conv.width - 1) * conv.weight.shape[0] for conv in convs)
+            floats += sum(conv.state_size for conv in convs)
         return floats
 
     def init_state(self, batch_size: int) -> DeltaProductState:

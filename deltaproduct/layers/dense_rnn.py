@@ -114,7 +114,7 @@ class DenseLinearRNN(Mixer):
     def state_size(self) -> int:
         floats = self.num_heads * self.head_dim**2
         if self.use_short_conv:
-            floats += (self.conv1d.width - 1) * self.conv1d.weight.shape[0]
+            floats += self.conv1d.state_size
         return floats
 
     def init_state(self, batch_size: int) -> DenseLinearRNNState:

@@ -49,6 +49,11 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
+    @property
+    def state_size(self) -> int:
+        """Floats of history carried per sequence."""
+        return (self.width - 1) * self.weight.shape[0]
+
     def init_state(self, batch_size: int) -> Tensor:
         return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])
 

@@ -14,8 +14,8 @@ from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.parts import RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
-from deltaproduct.ops.generalised_delta import unit_inverse
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise, pad_time
+from deltaproduct.ops.inverse import differentiable_inverse
 
 CHUNK_TOKENS = 16
 
@@ -73,7 +73,7 @@ def memory_scan(
     lower, attend = (pairs * torch.cat((before, after), 1)[..., :c]).split(c, 1)
     seen, read = ((w[..., c:, None] * x.unsqueeze(-2)).flatten(2) for w, x in ((before, k), (after, q)))
     write = (end[:, :, :c, None] * written.unsqueeze(1)).permute(0, 1, 3, 2).flatten(1, 2)  # [n,2K,C]
-    inverse = unit_inverse(-lower)
+    inverse = differentiable_inverse(lower)
     e_state, e_v = inverse @ seen, inverse @ v  # E = e_v − e_state [M_0; S_0]
     eye = torch.eye(size, dtype=q.dtype, device=q.device)
     kept = (end[:, :, None, c:, None] * eye[:, None, :]).flatten(3).flatten(1, 2)
@@ -150,7 +150,7 @@ class Titans(Mixer):
     def state_size(self) -> int:
         floats = 2 * self.num_heads * self.head_dim**2
         if self.use_short_conv:
-            floats += (self.conv1d.width - 1) * self.conv1d.weight.shape[0]
+            floats += self.conv1d.state_size
         return floats
 
     def init_state(self, batch_size: int) -> TitansState:

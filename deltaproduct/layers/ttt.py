@@ -101,7 +101,7 @@ class TTTLinear(Mixer):
     def state_size(self) -> int:
         floats = 2 * self.num_heads * (self.head_dim + 1) * self.head_dim
         if self.use_short_conv:
-            floats += (self.conv1d.width - 1) * self.conv1d.weight.shape[0]
+            floats += self.conv1d.state_size
         return floats
 
     def init_state(self, batch_size: int) -> TTTLinearState:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaproduct.ops.chunks import Chunks, Inputs, boundaries, chunk_tokens
 from deltaproduct.ops.inputs import compute_dtype, expand_heads, pad_time
+from deltaproduct.ops.inverse import unit_lower_inverse
 from deltaproduct.ops.reference import reference_states
 
 MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
@@ -93,12 +94,6 @@ def _interactions(t: Terms) -> tuple[Tensor, Tensor]:
     return lower, attend
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """(I + L)⁻¹ [n,C,C] by forward substitution, which stays accurate where squaring overflows (ops/README.md)."""
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-
-
 def _forward(
     x: Inputs, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, c: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +111,7 @@ def _forward(
     for lo, hi in chunks.groups(x):
         t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
-        inverse = _inverse(lower)
+        inverse = unit_lower_inverse(lower)
         seen, writes = _scaled(t.k, t.per_step(t.from_start)), _scaled(t.w, t.per_step(t.to_end))
         begin = states[chunks.starts[lo] : chunks.starts[hi]].flatten(0, 1)
         error = torch.empty_like(t.v)
@@ -154,7 +149,7 @@ def _backward(
         first, last = chunks.starts[lo], chunks.starts[hi]
         t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
-        inverse = _inverse(lower)
+        inverse = unit_lower_inverse(lower)
         begin = states[first:last].flatten(0, 1)
         start_decay, end_decay = t.per_step(t.from_start), t.per_step(t.to_end)
         seen, writes, reads = _scaled(t.k, start_decay), _scaled(t.w, end_decay), _scaled(t.q, t.from_start)

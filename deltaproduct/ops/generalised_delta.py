@@ -30,9 +30,9 @@ middle has the least, exp(|g| (C/2 + 1)): 150 for RWKV-7, where the first or the
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deltaproduct.ops.inputs import pad_time
+from deltaproduct.ops.inverse import differentiable_inverse
 
 CHUNK_TOKENS = 16
 
@@ -75,7 +75,7 @@ def generalised_delta_rule(
     a, a_v = before.split(c, 2)
     z, q = (reads * middle.exp()).split(c, 1)
     u, k = (writes * (whole - middle).exp()).split(c, 1)
-    inverse = unit_inverse(a)
+    inverse = differentiable_inverse(-a)
     y_state, y_v = inverse @ z, inverse @ (a_v @ v)  # Y = y_state S₀ + y_v
     m = torch.baddbmm(torch.diag_embed(whole[:, 0].exp()), u.mT, y_state)
     n = torch.baddbmm(k.mT @ v, u.mT, y_v)
@@ -87,24 +87,3 @@ def generalised_delta_rule(
     y = torch.baddbmm(y_v, y_state, start)
     o = torch.baddbmm(q @ start, p, torch.cat((y, v), 1))
     return rearrange(o, "(n b h) c v -> b (n c) h v", b=batch, h=heads)[:, :length], s.unflatten(0, (batch, heads))
-
-
-def unit_inverse(a: Tensor) -> Tensor:
-    """(I − A)⁻¹ for strictly lower triangular A [n,C,C], by forward substitution (ops/README.md says why)."""
-    inverse: Tensor = _UnitInverse.apply(a)
-    return inverse
-
-
-class _UnitInverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        inverse = torch.linalg.solve_triangular(eye - a, eye.expand_as(a), upper=False, unitriangular=True)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # two products, where the gradient of a solve would be two more solves
-        (inverse,) = ctx.saved_tensors
-        return inverse.mT @ grad @ inverse.mT
