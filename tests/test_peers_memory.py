@@ -6,9 +6,12 @@ written twice. What every mixer owes the contract (streaming, packing, padding, 
 
 import importlib
 import math
+from functools import partial
 
+import peers
 import pytest
 import torch
+from peers import D, H, K, build, noise
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -20,31 +23,14 @@ from deltaproduct.ops import delta_product
 from deltaproduct.ops.generalised_delta import generalised_delta_rule
 from deltaproduct.ops.inputs import l2_normalise
 
-B, T, D, H, K = 2, 37, 12, 2, 4
+B, T = 2, 37
 EXACT = 1e-10  # float64 roundings, enlarged where a norm divides by almost nothing, over up to 300 tokens
 SINGLE = 1e-4  # the same of float32
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+assert_close = partial(peers.assert_close, tolerance=EXACT)
 
 
 def pick(shape, choices, seed=1):
     return torch.randint(choices, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def build(mixer, **options):
-    """With weights of size 1/√D wherever initialisation leaves constants, so that every parameter shows."""
-    torch.manual_seed(0)
-    built = mixer(D, H, K, **options).double()
-    for i, p in enumerate(built.parameters()):
-        p.data += 0.2 * noise(*p.shape, seed=100 + i)
-    return built
-
-
-def assert_close(got, want, tolerance=EXACT):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
 def correlated(tokens):
@@ -112,7 +98,7 @@ def test_ttt_linear_is_the_loop(alone, inputs):
     y, state = mixer(x)
     assert_close(y, want)
     assert_close(state.weights, weights)
-    assert_close(mixer.float()(x.float())[0].double(), want, SINGLE)
+    assert_close(mixer.float()(x.float())[0].double(), want, tolerance=SINGLE)
 
 
 def test_ttt_sequences_at_different_places_in_their_mini_batches_go_on_together():
@@ -182,7 +168,7 @@ def test_titans_is_the_loop(conv, inputs):
     y, state = mixer(x)
     assert_close(y, want)
     assert_close(state.recurrent, torch.stack((memory.mT, surprise.mT), 2))
-    assert_close(mixer.float()(x.float())[0].double(), want, SINGLE)
+    assert_close(mixer.float()(x.float())[0].double(), want, tolerance=SINGLE)
 
 
 def test_titans_without_momentum_and_forgetting_is_deltanet():
@@ -256,7 +242,7 @@ def test_generalised_delta_rule_is_the_loop(length):
     inputs = [x.requires_grad_() for x in rule_inputs(B, length, H, K, 3)]
     got, want = generalised_delta_rule(*inputs), rule_loop(*inputs)
     for a, b in zip((*got, *gradients(got, inputs)), (*want, *gradients(want, inputs)), strict=True):
-        assert_close(a, b, 1e-12)
+        assert_close(a, b, tolerance=1e-12)
 
 
 def test_generalised_delta_rule_has_the_right_gradients():
@@ -273,8 +259,8 @@ def test_generalised_delta_rule_without_decay_is_deltanet():
     )  # fmt: skip
     written = beta[..., None] * z
     o, last = generalised_delta_rule(q, written, v, torch.zeros_like(g), -written, z, state)
-    assert_close(o, want, 1e-12)
-    assert_close(last, end, 1e-12)
+    assert_close(o, want, tolerance=1e-12)
+    assert_close(last, end, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("level", ["none", "mixed", "strongest", "limit"])
@@ -305,7 +291,7 @@ def test_generalised_delta_rule_in_float32_in_the_hard_regime(level):
     names = ["o", "state", "dq", "dk", "dv", "dg", "du", "dz", "d initial state"]
     for name, got, want in zip(names, *results, strict=True):
         tolerance = 1e-5 if level != "limit" else 4e-5 if name != "dg" else 4e-5 * math.exp(8)
-        assert_close(got.double(), want, tolerance)
+        assert_close(got.double(), want, tolerance=tolerance)
 
 
 def test_rwkv7_is_the_authors_own(monkeypatch):
@@ -334,8 +320,8 @@ def test_rwkv7_is_the_authors_own(monkeypatch):
         )  # fmt: skip
         y, end = mixer(x)
     # Theirs divides by ‖κ‖ and not √(‖κ‖² + 1e-6), and knows e^(−½) to six digits.
-    assert_close(end.recurrent[0], state.mT, SINGLE)
-    assert_close(y[0], want, SINGLE)
+    assert_close(end.recurrent[0], state.mT, tolerance=SINGLE)
+    assert_close(y[0], want, tolerance=SINGLE)
 
 
 # Sizes and models
@@ -373,5 +359,5 @@ def test_models_stream_and_come_back_from_disk(name, tmp_path):
         want, _ = model(tokens)
         first, state = again(tokens[:, :T])
         second, _ = again(tokens[:, T:], state)
-    assert_close(torch.cat((first, second), 1), want, 1e-4)  # float32 through two norms
+    assert_close(torch.cat((first, second), 1), want, tolerance=1e-4)  # float32 through two norms
     assert want.std() > 1e-3

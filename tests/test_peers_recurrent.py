@@ -4,9 +4,12 @@ What every mixer owes the contract (streaming, packing, padding, gradients) is i
 """
 
 import math
+from functools import partial
 
+import peers
 import pytest
 import torch
+from peers import D, H, K, build, noise
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -16,27 +19,10 @@ from deltaproduct.layers.slstm import EMPTY
 from deltaproduct.models import ModelConfig, SequenceModel
 
 EXACT = 1e-12  # a few hundred float64 roundings of numbers near 1, times up to 1/√norm_eps where a norm enlarges them
-B, T, D, H, K = 2, 21, 12, 2, 4
+B, T = 2, 21
 PEERS = [Attention, LSTM, GRU, SLSTM, DenseLinearRNN, RWKV7]
 NAMES = ["attention", "lstm", "gru", "slstm", "dense_linear_rnn", "rwkv7"]
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def build(mixer, **options):
-    """With weights of size 1/√D wherever initialisation leaves constants, so that every parameter shows."""
-    torch.manual_seed(0)
-    built = mixer(D, H, K, **options).double()
-    for i, p in enumerate(built.parameters()):
-        p.data += 0.2 * noise(*p.shape, seed=100 + i)
-    return built
-
-
-def assert_close(got, want, tolerance=EXACT):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= tolerance * want.abs().max()
+assert_close = partial(peers.assert_close, tolerance=EXACT)
 
 
 def heads(x):
@@ -94,7 +80,7 @@ def test_attention_is_llamas():
     causal = torch.zeros(T, T, dtype=torch.float64).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -1e30)
     want, _ = theirs(x, position_embeddings=positions, attention_mask=causal[None, None])
     # Theirs turns by float32 angles: T · 2⁻²⁴ ≈ 1e-6 off at the end.
-    assert_close(ours(x)[0], want, 1e-5)
+    assert_close(ours(x)[0], want, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1}, {"rope_theta": None}], ids=str)
@@ -137,7 +123,7 @@ def test_far_positions_are_exact():
     q, k, v = (heads(proj(x)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     state = mixer.init_state(1)
     o, _ = mixer.attend(q, k, v, state._replace(lengths=state.lengths + 1_000_003))
-    assert_close(mixer.o_proj(o.flatten(2)), near, 1e-5)
+    assert_close(mixer.o_proj(o.flatten(2)), near, tolerance=1e-5)
 
 
 # LSTM and GRU
@@ -207,7 +193,7 @@ def test_slstm_is_the_loop(conv):
     mixer, x = build(SLSTM, use_short_conv=conv), 3 * noise(B, T, D)
     y, state = mixer(x)
     want, c, n, h = slstm_loop(mixer, x)
-    assert_close(y, want, 300 * EXACT)  # a head's cells may be almost alike: the norm enlarges the rest
+    assert_close(y, want, tolerance=300 * EXACT)  # a head's cells may be almost alike: the norm enlarges the rest
     assert_close(state.hidden, h)
     scale = state.stabiliser.exp()
     assert_close(state.cell * scale, c)
@@ -221,7 +207,7 @@ def test_slstm_is_stable_where_its_gates_overflow():
     for shift in (2000.0, -2000.0):  # e^2000 is no float64
         mixer.bias.data[:, 2 * K : 3 * K] += shift
         y, state = mixer(x)
-        assert_close(y, want, 1e-9)  # the gates' own rounding: 2000 · 2⁻⁵³, enlarged by the norm
+        assert_close(y, want, tolerance=1e-9)  # the gates' own rounding: 2000 · 2⁻⁵³, enlarged by the norm
         # The largest weight in a memory is 1, up to what later tokens add.
         assert (state.normaliser >= 1 - 1e-12).all() and (state.normaliser <= T).all()
         mixer.bias.data[:, 2 * K : 3 * K] -= shift
@@ -289,7 +275,7 @@ def test_dense_linear_rnn_is_the_loop(conv):
         o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.o_norm.weight
         want.append(o.flatten(1) @ mixer.o_proj.weight.T)
     y, end = mixer(x)
-    assert_close(y, torch.stack(want, 1), 300 * EXACT)
+    assert_close(y, torch.stack(want, 1), tolerance=300 * EXACT)
     assert_close(end.recurrent, h)
 
 
@@ -324,7 +310,7 @@ def test_rwkv7_is_the_loop():
         p = p + (rt * mixer.bonus * written[:, t]).sum(-1, keepdim=True) * vt
         want.append((g[:, t] * p).flatten(1) @ mixer.o_proj.weight.T)
     y, end = mixer(x)
-    assert_close(y, torch.stack(want, 1), 40 * EXACT)  # 1/√HEAD_EPS
+    assert_close(y, torch.stack(want, 1), tolerance=40 * EXACT)  # 1/√HEAD_EPS
     assert_close(end.recurrent, s.mT)
 
 
@@ -387,5 +373,5 @@ def test_models_of_peers_stream_and_come_back_from_disk(name, tmp_path):
         want, _ = model(tokens)
         first, state = again(tokens[:, :T])
         second, _ = again(tokens[:, T:], state)
-    assert_close(torch.cat((first, second), 1), want, 1e-4)  # float32 through two norms
+    assert_close(torch.cat((first, second), 1), want, tolerance=1e-4)  # float32 through two norms
     assert want.std() > 1e-3

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from deltaproduct.experiments.experiment import Experiment, Scale
-from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.groups import BOTH, group_job, small_group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.plots.figures import accuracy_by_length
@@ -26,11 +26,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def cyclic(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce cyclic`."""
-    longest = 32 if scale == "cpu" else 128
+    quick = scale == "cpu"
+    job = small_group_job if quick else partial(group_job, scale=scale)
     return [
-        group_job(task, scale, seed, longest=longest, prefix=f"{task}-{name}".rstrip("-"), **changes)
+        job(task, seed, prefix=f"{task}-{name}".rstrip("-"), **changes)
         for seed in seeds
-        for task in (TASKS[:1] if scale == "cpu" else TASKS)
+        for task in (TASKS[:1] if quick else TASKS)
         for name, changes in MODELS.items()
     ]
 

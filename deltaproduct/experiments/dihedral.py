@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 from deltaproduct.experiments.experiment import Experiment, Scale
-from deltaproduct.experiments.groups import BOTH, group_job
+from deltaproduct.experiments.groups import BOTH, group_job, small_group_job
 from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.plots.figures import accuracy_by_length
 
+TASKS = ("D5", "D12")
 MODELS: tuple[dict[str, Any], ...] = (
     {"num_householder": 2},
     {"num_householder": 2, "allow_neg_eigval": False},
@@ -21,12 +22,10 @@ MODELS: tuple[dict[str, Any], ...] = (
 
 def dihedral(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce dihedral`."""
-    longest = 32 if scale == "cpu" else 128
+    quick = scale == "cpu"
+    job = small_group_job if quick else partial(group_job, scale=scale)
     return [
-        group_job(task, scale, seed, longest=longest, **changes)
-        for seed in seeds
-        for task in (("D5",) if scale == "cpu" else ("D5", "D12"))
-        for changes in MODELS
+        job(task, seed, **changes) for seed in seeds for task in (TASKS[:1] if quick else TASKS) for changes in MODELS
     ]
 
 

@@ -17,7 +17,7 @@ def fig1(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce fig1`."""
     longest = 32 if scale == "cpu" else 128
     return [
-        group_job("S5", scale, seed, longest=longest, num_householder=num_householder)
+        group_job("S5", seed, scale=scale, longest=longest, num_householder=num_householder)
         for seed in seeds
         for num_householder in (1, 2, 3, 4)
     ]

@@ -5,18 +5,14 @@ In under half an hour on two cores: S3 and S4, one layer, n_h 1 and 2, both rang
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 from deltaproduct.experiments.experiment import Experiment, Scale
-from deltaproduct.experiments.groups import BOTH, group_job
-from deltaproduct.experiments.job import Asked, Job
-from deltaproduct.experiments.recipes import label, state_tracking_model
+from deltaproduct.experiments.groups import BOTH, group_job, small_group_job
+from deltaproduct.experiments.job import Job
 from deltaproduct.experiments.s3 import CONFIGURATIONS
 from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.plots.figures import accuracy_by_length
-from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
 
 GROUPS = ("S3", "S4", "A5", "S5")
 HOUSEHOLDERS = (1, 2, 3, 4)
@@ -28,33 +24,17 @@ def fig5(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     jobs = []
     for seed in seeds:
         if scale == "cpu":
-            jobs += [small(group, seed, n, neg) for group in ("S3", "S4") for n, neg in CONFIGURATIONS]
+            for group in ("S3", "S4"):
+                for n, neg in CONFIGURATIONS:
+                    jobs.append(small_group_job(group, seed, num_householder=n, allow_neg_eigval=neg))
             continue
         for group in GROUPS:
             for neg in (True, False):
                 for n in HOUSEHOLDERS:
-                    jobs.append(group_job(group, scale, seed, num_householder=n, allow_neg_eigval=neg))
+                    jobs.append(group_job(group, seed, scale=scale, num_householder=n, allow_neg_eigval=neg))
             for layers in LAYERS if scale == "cpu-long" else range(2, 11):
-                jobs.append(group_job(group, scale, seed, num_householder=1, num_hidden_layers=layers))
+                jobs.append(group_job(group, seed, scale=scale, num_householder=1, num_hidden_layers=layers))
     return jobs
-
-
-def small(group: str, seed: int, num_householder: int, allow_neg_eigval: bool) -> Job:
-    """A run of minutes: the schedule with which hidden 64 learns S3 and S4, with its stages' steps fixed, so that those
-    who do not learn have the same."""
-    task = get_task(group)
-    model = state_tracking_model(task, num_householder=num_householder, allow_neg_eigval=allow_neg_eigval)
-    training = TrainConfig(
-        task=group,
-        steps=700,
-        seed=seed,
-        lengths=(4, 8, 16, 128),
-        batch_sizes=(256, 256, 128, 64),
-        stage_steps=(100, 100, 100),
-        stage_loss=None,
-    )
-    job = group_job(group, "cpu", seed, num_householder=num_householder, allow_neg_eigval=allow_neg_eigval)
-    return replace(job, label=label(model), config=RunConfig(training, model), asked=Asked((128, 512), sequences=256))
 
 
 FIG5 = Experiment(

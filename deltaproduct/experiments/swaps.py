@@ -22,7 +22,7 @@ def swaps(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce swaps`."""
     longest = 32 if scale == "cpu" else 128
     return [
-        group_job(task, scale, seed, longest=longest, num_householder=num_householder, allow_neg_eigval=neg)
+        group_job(task, seed, scale=scale, longest=longest, num_householder=num_householder, allow_neg_eigval=neg)
         for seed in seeds
         for task in TASKS
         for num_householder, neg in MODELS
