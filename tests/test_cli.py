@@ -116,6 +116,8 @@ def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp
         (["train", "--num-householder", "0", "--out", "@/a"], "num_householder"),
         (["train", "--head-dim", "0", "--out", "@/a"], "head_dim"),
         (["train", "--mixer", "mystery", "--out", "@/a"], "mixer"),
+        (["train", "--mixer", "lstm", "--num-householder", "3", "--out", "@/a"], "--num-householder"),
+        (["train", "--mixer=gla", "--no-allow-neg-eigval", "--out", "@/a"], "--no-allow-neg-eigval"),
         (["train", "--backend", "triton", "--out", "@/a"], "GPU"),
         (["train", "--backend", "nonsense", "--out", "@/a"], "backend"),
         (["train", "--device", "cuda", "--out", "@/a"], "GPU"),
@@ -147,6 +149,12 @@ def test_mistakes_get_one_line_and_status_2(capsys, tmp_path, trained, arguments
     assert status == 2 and out == ""
     assert err.count("\n") == 1 and word in err and "Traceback" not in err
     assert not (tmp_path / "a").exists(), "a refused command left a folder behind"
+
+
+def test_a_flag_of_every_block_goes_with_any_mixer(capsys, tmp_path):
+    flags = ["--mixer", "lstm", "--norm-eps", "1e-3", "--steps", "1", "--lengths", "4", "--batch-sizes", "2"]
+    assert run(capsys, "train", *flags, "--out", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["norm_eps"] == 1e-3
 
 
 def test_a_flipped_byte_is_found(capsys, trained, tmp_path):

@@ -50,7 +50,7 @@ def _parse(arguments: list[str]) -> Any:
     from deltaproduct.cli.extract import Extract
     from deltaproduct.cli.reproduce import Reproduce
     from deltaproduct.cli.tasks import TasksList, TasksShow
-    from deltaproduct.cli.train import Train, resumed_defaults
+    from deltaproduct.cli.train import Train, check_given, resumed_defaults
     from deltaproduct.cli.verify import Verify
 
     defaults = resumed_defaults(arguments[1:]) if arguments[:1] == ["train"] else None
@@ -77,7 +77,7 @@ def _parse(arguments: list[str]) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            command: Any = tyro.cli(
                 commands,
                 prog="deltaproduct",
                 args=arguments or ["--help"],
@@ -89,6 +89,9 @@ def _parse(arguments: list[str]) -> Any:
             _fail(_one_line(errors.getvalue()))
         sys.stderr.write(errors.getvalue())
         raise
+    if isinstance(command, Train):
+        check_given(command, arguments)
+    return command
 
 
 def _group(name: str, commands: Any, doc: str) -> type:
