@@ -28,6 +28,6 @@ FIG1 = Experiment(
     summary="S5 in one layer with n_h 1 to 4 (arXiv 2502.10297, Fig. 1)",
     jobs=fig1,
     table=accuracy_table,
-    draw=partial(accuracy_by_length, title="Who tracks S5? One layer", metrics=BOTH),
+    draw=partial(accuracy_by_length, title="Who tracks it in one layer?", metrics=BOTH),
     scales=("cpu", "cpu-long", "paper"),
 )

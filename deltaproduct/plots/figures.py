@@ -17,29 +17,35 @@ AXES = {"accuracy": "token accuracy", "sequence_accuracy": "sequences right so f
 def accuracy_by_length(
     runs: Sequence[dict[str, Any]], path: Path, *, title: str, metrics: Sequence[str] = ("accuracy",)
 ) -> None:
-    """Accuracy against sequence length, a column for each task and a row for each of `metrics`, one colour per label:
-    the median over seeds, and each seed thinly.
+    """Accuracy against sequence length, one colour per label: the median over seeds, and each seed thinly.
+
+    A column for each task and a row for each of `metrics`; those of one task lie side by side.
 
     metrics: "accuracy" of tokens, or "sequence_accuracy": sequences of which every token so far is right.
     """
     plt = pyplot()
     labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
+    alone = len(tasks) == 1
+    panels = [[(task, metric) for task in tasks] for metric in metrics]
+    if alone:
+        panels = [[panel for row in panels for panel in row]]
+    rows, columns = len(panels), len(panels[0])
     with plt.rc_context(RC):
-        several = len(tasks) * len(metrics) > 1
-        size = (PANEL[0] * len(tasks), PANEL[1] * len(metrics)) if several else RC["figure.figsize"]
-        figure, grid = plt.subplots(len(metrics), len(tasks), figsize=size, **PANELS)
-        for column, task in enumerate(tasks):
-            for row, metric in enumerate(metrics):
+        several = rows * columns > 1
+        size = (PANEL[0] * columns, PANEL[1] * rows) if several else RC["figure.figsize"]
+        figure, grid = plt.subplots(rows, columns, figsize=size, **PANELS)
+        for row in range(rows):
+            for column, (task, metric) in enumerate(panels[row]):
                 axes = grid[row][column]
-                _curves(axes, [run for run in runs if run["task"] == task], labels, metric, named=not column)
-                if len(tasks) > 1 and not row:
+                _curves(axes, [run for run in runs if run["task"] == task], labels, metric, named=alone or not column)
+                if not alone and not row:
                     axes.set_title(task, pad=16, fontsize=10.5)
-                if not column:
+                if alone or not column:
                     axes.set_ylabel(AXES[metric])
-                if row == len(metrics) - 1:
+                if row == rows - 1:
                     axes.set_xlabel("sequence length (tokens)")
         if several:
-            figure.suptitle(title, x=0.01, ha="left")
+            figure.suptitle(f"{title} {tasks[0]}" if alone else title, x=0.01, ha="left")
         else:
             grid[0][0].set_title(title, loc="left", pad=14)
         seeds = len({run["seed"] for run in runs})
