@@ -31,7 +31,7 @@ SLOW = 5.0  # times the yardstick's time: what is slower says why
 UNKNOWN = "no reason is known"
 # Found with PyTorch's profiler and by changing sizes; of the mixers that are not slow here, what would make them so.
 REASONS = {
-    "mamba": "every token's state, expand · D · N floats, goes through memory several times",
+    "mamba": "every token's state is expand · D · N floats; off the native engine all go through memory, many times",
     "dense_linear_rnn": "a K×K transition per head and token is projected, bounded and multiplied by the next",
     "mamba2": "twice the width (expand), and chunks of PyTorch operators that all go through memory",
     "gla": "a decay per channel, in chunks of PyTorch operators that all go through memory",

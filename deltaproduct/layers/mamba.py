@@ -14,7 +14,7 @@ from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.ops.inputs import compute_dtype
-from deltaproduct.ops.scan import diagonal_scan
+from deltaproduct.ops.selective_scan import selective_scan
 
 
 class Mamba(Mixer):
@@ -83,10 +83,10 @@ class Mamba(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.dt_proj.weight.to(dtype), self.dt_proj.bias.to(dtype)
             dt = F.softplus(F.linear(dt.to(dtype), weight, bias))
-            a = (dt.unsqueeze(-1) * -self.A_log.to(dtype).exp()).exp()
-            if self.allow_neg_eigval:
-                a = 2 * a - 1
-            write = (dt * x.to(dtype)).unsqueeze(-1) * b.to(dtype).unsqueeze(-2)  # [B,T,I,N]
-            h, recurrent = diagonal_scan(a, write, state.recurrent, cu_seqlens)
-            y = (h @ c.to(dtype).unsqueeze(-1)).squeeze(-1) + self.D * x
+            x, a, b, c = x.to(dtype), -self.A_log.to(dtype).exp(), b.to(dtype), c.to(dtype)
+            y, recurrent = selective_scan(
+                x, dt, a, b, c, allow_neg_eigval=self.allow_neg_eigval, initial_state=state.recurrent,
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+            y = y + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), MambaState(recurrent, history)

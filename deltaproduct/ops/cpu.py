@@ -69,12 +69,12 @@ def _division(cut: Cut, k: Tensor, v: Tensor, sequences: int, threads: int) -> t
     return blocks, segments if segments >= 4 else 1
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Tensor | None) -> Tensor | None:
     """x with its last dimension contiguous, as the kernels read it; strides between rows are free."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
@@ -103,7 +103,7 @@ def _problem(
         key_dim=k.shape[4],
         value_dim=value_dim,
         sequences=sequences,
-        cu_seqlens=_pointer(cu_seqlens),
+        cu_seqlens=pointer(cu_seqlens),
         scale=scale,
         norm_eps=NORM_EPS if qk_l2norm else 0.0,
         wide=dtype == torch.float64,
@@ -128,7 +128,7 @@ def token_problem(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | Non
     problem = _problem(q, k, v, beta, g, None, scale, True, torch.float32, cut)
     problem.value_blocks = problem.segments = 1
     problem.o = TensorField.of(o, per_step=False)
-    problem.initial_state = problem.final_state = _pointer(state)
+    problem.initial_state = problem.final_state = pointer(state)
     return problem
 
 
@@ -151,13 +151,13 @@ def cpu_forward(
     dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
     if cu_seqlens is None and not keep:  # nothing of the backward's, so that a few tokens can be a small chunk
         cut = replace(cut, chunk_tokens=min(cut.chunk_tokens, v.shape[1]))
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     initial = None if initial_state is None else initial_state.to(dtype).contiguous()
     problem = _problem(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
     problem.o = TensorField.of(o, per_step=False)
-    problem.initial_state, problem.final_state = _pointer(initial), _pointer(final)
-    problem.states = _pointer(states) if keep else None
+    problem.initial_state, problem.final_state = pointer(initial), pointer(final)
+    problem.states = pointer(states) if keep else None
     ENGINE.forward(problem)
     return o, final, states
 
@@ -175,13 +175,13 @@ def _results(
     return dtype, cut, o, final, empty(v, slots, heads, key_dim, value_dim, dtype=dtype)
 
 
-def _fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+def fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
 @cpu_forward.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False):
-    return _results(_fake_empty, q, k, v, beta, cu_seqlens, keep)[2:]
+    return _results(fake_empty, q, k, v, beta, cu_seqlens, keep)[2:]
 
 
 @torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())
@@ -201,7 +201,7 @@ def cpu_backward(
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     dtype, heads, key_heads = states.dtype, v.shape[3], k.shape[3]
     cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], dtype)
-    d_o, q_in, k_in, v_in = _aligned(d_o), _aligned(q), _aligned(k), _aligned(v)
+    d_o, q_in, k_in, v_in = aligned(d_o), aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
     sequences, blocks = problem.sequences, problem.value_blocks
@@ -223,8 +223,8 @@ def cpu_backward(
     problem.d_beta = TensorField.of(d_beta, per_step=True)
     if d_g is not None:
         problem.d_g = TensorField.of(d_g, per_step=False)
-    problem.states, problem.d_final_state = _pointer(states), _pointer(d_final)
-    problem.d_initial_state = _pointer(d_initial)
+    problem.states, problem.d_final_state = pointer(states), pointer(d_final)
+    problem.d_initial_state = pointer(d_initial)
     ENGINE.backward(problem)
     return (
         _summed(d_q, q, 2),

@@ -196,9 +196,22 @@ int play(const Instruction* tape, int64_t count, int64_t threads) {
     }
 }
 
+int selective_scan(const SelectiveScan& p, bool reverse) {
+    const Kernels& kernels = *chosen.load();
+    try {
+        const int64_t blocks = p.blocks();
+        parallel_for(
+            p.sequences * blocks, p.threads, [&](int64_t i) { kernels.selective_scan(p, i, reverse); }, blocks);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace
 
 void* scratch(int64_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;  // or there may be none, aligned to 64
     if (bytes > own_scratch.bytes) {
         std::free(own_scratch.memory);
         own_scratch.bytes = 0;
@@ -218,6 +231,7 @@ extern "C" {
 
 API int64_t deltaproduct_problem_bytes() { return sizeof(deltaproduct::Problem); }
 API int64_t deltaproduct_instruction_bytes() { return sizeof(deltaproduct::Instruction); }
+API int64_t deltaproduct_selective_scan_bytes() { return sizeof(deltaproduct::SelectiveScan); }
 
 API const char* deltaproduct_kernels() { return deltaproduct::chosen.load()->name; }
 
@@ -254,5 +268,8 @@ API int deltaproduct_forward(const deltaproduct::Problem* p) { return deltaprodu
 API int deltaproduct_backward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, true); }
 API int deltaproduct_play(const deltaproduct::Instruction* tape, int64_t count, int64_t threads) {
     return deltaproduct::play(tape, count, threads);
+}
+API int deltaproduct_selective_scan(const deltaproduct::SelectiveScan* p, int32_t reverse) {
+    return deltaproduct::selective_scan(*p, reverse != 0);
 }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "segments.h"
+#include "selective_scan.h"
 #include "tape.h"
 
 namespace deltaproduct {
@@ -20,9 +21,17 @@ void any_compose(const Problem& p, const void* a, const void* b, const void* sta
     p.wide ? compose<double>(p, a, b, state, out) : compose<float>(p, a, b, state, out);
 }
 
+void any_selective_scan(const SelectiveScan& p, int64_t item, bool reverse) {
+    if (p.allow_neg_eigval)
+        reverse ? scan_backward<true>(p, item) : scan_forward<true>(p, item);
+    else
+        reverse ? scan_backward<false>(p, item) : scan_forward<false>(p, item);
+}
+
 #define DP_TEXT(x) #x
 #define DP_NAME(x) DP_TEXT(x)
-constexpr Kernels table = {DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose, units_of, play_units};
+constexpr Kernels table = {
+    DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose, units_of, play_units, any_selective_scan};
 
 }  // namespace DP_ARCH
 }  // namespace deltaproduct

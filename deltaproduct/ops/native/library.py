@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 
 NOT_BUILT = "not_built.txt"  # setup.py's reason for building nothing
 NAME = "_engine"  # setup.py builds deltaproduct/ops/native/_engine.<platform's suffix>
-MAX_CHUNKS_PER_STATE = 8  # as in problem.h
+MAX_CHUNKS_PER_STATE, SCAN_TOKENS, SCAN_CHANNELS = 8, 16, 64  # as in problem.h
 LARGE = 4 << 20  # bytes
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -74,6 +74,19 @@ class Instruction(ctypes.Structure):
     )
 
 
+class SelectiveScan(ctypes.Structure):
+    """`SelectiveScan` of problem.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "state_size", "sequences")),
+        ("cu_seqlens", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("allow_neg_eigval", "threads")),
+        *((name, TensorField) for name in ("x", "dt", "b", "c", "y", "d_y", "d_x", "d_dt")),
+        *((name, ctypes.c_void_p) for name in ("a", "initial_state", "final_state", "states", "d_final_state")),
+        *((name, ctypes.c_void_p) for name in ("d_b", "d_c", "d_a", "d_initial_state")),
+    )
+
+
 class Engine:
     """The loaded library."""
 
@@ -82,7 +95,7 @@ class Engine:
         self._library = ctypes.CDLL(str(path))
         for name in ("deltaproduct_kernels", "deltaproduct_kernels_here"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        mirrors = {"problem": Problem, "instruction": Instruction}
+        mirrors = {"problem": Problem, "instruction": Instruction, "selective_scan": SelectiveScan}
         for name in mirrors:
             getattr(self._library, f"deltaproduct_{name}_bytes").restype = ctypes.c_int64
         self._library.deltaproduct_use_openmp.argtypes = [ctypes.c_void_p]
@@ -127,6 +140,10 @@ class Engine:
 
     def backward(self, problem: Problem) -> None:
         self._call(self._library.deltaproduct_backward, ctypes.byref(problem))
+
+    def selective_scan(self, problem: SelectiveScan, *, reverse: bool) -> None:
+        """The forward pass, or with `reverse` the backward."""
+        self._call(self._library.deltaproduct_selective_scan, ctypes.byref(problem), ctypes.c_int32(reverse))
 
     def play(self, tape: "ctypes.Array[Instruction]", threads: int) -> None:
         self._call(self._library.deltaproduct_play, tape, len(tape), threads)

@@ -54,14 +54,16 @@ struct Sequence {
     int64_t batch, first, last, first_slot, end_slot;
 };
 
-inline Sequence sequence_of(const Problem& p, int64_t number) {
-    const int64_t span = int64_t(p.chunk_tokens) * p.chunks_per_state;
-    if (!p.cu_seqlens) {
-        const int64_t slots = (p.length + span - 1) / span;
-        return {number, 0, p.length, number * slots, (number + 1) * slots};
+inline Sequence sequence_of(const int64_t* cu_seqlens, int64_t length, int64_t span, int64_t number) {
+    if (!cu_seqlens) {
+        const int64_t slots = (length + span - 1) / span;
+        return {number, 0, length, number * slots, (number + 1) * slots};
     }
-    const int64_t first = p.cu_seqlens[number], last = p.cu_seqlens[number + 1];
+    const int64_t first = cu_seqlens[number], last = cu_seqlens[number + 1];
     return {0, first, last, first / span + number, last / span + number + 1};
+}
+inline Sequence sequence_of(const Problem& p, int64_t number) {
+    return sequence_of(p.cu_seqlens, p.length, int64_t(p.chunk_tokens) * p.chunks_per_state, number);
 }
 
 // One piece of work of decoding a token, or of a norm (tape.h, norm.h): rows and columns of what, and which pointers
@@ -89,6 +91,35 @@ struct Instruction {
     double a;
 };
 
+// Mamba's selective scan (selective_scan.h): B batch, T tokens, I channels, N state size. Everything is float32.
+// The mirror of this structure is ops/native/library.py.
+constexpr int SCAN_TOKENS = 16;    // tokens in a chunk: the state is kept at the start of each
+constexpr int SCAN_CHANNELS = 64;  // in a work item: a whole number of vectors
+struct SelectiveScan {
+    int64_t batch, length, channels, state_size;
+    int64_t sequences;          // B, or the number of packed sequences
+    const int64_t* cu_seqlens;  // [sequences + 1] where sequences are packed, else null
+    int32_t allow_neg_eigval, threads;
+
+    Tensor x, dt, b, c, y;  // rows of I or N
+    Tensor d_y, d_x, d_dt;  // backward, as all that begins with d_
+    // Contiguous. Null where not given or not asked for.
+    const float* a;              // [N,I]
+    const float* initial_state;  // [sequences,I,N]
+    float* final_state;          // [sequences,I,N]
+    float* states;               // [slots,N,I], a sequence's from ⌊first / SCAN_TOKENS⌋ + number on
+    const float* d_final_state;  // [sequences,I,N]
+    float *d_b, *d_c;            // [blocks,B,T,N], which the caller sums over the first dimension, as the next
+    float* d_a;                  // [sequences,I,N]
+    float* d_initial_state;      // [sequences,I,N]
+
+    int64_t blocks() const { return (channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS; }
+};
+
+inline Sequence sequence_of(const SelectiveScan& p, int64_t number) {
+    return sequence_of(p.cu_seqlens, p.length, SCAN_TOKENS, number);
+}
+
 // How many units of work an instruction has, and how many a thread takes at once.
 struct Units {
     int64_t count, grain;
@@ -106,6 +137,7 @@ struct Kernels {
     void (*compose)(const Problem&, const void* a, const void* b, const void* state, void* out);
     Units (*units)(const Instruction&);
     void (*play)(const Instruction&, int64_t from, int64_t to);  // these units of it
+    void (*selective_scan)(const SelectiveScan&, int64_t item, bool reverse);  // items: sequences × blocks of channels
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;
