@@ -116,8 +116,10 @@ def test_a_curve_has_the_scored_positions_alone():
     nan = float("nan")
     by_position = torch.tensor([nan, 1.0, nan, nan, 0.5, nan, nan, nan, 0.0, nan])
     prefix = torch.tensor([nan, 1.0, nan, nan, 0.4, nan, nan, nan, 0.0, nan])
-    curve = accuracy_curve(LengthResult(9, 10, 0.5, 0.0, by_position, prefix))
-    assert curve == {"length": [1, 4, 8], "accuracy": [1.0, 0.75, 0.5], "sequence_accuracy": [1.0, 0.4, 0.0]}
+    scored = torch.tensor([0, 10, 0, 0, 5, 0, 0, 0, 5, 0])
+    curve = accuracy_curve(LengthResult(9, 10, 0.625, 0.0, scored, by_position, prefix))
+    # Of the tokens so far: 10 of 10, 12.5 of 15, 12.5 of 20.
+    assert curve == {"length": [1, 4, 8], "accuracy": [1.0, 0.833333, 0.625], "sequence_accuracy": [1.0, 0.4, 0.0]}
 
 
 def test_a_batchs_length_is_drawn_from_the_range():

@@ -27,7 +27,8 @@ class LengthResult:
     sequences: int
     accuracy: float  # scored positions that are right
     sequence_accuracy: float  # sequences whose every scored position is right (prefix-exact at the full length)
-    by_position: Tensor  # [1+L] share of sequences right at each position
+    scored_by_position: Tensor  # [1+L] sequences that have a label at each position
+    by_position: Tensor  # [1+L] share of these that are right there
     prefix_by_position: Tensor  # [1+L] share of sequences right at every scored position up to each one
 
 
@@ -71,6 +72,7 @@ def evaluate_length(
         sequences=sequences,
         accuracy=right_at.sum().item() / max(1, scored_at.sum().item()),
         sequence_accuracy=exact / sequences,
+        scored_by_position=scored_at,
         by_position=(right_at / scored_at.clamp(min=1)).masked_fill(nowhere, torch.nan),
         prefix_by_position=(exact_at / sequences).masked_fill(nowhere, torch.nan),
     )

@@ -124,10 +124,11 @@ def measure(model: SequenceModel, job: Job) -> dict[str, Any]:
 def accuracy_curve(result: LengthResult) -> dict[str, list[float]]:
     """Accuracy of the prefixes of the longest sequences, at scored positions spaced about evenly on a logarithmic axis:
     of their tokens, and of the prefixes as wholes."""
-    scored = ~result.by_position.isnan()
-    total = result.by_position.nan_to_num().double().cumsum(0) / scored.double().cumsum(0).clamp(min=1)
+    scored = result.scored_by_position
+    right = (result.by_position.nan_to_num().double() * scored).cumsum(0)
+    total = right / scored.cumsum(0).clamp(min=1)
     points = torch.logspace(0, torch.log10(torch.tensor(float(result.length))).item(), CURVE_POINTS).round().long()
-    last_scored = torch.arange(1 + result.length).masked_fill(~scored, -1).cummax(0).values
+    last_scored = torch.arange(1 + result.length).masked_fill(scored == 0, -1).cummax(0).values
     points = last_scored[points.clamp(1, result.length)].unique()
     points = points[points >= 0]
     return {

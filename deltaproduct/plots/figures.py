@@ -10,6 +10,7 @@ import numpy as np
 from deltaproduct.plots.style import COLOURS, MARKERS, RC, pyplot, save
 
 PANEL = (4.6, 3.2)  # inches, of one of several
+COLUMNS = 3  # of panels that need not lie in one row
 PANELS: dict[str, Any] = {"squeeze": False, "sharey": True, "layout": "constrained"}
 AXES = {"accuracy": "token accuracy", "sequence_accuracy": "sequences right so far"}
 
@@ -19,7 +20,8 @@ def accuracy_by_length(
 ) -> None:
     """Accuracy against sequence length, one colour per label: the median over seeds, and each seed thinly.
 
-    A column for each task and a row for each of `metrics`; those of one task lie side by side.
+    A column for each task and a row for each of `metrics`; those of one task lie side by side, and many tasks with one
+    metric in several rows.
 
     metrics: "accuracy" of tokens, or "sequence_accuracy": sequences of which every token so far is right.
     """
@@ -27,22 +29,25 @@ def accuracy_by_length(
     labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
     alone = len(tasks) == 1
     panels = [[(task, metric) for task in tasks] for metric in metrics]
-    if alone:
-        panels = [[panel for row in panels for panel in row]]
+    if alone or len(metrics) == 1:
+        flat = [panel for row in panels for panel in row]
+        panels = [flat[i : i + COLUMNS] for i in range(0, len(flat), COLUMNS)]
     rows, columns = len(panels), len(panels[0])
     with plt.rc_context(RC):
         several = rows * columns > 1
         size = (PANEL[0] * columns, PANEL[1] * rows) if several else RC["figure.figsize"]
         figure, grid = plt.subplots(rows, columns, figsize=size, **PANELS)
         for row in range(rows):
+            for column in range(len(panels[row]), columns):
+                grid[row][column].set_axis_off()
             for column, (task, metric) in enumerate(panels[row]):
                 axes = grid[row][column]
                 _curves(axes, [run for run in runs if run["task"] == task], labels, metric, named=alone or not column)
-                if not alone and not row:
+                if not alone and (not row or len(metrics) == 1):
                     axes.set_title(task, pad=16, fontsize=10.5)
                 if alone or not column:
                     axes.set_ylabel(AXES[metric])
-                if row == rows - 1:
+                if row == rows - 1 or column >= len(panels[row + 1]):
                     axes.set_xlabel("sequence length (tokens)")
         if several:
             figure.suptitle(f"{title} {tasks[0]}" if alone else title, x=0.01, ha="left")
@@ -77,10 +82,12 @@ def _curves(axes: Any, runs: Sequence[dict[str, Any]], labels: Sequence[str], me
         chance = runs[0]["chance"]
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         if named:
-            axes.annotate("chance", (1, chance), (2, 3), textcoords="offset points", fontsize=9, color="grey")
+            place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate("chance", (0.01, chance), (2, 3), **place, fontsize=9, color="grey")
     axes.set_xscale("log", base=2)
-    longest = max(run["curve"]["length"][-1] for run in runs)
-    axes.set_xticks([longest / 4**i for i in range(10) if longest / 4**i >= 1])
+    ends = [run["curve"]["length"][end] for run in runs for end in (0, -1)]
+    trained = max(run["training_length"] for run in runs)
+    axes.set_xticks([x for i in range(-10, 11) if 0.9 * min(ends) <= (x := trained * 4.0**i) <= 1.1 * max(ends)])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_ylim(0, 1.06)
 
