@@ -20,7 +20,7 @@ MODELS = ((1, True), (1, False), (2, True))  # (num_householder, allow_neg_eigva
 
 def swaps(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     """The runs of `deltaproduct reproduce swaps`."""
-    longest = 32 if scale == "cpu" else 128
+    longest = 16 if scale == "cpu" else 128
     return [
         group_job(task, seed, scale=scale, longest=longest, num_householder=num_householder, allow_neg_eigval=neg)
         for seed in seeds
