@@ -49,15 +49,6 @@ def as_it_was():
 
 
 @pytest.fixture
-def poisoned():
-    """torch.empty is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
 def divide(monkeypatch):
     """Divides the work as the test says: (blocks of V columns, segments of time)."""
     return lambda *division: monkeypatch.setattr(cpu, "_division", lambda *_: division)

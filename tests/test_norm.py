@@ -2,29 +2,22 @@
 
 import pytest
 import torch
+from ways import NATIVE, WAYS, computed_by
 
 from deltaproduct.layers.parts import RMSNorm
-from deltaproduct.ops import cpu, norm
+from deltaproduct.ops import norm
 from deltaproduct.ops.norm import rms_norm
 
 EPS = 1e-5
-NATIVE = cpu.ENGINE is not None
-KERNELS = cpu.ENGINE.kernels_here() if NATIVE else []
 # Odd sizes, less than a vector, more than a block of rows and exactly one, a row by itself
 SHAPES = [(1, 1), (3, 5), (2, 7, 16), (256, 17), (257, 37), (513, 64), (2, 300, 4, 16), (3, 1000)]
 
 
-@pytest.fixture(params=["pytorch", *KERNELS])
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Each way to compute it."""
-    if request.param == "pytorch":
-        monkeypatch.setattr(cpu, "ENGINE", None)
+    with computed_by(request.param, monkeypatch):
         yield request.param
-    else:
-        before = cpu.ENGINE.kernels
-        cpu.ENGINE.use_kernels(request.param)
-        yield request.param
-        cpu.ENGINE.use_kernels(before)
 
 
 def draw(shape, dtype=torch.float32):

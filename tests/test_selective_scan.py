@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from ways import KERNELS, NATIVE, WAYS, computed_by
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import get_mixer
 from deltaproduct.ops import cpu
 from deltaproduct.ops.selective_scan import scan_backward, scan_forward, selective_scan
 
-NATIVE = cpu.ENGINE is not None
-KERNELS = cpu.ENGINE.kernels_here() if NATIVE else []
 needs_engine = pytest.mark.skipif(not NATIVE, reason="needs the native engine")
 LIMITS = {"pytorch": 1e-5} | dict.fromkeys(KERNELS, 5e-6)
 NAMES = ("x", "dt", "A", "B", "C", "initial_state")
@@ -30,20 +29,11 @@ SIZES = [(1, 1, 1, 1), (2, 7, 130, 20), (2, 64, 64, 16), (3, 129, 37, 5), (1, 16
 EACH_SIGN = pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
 
 
-@pytest.fixture(params=["pytorch", *KERNELS])
-def way(request, monkeypatch):
-    """Each way to compute it; torch.empty is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(8).isnan().all()
-    if request.param == "pytorch":
-        monkeypatch.setattr(cpu, "ENGINE", None)
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch, poisoned):
+    """Each way to compute it."""
+    with computed_by(request.param, monkeypatch):
         yield request.param
-    else:
-        before = cpu.ENGINE.kernels
-        cpu.ENGINE.use_kernels(request.param)
-        yield request.param
-        cpu.ENGINE.use_kernels(before)
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(B, T, I, N, sequences=None, dtype=torch.float32) -> dict[str, torch.Tensor]:
