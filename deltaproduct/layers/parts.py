@@ -81,7 +81,10 @@ class ShortConvolution(nn.Module):
             return x[:, :0]
         if x.shape[1] == self.width:  # one token, on which conv1d spends ten times the time of the products
             return torch.linalg.vecdot(x.mT, self.weight[:, 0].to(x.dtype)).unsqueeze(1)
-        return F.conv1d(x.mT, self.weight.to(x.dtype), groups=x.shape[-1]).mT
+        weight = self.weight.to(x.dtype)
+        if x.is_cpu:  # the same with a height of 1, which finds the kernel for channels that lie last: 2 to 4 × as fast
+            return F.conv2d(x.mT.unsqueeze(2), weight.unsqueeze(2), groups=x.shape[-1]).squeeze(2).mT
+        return F.conv1d(x.mT, weight, groups=x.shape[-1]).mT
 
 
 class SwiGLU(nn.Module):
