@@ -11,7 +11,7 @@ from typing import Any
 
 from deltaproduct.experiments.experiment import Experiment, Scale
 from deltaproduct.experiments.job import Asked, Job
-from deltaproduct.experiments.recipes import STATE_TRACKING, label, sized
+from deltaproduct.experiments.recipes import SMALL, label, sized
 from deltaproduct.experiments.tables import state_size_table
 from deltaproduct.plots.figures import accuracy_by_state_size
 from deltaproduct.tasks import get_task
@@ -24,7 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "n2": {"num_householder": 2},
 }
 HEAD_DIMS = (4, 8, 16, 32)
-TASKS = {"mqar_16_64": (64, 128), "S3": (8, 64)}  # curriculum of lengths of each
+
+
+# Task → lengths, and the steps at each of them.
+SCHEDULES = {"mqar_16_64": ((64,), (800,)), "S3": ((8, 16, 64), (100, 100, 400))}
 
 
 def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
@@ -32,28 +35,28 @@ def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
     quick = scale == "cpu"
     jobs = []
     for seed in seeds[:1] if quick else seeds:
-        for name, lengths in TASKS.items():
-            task = get_task(name)
+        for name, (lengths, stages) in SCHEDULES.items():
+            steps = [n if quick else 5 * n for n in stages]
             training = TrainConfig(
                 task=name,
-                steps=600 if quick else 3000,
+                steps=sum(steps),
                 seed=seed,
                 lengths=lengths,
-                batch_sizes=(128, 64),
-                stage_steps=(200 if quick else 1000,),
+                batch_sizes=(64,),
+                stage_steps=tuple(steps[:-1]),
                 stage_loss=None,
                 lr=5e-3,
             )
             for head_dim in HEAD_DIMS[:3] if quick else HEAD_DIMS:
                 for model_name, changes in MODELS.items():
-                    fields = {**STATE_TRACKING, "num_hidden_layers": 2, "use_short_conv": True, "head_dim": head_dim}
-                    model = sized(task, fields | changes)
+                    fields = {**SMALL, "num_hidden_layers": 2, "head_dim": head_dim}
+                    model = sized(get_task(name), fields | changes)
                     jobs.append(
                         Job(
                             f"{name}-{model_name}-k{head_dim}-seed{seed}",
                             label(model),
                             RunConfig(training, model),
-                            Asked((lengths[-1],), sequences=256),
+                            Asked(lengths[-1:], sequences=256),
                         )
                     )
     return jobs

@@ -26,6 +26,9 @@ STATE_TRACKING: dict[str, Any] = {
     "embedding_init_std": 1.0,
 }
 
+# Layers as the papers have them, at half their width: with convolution, SiLU, MLP, and β from 1 on.
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "head_dim": 16, "initializer_range": None}
+
 # What the larger groups need (hidden 64 stays stuck on A5), and the curriculum that brings a layer to length 128.
 LARGER_GROUPS: dict[str, Any] = {"hidden_size": 128, "num_heads": 8}
 CURRICULUM: dict[int, tuple[int, int]] = {  # length → batch size, steps

@@ -10,15 +10,17 @@ from deltaproduct.experiments.tables import scaled_table
 from deltaproduct.plots.figures import accuracy_by_model
 
 TASKS = ("parity", "mod_arithmetic", "mod_arithmetic_brackets")
+QUICK_TASK = "mod_arithmetic_no_star"
 
 
 def table_chomsky(scale: Scale, seeds: Sequence[int]) -> list[Job]:
-    """The runs of `deltaproduct reproduce table-chomsky`; on a laptop in half an hour, without n_h = 3 and 4 and one
-    seed in place of all."""
-    quick = scale == "cpu"
-    names = [name for name in MODELS if not (quick and name.startswith(("n3", "n4", "gla")))]
-    seeds = seeds[:1] if quick else seeds
-    return [formal_job(task, name, scale, seed) for seed in seeds for task in TASKS for name in names]
+    """The runs of `deltaproduct reproduce table-chomsky`. On a laptop in half an hour: sums and differences modulo 5
+    alone (parity has an experiment of its own, and products take more steps than there is time for), one seed, and
+    neither GLA nor n_h = 3 and 4."""
+    if scale == "cpu":
+        names = [name for name in MODELS if not name.startswith(("n3", "n4", "gla"))]
+        return [formal_job(QUICK_TASK, name, scale, seed) for seed in seeds[:1] for name in names]
+    return [formal_job(task, name, scale, seed) for seed in seeds for task in TASKS for name in MODELS]
 
 
 TABLE_CHOMSKY = Experiment(
