@@ -89,7 +89,7 @@ def state_size_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def _table(title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 1, 0, 0)  # so that four lengths fit in 80 columns
+    table.padding = 0  # so that five lengths fit in 80 columns
     return table
 
 
