@@ -27,7 +27,7 @@ HEAD_DIMS = (4, 8, 16, 32)
 
 
 # Task → lengths, and the steps at each of them.
-SCHEDULES = {"mqar_16_64": ((64,), (800,)), "S3": ((8, 16, 64), (100, 100, 400))}
+SCHEDULES = {"mqar_16_64": ((64,), (800,)), "S3": ((8, 16, 64), (200, 200, 400))}
 
 
 def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
