@@ -99,6 +99,7 @@ def accuracy_by_model(
     as a ring. papers: (label, task) → what the papers report."""
     plt = pyplot()
     labels, tasks = _in_order(runs, "label"), _in_order(runs, "task")
+    several = len(_in_order(runs, "seed")) > 1
     with plt.rc_context(RC):
         size = (2.2 + 3.6 * len(tasks), 1.2 + 0.3 * len(labels))
         figure, grid = plt.subplots(1, len(tasks), figsize=size, **PANELS)
@@ -106,19 +107,20 @@ def accuracy_by_model(
             for place, label in enumerate(labels):
                 values = [r["scaled_accuracy"] for r in runs if r["label"] == label and r["task"] == task]
                 if values:
-                    named = {} if place else {"label": "each seed"}
+                    named = {} if place or not several else {"label": "each seed"}
                     axes.plot(values, [place] * len(values), "o", color=COLOURS[0], markersize=3.5, alpha=0.5, **named)
-                    named = {} if place else {"label": "the best"}
+                    named = {} if place else {"label": "the best" if several else "the only run"}
                     axes.plot(max(values), place, "o", color=COLOURS[0], markersize=8, **named)
                 if (label, task) in papers:
                     axes.plot(papers[label, task], place, "o", color=COLOURS[1], markersize=11, fillstyle="none")
-            if len(tasks) > 1:
+            if task not in title.lower():
                 axes.set_title(task, loc="left", fontsize=10.5)
             axes.set_xlabel("scaled accuracy")
             axes.set_xlim(-0.05, 1.05)
             axes.set_yticks(range(len(labels)), [_subscript(label) for label in labels])
         grid[0][0].set_ylim(len(labels) - 0.5, -0.5)
-        grid[0][-1].plot([], [], "o", color=COLOURS[1], markersize=11, fillstyle="none", label="papers")
+        if any((label, task) in papers for label in labels for task in tasks):
+            grid[0][-1].plot([], [], "o", color=COLOURS[1], markersize=11, fillstyle="none", label="papers")
         _legend(grid)
         figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
