@@ -375,3 +375,29 @@ def test_a_full_disk_leaves_the_old_folder(saved):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "\n" not in str(error.value)
         assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("mixer", ["deltaproduct", "mamba2", "attention"])
+def test_recomputing_blocks_in_the_backward_pass_changes_no_bit(mixer):
+    model = build({"mixer": mixer, "num_hidden_layers": 2})
+    x = tokens(2, 9)
+    gradients, blocks_run = [], []
+    for model.recompute in (False, True):
+        runs = []
+        hook = model.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        model.zero_grad()
+        _, state = model(x)
+        model(x, state)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        blocks_run.append(len(runs))
+        hook.remove()
+    assert blocks_run[1] == 2 * blocks_run[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_what_the_head_sees():
+    model = build()
+    given = tokens(1, 7)
+    first, state = model.hidden(given[:, :4])
+    second, _ = model.hidden(given[:, 4:], state)
+    torch.testing.assert_close(model.head(torch.cat((first, second), 1)), model(given)[0])

@@ -9,6 +9,7 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
@@ -63,6 +64,8 @@ class Block(nn.Module):
 class SequenceModel(nn.Module):
     """A stack of blocks that labels every position of a token sequence; `config` says of what."""
 
+    recompute: bool = False  # blocks keep only their inputs for the backward pass and run a second time in it
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -102,12 +105,30 @@ class SequenceModel(nn.Module):
         Returns:
             (logits [B,T,num_labels], state).
         """
+        x, state = self.hidden(tokens, state, cu_seqlens=cu_seqlens, mask=mask)
+        return self.head(x), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: tuple[Any, ...] | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What the head would see: (x [B,T,D], state), with the arguments of `forward`. A loss that takes the head's
+        weight beside it need never hold the logits of all positions."""
         x = self.embedding(tokens)
+        again = self.recompute and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = block(x, None if state is None else state[i], cu_seqlens=cu_seqlens, mask=mask)
-            states.append(block_state)
-        return self.head(self.norm(x)), tuple(states)
+            before = None if state is None else state[i]
+            if again:
+                x, after = checkpoint(block, x, before, cu_seqlens=cu_seqlens, mask=mask, use_reentrant=False)
+            else:
+                x, after = block(x, before, cu_seqlens=cu_seqlens, mask=mask)
+            states.append(after)
+        return self.norm(x), tuple(states)
 
     @property
     def state_size(self) -> int:
