@@ -16,6 +16,7 @@ from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
 from deltaproduct.ops import delta_product, delta_product_step
 from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.spans import Spans, delta_product_span
 from deltaproduct.ops.tape import Tape
 
 
@@ -50,6 +51,8 @@ class DeltaProduct(Mixer):
     Raises:
         UsageError: a size is not positive, or num_v_heads is not a multiple of num_heads.
     """
+
+    divisible: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -136,8 +139,14 @@ class DeltaProduct(Mixer):
         return DeltaProductState(recurrent, *(conv.init_state(batch_size) for conv in convs))
 
     def mix(self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaProductState]:
+        if self.spans is not None:
+            state = self._before_my_span(x, state, self.spans)
         q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
-        if x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
+        if self.spans is not None:
+            o, recurrent = delta_product_span(
+                q, k, v, beta, g, spans=self.spans, initial_state=state.recurrent, qk_l2norm=True, backend=self.backend
+            )
+        elif x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
             o, recurrent = delta_product_step(
                 q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent, qk_l2norm=True
@@ -154,6 +163,21 @@ class DeltaProduct(Mixer):
         if self.use_output_gate:
             o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), DeltaProductState(recurrent, *histories)
+
+    def _before_my_span(self, x: Tensor, state: DeltaProductState, spans: Spans) -> DeltaProductState:
+        """The state with the histories that this rank's convolutions begin with: what the last tokens of the rank
+        before project to. The first rank's are the state's own."""
+        past = self.q_conv1d.width - 1 if self.use_short_conv else 0
+        if not past:
+            return state
+        if x.shape[1] < past:
+            raise UsageError(f"A span of {x.shape[1]} tokens is less than the {past} that a convolution looks back.")
+        border = spans.before(x[:, x.shape[1] - past :])
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # Of no tokens, zeros, the projections are zeros too, and the state's histories are all there is.
+        own = state[1:] if spans.rank == 0 else (0, 0, 0)
+        histories = [proj(border) + mine for proj, mine in zip(projections, own, strict=True)]
+        return DeltaProductState(state.recurrent, *histories)
 
     def project(
         self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.inputs import check_cu_seqlens
+from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
 
 
@@ -24,6 +25,8 @@ class Mixer(nn.Module, ABC):
 
     backend: str = "auto"  # of the operator, for the mixers that have a choice
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
+    divisible: ClassVar[bool] = False  # whether `spans` is looked at
+    spans: Spans | None = None  # the processes that a sequence is divided over; None: this one has all of it
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
@@ -55,6 +58,8 @@ class Mixer(nn.Module, ABC):
         Returns:
             (y [B,T,D], state).
         """
+        if self.spans is not None and (mask is not None or cu_seqlens is not None):
+            raise UsageError("A sequence divided over processes can be neither padded nor packed.")
         if mask is not None:
             if cu_seqlens is not None:
                 raise UsageError("Give either cu_seqlens or mask, not both.")

@@ -17,6 +17,7 @@ from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.ops import resolve_backend
+from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
 
 WEIGHTS = "model.safetensors"
@@ -150,6 +151,20 @@ class SequenceModel(nn.Module):
         resolve_backend(name, device=weight.device, dtype=weight.dtype)
         for mixer in self.mixers():
             mixer.backend = name
+        return self
+
+    def divide_over(self, spans: Spans | None) -> Self:
+        """Have each of several processes hold a span of every sequence, and run the same model on it (`ops.spans`).
+
+        The model then takes the span's tokens and gives their logits; a state that it is given is the whole sequence's.
+
+        Raises:
+            UsageError: a mixer cannot be divided that way.
+        """
+        for mixer in self.mixers():
+            if spans is not None and not mixer.divisible:
+                raise UsageError(f"{type(mixer).__name__} cannot divide a sequence over processes; DeltaProduct can.")
+            mixer.spans = spans
         return self
 
     def mixers(self) -> list[Mixer]:
