@@ -1,8 +1,8 @@
-"""What a training run is: task, model, optimisation, seed. Everything that decides a run's numbers is in here."""
+"""What a training run is: data, model, optimisation, seed. Everything that decides a run's numbers is in here."""
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import cattrs
 
@@ -12,27 +12,15 @@ from deltaproduct.models.config import described
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained on a task: AdamW, warm-up and cosine, and a curriculum of lengths.
-
-    The curriculum's stage i trains at lengths[i] with batches of batch_sizes[i] sequences. It ends when the running
-    mean of the loss falls below `stage_loss`, or after `stage_steps[i]` steps, whichever is set and comes first. The
-    learning rate's schedule runs over all steps and takes no notice of stages. With `min_length`, all sequences of a
-    batch have one length, drawn anew for each batch.
+class OptimiserConfig:
+    """What every kind of training has: AdamW with linear warm-up and a cosine, a number of steps, a seed.
 
     Raises:
         UsageError: a value is impossible; the message names the field.
     """
 
-    task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
     steps: int = described(350, "optimiser steps in all")
     seed: int = described(0, "decides initial weights and training data")
-    lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
-    min_length: int | None = described(None, "draw each batch's length from this to its stage's; None: the stage's")
-    batch_sizes: tuple[int, ...] = described((256, 64), "sequences per step in each stage")
-    stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
-    stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
-    num_samples: int | None = described(None, "train on this many sequences per stage, over and over; None: fresh")
     lr: float = described(1e-2, "peak learning rate")
     min_lr_ratio: float = described(0.02, "what the cosine ends at, as a share of lr")
     warmup_steps: int = described(50, "steps of linear warm-up")
@@ -47,6 +35,47 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "grad_accumulation"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "eps"):
+            self._require(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "positive")
+        for name in ("warmup_steps", "weight_decay", "clip"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("seed", 0 <= self.seed < 2**31, "between 0 and 2³¹ − 1")
+        self._require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step 0 … steps−1: linear warm-up, then a cosine from lr to min_lr_ratio · lr."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        through = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * through)))
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimiserConfig):
+    """How a model is trained on a task: a curriculum of lengths.
+
+    The curriculum's stage i trains at lengths[i] with batches of batch_sizes[i] sequences. It ends when the running
+    mean of the loss falls below `stage_loss`, or after `stage_steps[i]` steps, whichever is set and comes first. The
+    learning rate's schedule runs over all steps and takes no notice of stages. With `min_length`, all sequences of a
+    batch have one length, drawn anew for each batch.
+    """
+
+    task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
+    lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
+    min_length: int | None = described(None, "draw each batch's length from this to its stage's; None: the stage's")
+    batch_sizes: tuple[int, ...] = described((256, 64), "sequences per step in each stage")
+    stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
+    stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
+    num_samples: int | None = described(None, "train on this many sequences per stage, over and over; None: fresh")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._require("lengths", len(self.lengths) > 0 and min(self.lengths) >= 1, "one or more lengths of at least 1")
         shortest = min(self.lengths)
         fits = self.min_length is None or 1 <= self.min_length <= shortest
@@ -66,54 +95,61 @@ class TrainConfig:
         self._require(
             "num_samples", self.num_samples is None or self.num_samples >= smallest, f"at least a batch ({smallest})"
         )
-        for name in ("lr", "eps"):
-            self._require(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "positive")
-        for name in ("warmup_steps", "weight_decay", "clip"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("min_lr_ratio", "beta1", "beta2"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        self._require("seed", 0 <= self.seed < 2**31, "between 0 and 2³¹ − 1")
-        self._require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
 
     def batch_size(self, stage: int) -> int:
         return self.batch_sizes[stage if len(self.batch_sizes) > 1 else 0]
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of step 0 … steps−1: linear warm-up, then a cosine from lr to min_lr_ratio · lr."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        through = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * through)))
+
+@dataclass(frozen=True)
+class LanguageConfig(OptimiserConfig):
+    """How a language model is trained on a corpus: the next token, in windows of `context` tokens."""
+
+    corpus: str = described("", "fingerprint of the corpus, so that a run is only continued on its own data")
+    context: int = described(512, "T, tokens of a window")
+    batch_size: int = described(16, "windows per step, over all processes")
+    packed: bool = described(False, "let every document begin with an empty state, wherever it lies in a window")
+    max_rise: float = described(2.0, "stop when the mean loss is this many nats above its lowest; 0: never")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context", "batch_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("max_rise", self.max_rise >= 0, "0 or more")
+        if self.batch_size % self.grad_accumulation:
+            raise UsageError(
+                f"grad_accumulation={self.grad_accumulation} does not divide batch_size={self.batch_size}."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class AnyRun:
     """A run: how to train, and what."""
 
-    training: TrainConfig
+    training: OptimiserConfig
     model: ModelConfig
+    kind: ClassVar[type[OptimiserConfig]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any) -> "RunConfig":
+    def from_dict(cls, values: Any) -> Self:
         """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields."""
         if not isinstance(values, dict) or set(values) != {"training", "model"}:
             raise UsageError("This is not a run's configuration: it should have the keys training and model.")
         try:
-            training = cattrs.Converter(forbid_extra_keys=True).structure(values["training"], TrainConfig)
+            training = cattrs.Converter(forbid_extra_keys=True).structure(values["training"], cls.kind)
         except Exception as e:
             reasons = "; ".join(cattrs.transform_error(e, path="training"))
             raise UsageError(f"This is not a training configuration: {reasons}.") from e
         return cls(training, ModelConfig.from_dict(values["model"]))
 
-    def differences(self, other: "RunConfig") -> list[str]:
+    def differences(self, other: Self) -> list[str]:
         """The fields in which two runs differ, as "name: mine and theirs"."""
         found = []
         for mine, theirs in ((self.training, other.training), (self.model, other.model)):
@@ -122,3 +158,19 @@ class RunConfig:
                 if a != b:
                     found.append(f"{f.name}: {a} and {b}")
         return found
+
+
+@dataclass(frozen=True)
+class RunConfig(AnyRun):
+    """Training on a task."""
+
+    training: TrainConfig
+    kind: ClassVar[type[OptimiserConfig]] = TrainConfig
+
+
+@dataclass(frozen=True)
+class LanguageRun(AnyRun):
+    """Training on a corpus."""
+
+    training: LanguageConfig
+    kind: ClassVar[type[OptimiserConfig]] = LanguageConfig
