@@ -81,7 +81,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     `verified_folder` calls) puts back what is whole. If the body raises, the old folder is untouched.
     """
     recover_folder(path)
-    fresh, old = _beside(path, "new"), _beside(path, "old")
+    fresh, old = beside(path, "new"), beside(path, "old")
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -105,7 +105,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 def recover_folder(path: Path) -> None:
     """Finish or undo a `replaced_folder` that was cut off between its two renames."""
-    fresh, old = _beside(path, "new"), _beside(path, "old")
+    fresh, old = beside(path, "new"), beside(path, "old")
     if not path.exists() and old.exists():
         # The manifest is written last, so a fresh folder that has one is whole and is the newer of the two.
         os.rename(fresh if (fresh / MANIFEST).exists() else old, path)
@@ -137,7 +137,8 @@ def verified_folder(path: Path, what: str) -> list[str]:
     return list(files)
 
 
-def _beside(path: Path, kind: str) -> Path:
+def beside(path: Path, kind: str) -> Path:
+    """The hidden folder next to `path` that a new one is written into ("new"), or an old one waits in ("old")."""
     return path.with_name(f".{path.name}.{kind}")
 
 

@@ -1,9 +1,12 @@
 """What this machine is: written beside every result, and shown by `deltaproduct doctor`; and what it is asked to do."""
 
 import ctypes
+import functools
 import os
 import platform
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,40 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here.")
     return device
+
+
+# Dense products of bfloat16 matrices with float32 sums, in FLOP/s, as the makers state them without sparsity.
+GPU_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+             "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}  # fmt: skip
+
+
+@functools.cache
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that the device could reach: a GPU's from its maker; a CPU's by a float32 product of two large matrices.
+
+    None where it is not known. For a CPU it is this process's share: of its threads, beside whatever else is running.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
+    if device.type != "cpu":
+        return None
+    size = 1024
+    x = torch.rand(size, size)
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, or of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 # mallopt's parameters and values (malloc.h): blocks of what size are mapped one by one, and how much free memory at the

@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · S packed sequences.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,12 +172,16 @@ class SequenceModel(nn.Module):
         """The layers' mixers, in order."""
         return [module for module in self.modules() if isinstance(module, Mixer)]
 
-    def write_files(self, folder: Path) -> None:
-        """Write the configuration and the weights into a folder that someone else puts in place."""
+    def write_files(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the configuration and the weights into a folder that someone else puts in place.
+
+        weights: in place of the model's own, for one whose parameters lie on several processes.
+        """
         write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | self.config.to_dict())
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        weights = self.state_dict() if weights is None else weights
+        tensors = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
         if self.config.tie_word_embeddings:
-            del tensors["head.weight"]
+            tensors.pop("head.weight", None)
         write_tensors(folder / WEIGHTS, tensors)
 
     def save_pretrained(self, folder: str | Path) -> None:

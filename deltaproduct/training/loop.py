@@ -20,7 +20,7 @@ from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import order_generator, training_generator, weights_seed
 from deltaproduct.tasks import Task, get_task
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from deltaproduct.training.config import RunConfig, TrainConfig
+from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, TrainConfig
 from deltaproduct.training.log import Metrics, progress_bar
 
 CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
@@ -96,13 +96,13 @@ def train(
     return model.eval()
 
 
-def open_run(config: RunConfig, out: Path, resume: bool) -> None:
+def open_run(config: AnyRun, out: Path, resume: bool) -> None:
     """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
     make_folder(out)
     if (out / CONFIG).exists():
         if not resume:
             raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another folder.")
-        stored = RunConfig.from_dict(read_json(out / CONFIG))
+        stored = type(config).from_dict(read_json(out / CONFIG))
         if stored != config:
             differences = "; ".join(config.differences(stored))
             raise UsageError(f"{out} holds a run with another configuration ({differences}).")
@@ -112,21 +112,21 @@ def open_run(config: RunConfig, out: Path, resume: bool) -> None:
         write_json(out / CONFIG, config.to_dict())
 
 
-def is_finished(out: Path, config: RunConfig) -> bool:
+def is_finished(out: Path, config: AnyRun) -> bool:
     """Whether `out` holds this very run, trained to its end."""
     if not (out / RUN).exists() or not (out / CONFIG).exists():
         return False
-    return bool(read_json(out / RUN).get("finished")) and RunConfig.from_dict(read_json(out / CONFIG)) == config
+    return bool(read_json(out / RUN).get("finished")) and type(config).from_dict(read_json(out / CONFIG)) == config
 
 
-def new_model(config: RunConfig) -> SequenceModel:
+def new_model(config: AnyRun) -> SequenceModel:
     """The model with its initial weights, which depend on the seed and on nothing else."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(weights_seed(config.training.seed))
         return SequenceModel(config.model)
 
 
-def new_optimizer(model: SequenceModel, settings: TrainConfig) -> torch.optim.AdamW:
+def new_optimizer(model: SequenceModel, settings: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW; weight decay acts on matrices, not on gains and biases."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]

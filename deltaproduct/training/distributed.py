@@ -1,0 +1,139 @@
+"""Several processes that train one model: who they are, how the model lies on them, and what they tell each other.
+
+`torchrun` starts them, on one machine or on many, and says to each in its environment which of them it is. Without it
+there is one process, and none of this costs anything.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from deltaproduct.errors import UsageError
+from deltaproduct.machine import choose_device
+from deltaproduct.ops.spans import Spans
+
+PARALLEL = ("ddp", "fsdp")
+PATIENCE = timedelta(minutes=30)  # for a rank that writes a large checkpoint, or prepares its device
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train one model. Ranks that hold spans of the same sequences are neighbours.
+
+    Attributes:
+        rank, size: which process of how many.
+        device: where it computes.
+        spans: the ranks that each sequence is divided over; None where each rank has whole sequences.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    spans: Spans | None = None
+
+    @classmethod
+    @contextmanager
+    def started(cls, device: str = "auto", *, spans: int = 1) -> Iterator["Ranks"]:
+        """What `torchrun` says this process is, for the time of a `with`; alone where nobody says anything.
+
+        Args:
+            device: "auto", "cpu" or "cuda"; on a machine with several GPUs each process takes its own.
+            spans: ranks that divide each sequence among them.
+
+        Raises:
+            UsageError: there is no such device, or `spans` does not divide the number of processes.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if spans < 1 or size % spans:
+            raise UsageError(f"spans must divide the number of processes, {size}; {spans} does not.")
+        where = choose_device(device)
+        if "RANK" not in os.environ:
+            yield cls(0, 1, where)
+            return
+        if where.type == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(where)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            yield cls(dist.get_rank(), size, where, _spans(size, spans))
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank works on; those who divide its sequences have the same one."""
+        return self.rank // self.per_sequence
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares a batch is divided."""
+        return self.size // self.per_sequence
+
+    @property
+    def per_sequence(self) -> int:
+        """Ranks that each sequence is divided over."""
+        return 1 if self.spans is None else self.spans.size
+
+    def my_span(self, x: Tensor) -> Tensor:
+        """This rank's tokens of sequences x [b,T]; `UsageError` unless they can be divided evenly."""
+        if self.spans is None:
+            return x
+        if x.shape[1] % self.spans.size:
+            raise UsageError(f"A context of {x.shape[1]} tokens cannot be divided evenly over {self.spans.size} ranks.")
+        return x.chunk(self.spans.size, 1)[self.spans.rank]
+
+    def wrap(self, module: nn.Module, parallel: str, *, blocks: Callable[[nn.Module], Any], precision: str) -> nn.Module:
+        """The module with gradients that are averaged over all ranks.
+
+        Args:
+            parallel: "ddp", every rank has all parameters, or "fsdp" (FSDP2), each has a share of every parameter and
+                gathers those of one block at a time.
+            blocks: the parts of the module that are gathered one by one.
+            precision: "bfloat16" has FSDP gather and multiply in it; sums of gradients are float32 in any case.
+        """
+        if parallel not in PARALLEL:
+            raise UsageError(f"parallel must be one of {', '.join(PARALLEL)}, not {parallel!r}.")
+        if self.size == 1:
+            return module
+        if parallel == "ddp":
+            return DistributedDataParallel(module)
+        mesh = DeviceMesh(self.device.type, list(range(self.size)))
+        low = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks(module):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' tensors."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _spans(size: int, per_sequence: int) -> Spans | None:
+    """The group of neighbours that this rank divides sequences with. Every rank has to make every group."""
+    if per_sequence == 1:
+        return None
+    groups = [dist.new_group(range(at, at + per_sequence)) for at in range(0, size, per_sequence)]
+    return Spans(groups[dist.get_rank() // per_sequence])

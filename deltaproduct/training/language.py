@@ -1,0 +1,285 @@
+"""Training a language model, on one process or on many: the next token, in windows of a corpus.
+
+b windows of this process · T tokens in a window, or in this process's span of it · D hidden size · V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import recover_folder, write_json
+from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
+from deltaproduct.models import SequenceModel
+from deltaproduct.tasks.corpus import Corpus, PackedDocuments, Split, Windows
+from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.distributed import Ranks
+from deltaproduct.training.log import Metrics, progress_bar
+from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, new_model, new_optimizer, open_run
+from deltaproduct.training.loss import summed_cross_entropy
+from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
+
+TOKENIZER = "tokenizer"  # beside the checkpoint, so that a run's folder is all that generating needs
+MEMORY = 0.95  # of the running mean of the loss
+VALIDATION_WINDOWS = 32
+
+
+class LanguageLoss(nn.Module):
+    """A model with its loss inside: FSDP has the head's weight whole only within the forward pass of what it wraps."""
+
+    def __init__(self, model: SequenceModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The sum of the tokens' cross-entropies in nats; inputs and targets [b,T]."""
+        x, _ = self.model.hidden(inputs, cu_seqlens=cu_seqlens)
+        return summed_cross_entropy(x.flatten(0, 1), self.model.head.weight, targets.flatten())
+
+
+def train_language(
+    config: LanguageRun,
+    corpus: Corpus,
+    out: Path,
+    ranks: Ranks,
+    *,
+    resume: bool = False,
+    backend: str = "auto",
+    parallel: str = "ddp",
+    recompute: bool = False,
+    compile: bool = False,
+    log_every: int = 10,
+    checkpoint_every: int = 100,
+    show: bool = True,
+) -> SequenceModel:
+    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
+
+    Every process calls this, with an `out` that all of them see. A run may go on with another number of processes, or
+    with other values of the keywords: none of them is part of its configuration.
+
+    Args:
+        resume: continue what `out` holds; an empty folder is simply begun.
+        parallel: "ddp" or "fsdp"; see `Ranks.wrap`.
+        recompute: keep only the blocks' inputs for the backward pass, and run the blocks a second time in it.
+        compile: have torch.compile compile every block.
+        log_every, checkpoint_every: steps between metric lines, and between checkpoints with the validation loss.
+
+    Raises:
+        UsageError: folder, corpus, model and processes do not fit together, or training goes wrong: the loss is no
+            longer finite, or has risen by `max_rise`. The message says where the last good checkpoint is.
+    """
+    settings = config.training
+    _check(config, corpus, ranks)
+    model = new_model(config).to(ranks.device).use_backend(backend).divide_over(ranks.spans)
+    model.recompute = recompute
+    if compile:
+        for block in model.blocks:
+            block.compile()
+    kind = PackedDocuments if settings.packed else Windows
+    batches = kind(corpus.split("train"), settings.context, seed=settings.seed)
+    meter = _Meter(model, settings, ranks)
+    wrapped = ranks.wrap(
+        LanguageLoss(model), parallel, blocks=lambda loss: loss.model.blocks, precision=settings.precision
+    )
+    optimizer = new_optimizer(model, settings)
+    checkpoint, progress = out / CHECKPOINT, LanguageProgress()
+    if ranks.first:
+        open_run(config, out, resume)
+        corpus.tokenizer.save(out / TOKENIZER)
+        recover_folder(checkpoint)
+    ranks.wait()
+    if resume and checkpoint.exists():
+        progress = load_shards(checkpoint, wrapped, model, optimizer, ranks)
+    wrapped.train()
+    begun, before = time.monotonic(), progress.seconds
+    with _metrics(out / METRICS, progress.step, ranks) as metrics, \
+            progress_bar(f"{out.name} seed {settings.seed}", settings.steps, show=show and ranks.first) as bar:  # fmt: skip
+        while progress.step < settings.steps:
+            rate = settings.learning_rate(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, norm = language_step(wrapped, model, batches, settings, progress.step, ranks)
+            good = math.isfinite(loss) and math.isfinite(norm)
+            if not good or advance(progress, settings, loss) > (settings.max_rise or math.inf):
+                raise UsageError(_gone_wrong(progress, loss, norm, checkpoint))
+            optimizer.step()
+            progress.seconds = before + time.monotonic() - begun
+            meter.count(settings.tokens_per_step)
+            done = progress.step == settings.steps
+            bar.update(progress.step, f"loss {loss:.4f}  {meter.rate:,.0f} tokens/s")
+            saving = done or (progress.step % checkpoint_every == 0 and _calm(progress, settings))
+            if not saving and progress.step % log_every:
+                continue
+            line = {"step": progress.step, "tokens": progress.step * settings.tokens_per_step, "loss": loss,
+                    "loss_mean": progress.loss_mean, "lr": rate, "grad_norm": norm, **meter.figures(),
+                    "seconds": round(progress.seconds, 3)}  # fmt: skip
+            if saving:
+                line["validation_loss"] = validation_loss(wrapped, corpus.split("validation"), settings, ranks)
+                save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
+            if metrics is not None:
+                metrics.write(line)
+            meter.begin()
+    if ranks.first:
+        write_json(out / RUN, {"finished": True, "seed": settings.seed, "steps": settings.steps,
+                               "parameters": meter.parameters, "wall_seconds": round(progress.seconds, 2),
+                               "command": command_line(), "processes": ranks.size, "device": str(ranks.device),
+                               "machine": describe_machine()})  # fmt: skip
+    ranks.wait()
+    return model.eval()
+
+
+def language_step(
+    wrapped: nn.Module,
+    model: SequenceModel,
+    batches: Windows | PackedDocuments,
+    settings: LanguageConfig,
+    step: int,
+    ranks: Ranks,
+) -> tuple[float, float]:
+    """The gradient of one step, clipped; returns the mean loss of all ranks' tokens and the norm before clipping."""
+    model.zero_grad(set_to_none=True)
+    micro = settings.grad_accumulation
+    total = torch.zeros((), device=ranks.device)
+    for i in range(micro):
+        # Batches of a fraction of the size, counted on, are the same windows in the same order.
+        batch = batches.batch(
+            step * micro + i, settings.batch_size // micro, rank=ranks.data_rank, ranks=ranks.data_size
+        )
+        inputs, targets = (ranks.my_span(x).to(ranks.device) for x in batch[:2])
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(ranks.device)
+        with _synchronised(wrapped, last=i == micro - 1):
+            with _precision(settings, ranks.device):
+                loss = wrapped(inputs, targets, cu_seqlens)
+            # The ranks' gradients are averaged, and are to be the sum's over all tokens of the step.
+            (loss * (ranks.size / settings.tokens_per_step)).backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(ranks.summed(total)) / settings.tokens_per_step, float(norm)
+
+
+@torch.no_grad()
+def validation_loss(wrapped: nn.Module, split: Split, settings: LanguageConfig, ranks: Ranks) -> float:
+    """Mean cross-entropy, in nats, over windows that lie evenly spaced in the split: the same ones at every step."""
+    wanted = min(VALIDATION_WINDOWS, (split.num_tokens - 1) // settings.context)
+    count = max(1, wanted // ranks.data_size)  # of each rank
+    every = count * ranks.data_size
+    total = torch.zeros((), device=ranks.device)
+    wrapped.eval()
+    for i in range(ranks.data_rank * count, (ranks.data_rank + 1) * count):
+        start = i * (split.num_tokens - settings.context - 1) // every
+        row = split.tokens(start, start + settings.context + 1)[None].to(ranks.device)
+        with _precision(settings, ranks.device):
+            total += wrapped(ranks.my_span(row[:, :-1]), ranks.my_span(row[:, 1:]))
+    wrapped.train()
+    return float(ranks.summed(total)) / (every * settings.context)
+
+
+def advance(progress: LanguageProgress, settings: LanguageConfig, loss: float) -> float:
+    """Count a step; returns by how much the running mean of the loss lies above its lowest, in nats."""
+    mean = loss if progress.loss_mean is None else MEMORY * progress.loss_mean + (1 - MEMORY) * loss
+    lowest = mean if progress.lowest_mean is None else min(progress.lowest_mean, mean)
+    progress.step, progress.loss_mean, progress.lowest_mean = progress.step + 1, mean, lowest
+    return mean - lowest
+
+
+def _calm(progress: LanguageProgress, settings: LanguageConfig) -> bool:
+    """Whether the loss is where a checkpoint is a good one: not half way to where training would be stopped."""
+    assert progress.loss_mean is not None and progress.lowest_mean is not None  # a step has been counted
+    return not settings.max_rise or progress.loss_mean - progress.lowest_mean <= settings.max_rise / 2
+
+
+def _gone_wrong(progress: LanguageProgress, loss: float, norm: float, checkpoint: Path) -> str:
+    if math.isfinite(loss) and math.isfinite(norm):
+        what = f"The mean loss has risen from {progress.lowest_mean:.3f} to {progress.loss_mean:.3f} nats"
+    else:
+        what = f"Step {progress.step + 1} has a loss of {loss} and a gradient of norm {norm}"
+    last = f"the last good checkpoint is in {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+    return f"{what}; {last}. A lower --lr, more --warmup-steps or a smaller --clip usually helps."
+
+
+def _check(config: LanguageRun, corpus: Corpus, ranks: Ranks) -> None:
+    settings, model = config.training, config.model
+    if not model.vocab_size == model.num_labels == corpus.vocab_size:
+        raise UsageError(
+            f"The corpus {corpus.folder} has {corpus.vocab_size} tokens, but the model has vocab_size="
+            f"{model.vocab_size} and num_labels={model.num_labels}."
+        )
+    held_out = corpus.split("validation").num_tokens
+    if held_out <= settings.context:
+        raise UsageError(f"The validation split has {held_out} tokens, too few for a context of {settings.context}.")
+    if settings.corpus != corpus.fingerprint:
+        raise UsageError(f"The run is one on another corpus than {corpus.folder}; prepare that again, or start anew.")
+    share = settings.batch_size // settings.grad_accumulation
+    if share % ranks.data_size:
+        raise UsageError(
+            f"{share} sequences (batch_size / grad_accumulation) cannot be dealt out evenly to {ranks.data_size} "
+            "ranks: each needs the same number of them, and at least one."
+        )
+    if ranks.spans is not None and settings.packed:
+        raise UsageError("Packed documents cannot be divided over processes; take plain windows or --spans 1.")
+    if settings.context % ranks.per_sequence:
+        raise UsageError(f"A context of {settings.context} cannot be divided evenly over {ranks.per_sequence} ranks.")
+
+
+def _precision(settings: LanguageConfig, device: torch.device) -> AbstractContextManager[object]:
+    mixed = settings.precision == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if mixed else nullcontext()
+
+
+@contextmanager
+def _synchronised(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
+    """Have ranks exchange gradients after the last micro-batch only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+        yield
+
+
+@contextmanager
+def _metrics(path: Path, step: int, ranks: Ranks) -> Iterator[Metrics | None]:
+    """The file of metrics, on the rank that writes it."""
+    metrics = Metrics(path, after_step=step) if ranks.first else None
+    try:
+        yield metrics
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+class _Meter:
+    """How fast training goes: tokens a second of all ranks, the share of what the devices could do, and memory."""
+
+    def __init__(self, model: SequenceModel, settings: LanguageConfig, ranks: Ranks):
+        self.parameters = model.num_parameters
+        tied = model.config.tie_word_embeddings
+        multiplied = self.parameters - (0 if tied else model.embedding.weight.numel())
+        peak = peak_flops(ranks.device)
+        # 6 FLOP per token and weight in a product, forward and backward: the usual count, which leaves out the
+        # recurrence (2N·HV·K·V·… of it, a few percent) and whatever is computed a second time.
+        self._best = None if peak is None else peak * ranks.size / (6 * multiplied)
+        self._device = ranks.device
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the rate from here on."""
+        self._tokens, self._since, self.rate = 0, time.monotonic(), 0.0
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+        self.rate = self._tokens / max(1e-9, time.monotonic() - self._since)
+
+    def figures(self) -> dict[str, float]:
+        """For a line of metrics."""
+        found = {"tokens_per_second": round(self.rate, 1), "memory_gib": round(memory_in_use(self._device) / 2**30, 3)}
+        if self._best is not None:
+            found["mfu"] = round(self.rate / self._best, 4)
+        return found
