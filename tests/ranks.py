@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 # A server that has imported what takes long, and that every rank is a fork of: a rank is there in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "deltaproduct.models", "deltaproduct.training"])
+PRELOADED = ["pytest", "torch._dynamo", "deltaproduct.training.language", "deltaproduct.tasks.corpus.writer"]
+PROCESSES.set_forkserver_preload(PRELOADED)
 LIMIT = 120  # seconds
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` returns on each of so many ranks (gloo); an error on any of them is raised here."""
+def start_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> tuple[list[Any], list[Any]]:
+    """So many processes that call `work(*arguments)` as ranks of one group (gloo), and where their answers arrive."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -28,8 +29,14 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     ]
     for rank in ranks:
         rank.start()
+    return ranks, [receiver for receiver, _ in ends]
+
+
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns on each rank; an error on any of them is raised here."""
+    ranks, ends = start_ranks(size, work, *arguments)
     try:
-        found = [pickle.loads(end.recv_bytes()) if end.poll(LIMIT) else (None, "no answer") for end, _ in ends]
+        found = [pickle.loads(end.recv_bytes()) if end.poll(LIMIT) else (None, "no answer") for end in ends]
     finally:
         for rank in ranks:
             rank.kill()

@@ -104,6 +104,11 @@ class TrainConfig(OptimiserConfig):
 class LanguageConfig(OptimiserConfig):
     """How a language model is trained on a corpus: the next token, in windows of `context` tokens."""
 
+    steps: int = described(1000, "optimiser steps in all")
+    lr: float = described(2e-3, "peak learning rate")
+    min_lr_ratio: float = described(0.1, "what the cosine ends at, as a share of lr")
+    beta2: float = described(0.95, "AdamW")
+    weight_decay: float = described(0.01, "AdamW, on matrices only")
     corpus: str = described("", "fingerprint of the corpus, so that a run is only continued on its own data")
     context: int = described(512, "T, tokens of a window")
     batch_size: int = described(16, "windows per step, over all processes")

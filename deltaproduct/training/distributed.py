@@ -5,11 +5,10 @@ there is one process, and none of this costs anything.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,21 +52,21 @@ class Ranks:
         Raises:
             UsageError: there is no such device, or `spans` does not divide the number of processes.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if spans < 1 or size % spans:
-            raise UsageError(f"spans must divide the number of processes, {size}; {spans} does not.")
         where = choose_device(device)
-        if "RANK" not in os.environ:
-            yield cls(0, 1, where)
-            return
-        if where.type == "cuda":
-            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            torch.cuda.set_device(where)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
+        known = dist.is_initialized()  # by another launcher, whose processes they are
+        if not known and "RANK" in os.environ:
+            if where.type == "cuda":
+                where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+                torch.cuda.set_device(where)
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
         try:
-            yield cls(dist.get_rank(), size, where, _spans(size, spans))
+            rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            if spans < 1 or size % spans:
+                raise UsageError(f"spans must divide the number of processes, {size}; {spans} does not.")
+            yield cls(rank, size, where, _spans(size, spans))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized() and not known:
+                dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
@@ -97,7 +96,7 @@ class Ranks:
             raise UsageError(f"A context of {x.shape[1]} tokens cannot be divided evenly over {self.spans.size} ranks.")
         return x.chunk(self.spans.size, 1)[self.spans.rank]
 
-    def wrap(self, module: nn.Module, parallel: str, *, blocks: Callable[[nn.Module], Any], precision: str) -> nn.Module:
+    def wrap(self, module: nn.Module, parallel: str, *, blocks: Iterable[nn.Module], precision: str) -> nn.Module:
         """The module with gradients that are averaged over all ranks.
 
         Args:
@@ -111,13 +110,14 @@ class Ranks:
         if self.size == 1:
             return module
         if parallel == "ddp":
-            return DistributedDataParallel(module)
+            return DistributedDataParallel(module, gradient_as_bucket_view=True)
         mesh = DeviceMesh(self.device.type, list(range(self.size)))
         low = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks(module):
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)  # in place: the module's class is another from here on
+        return module
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of the ranks' tensors."""

@@ -86,9 +86,7 @@ def train_language(
     kind = PackedDocuments if settings.packed else Windows
     batches = kind(corpus.split("train"), settings.context, seed=settings.seed)
     meter = _Meter(model, settings, ranks)
-    wrapped = ranks.wrap(
-        LanguageLoss(model), parallel, blocks=lambda loss: loss.model.blocks, precision=settings.precision
-    )
+    wrapped = ranks.wrap(LanguageLoss(model), parallel, blocks=model.blocks, precision=settings.precision)
     optimizer = new_optimizer(model, settings)
     checkpoint, progress = out / CHECKPOINT, LanguageProgress()
     if ranks.first:
@@ -100,8 +98,8 @@ def train_language(
         progress = load_shards(checkpoint, wrapped, model, optimizer, ranks)
     wrapped.train()
     begun, before = time.monotonic(), progress.seconds
-    with _metrics(out / METRICS, progress.step, ranks) as metrics, \
-            progress_bar(f"{out.name} seed {settings.seed}", settings.steps, show=show and ranks.first) as bar:  # fmt: skip
+    shown = progress_bar(f"{out.name} seed {settings.seed}", settings.steps, show=show and ranks.first)
+    with _metrics(out / METRICS, progress.step, ranks) as metrics, shown as bar:
         while progress.step < settings.steps:
             rate = settings.learning_rate(progress.step)
             for group in optimizer.param_groups:
@@ -123,9 +121,10 @@ def train_language(
                     "seconds": round(progress.seconds, 3)}  # fmt: skip
             if saving:
                 line["validation_loss"] = validation_loss(wrapped, corpus.split("validation"), settings, ranks)
-                save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
             if metrics is not None:
-                metrics.write(line)
+                metrics.write(line)  # first, so that no checkpoint is without the lines before it
+            if saving:
+                save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
             meter.begin()
     if ranks.first:
         write_json(out / RUN, {"finished": True, "seed": settings.seed, "steps": settings.steps,

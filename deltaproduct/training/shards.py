@@ -4,15 +4,16 @@ The folder is an ordinary checkpoint for `SequenceModel.from_pretrained` with th
 torch.distributed.checkpoint writes them. It is replaced in one step, when all ranks have written.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,7 +35,7 @@ METADATA = ".metadata"  # of torch.distributed.checkpoint: which file has which 
 
 @dataclass
 class LanguageProgress:
-    """How far a run is. Batches are a pure function of (seed, step, rank), so this and the tensors are all its state."""
+    """How far a run is; batches are a function of (seed, step, rank), so these and the tensors are all its state."""
 
     step: int = 0  # steps done
     seconds: float = 0.0  # time spent training, over all sittings
@@ -60,11 +61,12 @@ def save_shards(
         UsageError: it cannot be written, for instance because a disk is full; the old checkpoint is untouched.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = {_own_name(name): x for name, x in get_model_state_dict(wrapped, options=whole).items()}
+    weights = {_own_name(name): cast(Tensor, x) for name, x in get_model_state_dict(wrapped, options=whole).items()}
     with _fresh(folder, ranks) as fresh:
         try:
             shards = {"optimizer": get_optimizer_state_dict(wrapped, optimizer)}
-            dcp.save(shards, checkpoint_id=fresh, no_dist=ranks.size == 1)
+            with _alone(ranks) as alone:
+                dcp.save(shards, checkpoint_id=fresh, no_dist=alone)
         except CheckpointException as e:
             rank, (error, _) = next(iter(e.failures.items()))
             raise UsageError(f"The checkpoint {folder} cannot be written (rank {rank}: {error}).") from e
@@ -96,7 +98,8 @@ def load_shards(
     set_model_state_dict(wrapped, weights, options=StateDictOptions(full_state_dict=True))
     shards = {"optimizer": get_optimizer_state_dict(wrapped, optimizer)}
     try:
-        dcp.load(shards, checkpoint_id=folder, no_dist=ranks.size == 1)
+        with _alone(ranks) as alone:
+            dcp.load(shards, checkpoint_id=folder, no_dist=alone)
     except CheckpointException as e:
         _, (error, _) = next(iter(e.failures.items()))
         raise UsageError(f"The optimiser in {folder} cannot be read: {error}.") from e
@@ -107,6 +110,14 @@ def load_shards(
 def _own_name(name: str) -> str:
     """A parameter's name in the model, from its name in the module around it."""
     return name.removeprefix("model.")
+
+
+@contextmanager
+def _alone(ranks: Ranks) -> Iterator[bool]:
+    """Whether this is the only process, of which torch.distributed.checkpoint need not warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield ranks.size == 1
 
 
 @contextmanager
