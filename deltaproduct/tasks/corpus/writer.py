@@ -78,7 +78,7 @@ def prepare(
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}.")
     if not sources:
-        raise UsageError("A corpus needs at least one source.")
+        raise UsageError("A corpus needs at least one --source.")
     check_tokenizer(tokenizer)
     texts = [make_source(spec, validation_share) for spec in sources]
     settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])

@@ -1,0 +1,59 @@
+"""`deltaproduct lm prepare`: make a corpus for language models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deltaproduct.tasks.corpus import Corpus
+from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
+from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE
+from deltaproduct.tasks.corpus.tokenizer import SPECS
+from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
+from deltaproduct.training.log import progress_bar
+
+_SHARE = (
+    f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, {MODULE_SHARE} of the standard "
+    f"library's modules, and of shakespeare always {', '.join(HELD_OUT)}"
+)
+
+
+@dataclass(kw_only=True)
+class LmPrepare:
+    """Make a corpus for language models: texts to token ids in memory-mapped shards, some held out for validation."""
+
+    source: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(help=f"{KINDS}; given several times, one after the other"),
+    ] = ()
+    tokenizer: Annotated[str, tyro.conf.arg(help=SPECS)] = "bytes"
+    out: Annotated[Path, tyro.conf.arg(help="folder of the corpus; created")]
+    shard_tokens: Annotated[int, tyro.conf.arg(help="tokens in a file")] = SHARD_TOKENS
+    validation_share: Annotated[float | None, tyro.conf.arg(help=_SHARE)] = None
+    workers: Annotated[int, tyro.conf.arg(help="processes that encode; the result is the same")] = 1
+    resume: Annotated[bool, tyro.conf.arg(help="go on with the corpus in --out, to the same bytes")] = False
+
+    def run(self) -> None:
+        with progress_bar("lm prepare, %", 100) as bar:
+
+            def show(progress: Progress) -> None:
+                percent = 100 * progress.done // progress.total if progress.total else 0
+                bar.update(percent, f"{progress.doing}, {progress.tokens:,} tokens")
+
+            sidecar = prepare(
+                self.source,
+                self.tokenizer,
+                self.out,
+                shard_tokens=self.shard_tokens,
+                validation_share=self.validation_share,
+                workers=self.workers,
+                resume=self.resume,
+                progress=show,
+            )
+        corpus = Corpus.open(self.out, verify=False)
+        print(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
+        for name, split in sidecar.splits.items():
+            print(f"  {name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
+        if not sidecar.splits["validation"].documents:
+            print("  No document was held out, so nothing can be validated; --validation-share can be larger.")
