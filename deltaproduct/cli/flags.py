@@ -1,5 +1,6 @@
 """Flags made from configurations: one flat flag per field, named as the field, with the field's own help."""
 
+from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Annotated, Any
 
@@ -7,6 +8,9 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers import MIXERS, get_mixer
+
+_OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
 
 
 def _parse_ints(words: list[str]) -> tuple[int, ...]:
@@ -43,6 +47,27 @@ def config_flags(name: str, config: type, defaults: dict[str, Any], *, leave_out
 def values_of(flags: Any, config: type) -> dict[str, Any]:
     """The flags' values that are fields of `config`."""
     return {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """What a flag is given on the command line, before that is parsed; None if it is not given."""
+    for i, word in enumerate(arguments):
+        if word == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def check_given(mixer: str, arguments: Sequence[str]) -> None:
+    """`UsageError` where a flag was given that the mixer has no use for, such as an n_h for an LSTM."""
+    used = get_mixer(mixer).arguments()
+    elsewhere = {name for other in MIXERS.values() for name in other.arguments()}.difference(used, _OF_EVERY_BLOCK)
+    for word in arguments:
+        flag = word.split("=", 1)[0]
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--") and name in elsewhere:
+            raise UsageError(f"{flag} means nothing to the mixer {mixer}, which takes {', '.join(used)}.")
 
 
 def check_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:

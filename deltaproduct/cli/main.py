@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageError as e:
         _fail(str(e))
     except KeyboardInterrupt:
-        print("deltaproduct: interrupted; what was saved is whole: train --resume, or the same reproduce, goes on.",
+        print("deltaproduct: interrupted; what was saved is whole: the same command goes on, training with --resume.",
               file=sys.stderr)  # fmt: skip
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -48,12 +48,20 @@ def _parse(arguments: list[str]) -> Any:
     from deltaproduct.cli.evaluate import Evaluate
     from deltaproduct.cli.explain import Explain
     from deltaproduct.cli.extract import Extract
+    from deltaproduct.cli.flags import check_given
+    from deltaproduct.cli.lm_convert import LmConvert
+    from deltaproduct.cli.lm_evaluate import LmEvaluate
+    from deltaproduct.cli.lm_export import LmExport
+    from deltaproduct.cli.lm_generate import LmGenerate
+    from deltaproduct.cli.lm_prepare import LmPrepare
+    from deltaproduct.cli.lm_train import LmTrain, train_defaults
     from deltaproduct.cli.reproduce import Reproduce
     from deltaproduct.cli.tasks import TasksList, TasksShow
-    from deltaproduct.cli.train import Train, check_given, resumed_defaults
+    from deltaproduct.cli.train import Train, resumed_defaults
     from deltaproduct.cli.verify import Verify
 
     defaults = resumed_defaults(arguments[1:]) if arguments[:1] == ["train"] else None
+    lm_defaults = train_defaults(arguments[2:]) if arguments[:2] == ["lm", "train"] else None
     sub = tyro.conf.subcommand
     tasks = Annotated[TasksList, sub("list")] | Annotated[TasksShow, sub("show")]
     bench = (
@@ -61,6 +69,14 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[BenchScaling, sub("scaling")]
         | Annotated[BenchStep, sub("step")]
         | Annotated[BenchTrain, sub("train")]
+    )
+    lm = (
+        Annotated[LmPrepare, sub("prepare")]
+        | Annotated[LmTrain, sub("train", default=lm_defaults) if lm_defaults else sub("train")]
+        | Annotated[LmEvaluate, sub("evaluate")]
+        | Annotated[LmGenerate, sub("generate")]
+        | Annotated[LmExport, sub("export")]
+        | Annotated[LmConvert, sub("convert")]
     )
     commands: Any = (
         Annotated[Reproduce, sub("reproduce")]
@@ -72,6 +88,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Explain, sub("explain")]
         | Annotated[_group("Tasks", tasks, "Which tasks there are, and what one looks like."), sub("tasks")]
         | Annotated[_group("Bench", bench, "Measure this machine and the operator on it."), sub("bench")]
+        | Annotated[_group("Lm", lm, "Language models: their data, training, evaluation and use."), sub("lm")]
         | Annotated[Doctor, sub("doctor")]
     )
     errors = io.StringIO()
@@ -89,8 +106,9 @@ def _parse(arguments: list[str]) -> Any:
             _fail(_one_line(errors.getvalue()))
         sys.stderr.write(errors.getvalue())
         raise
-    if isinstance(command, Train):
-        check_given(command, arguments)
+    inner = getattr(command, "command", command)
+    if isinstance(inner, Train | LmTrain):
+        check_given(inner.mixer, arguments)
     return command
 
 

@@ -6,18 +6,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from deltaproduct.cli.flags import config_flags, values_of
+from deltaproduct.cli.flags import config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import STATE_TRACKING
 from deltaproduct.files import read_json
-from deltaproduct.layers import MIXERS, get_mixer
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig, train
 from deltaproduct.training.loop import CONFIG, METRICS
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
-_OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
 _ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
 _TrainFlags: Any = config_flags("TrainFlags", TrainConfig, {})
 
@@ -55,33 +53,13 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         print(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
 
 
-def check_given(command: Train, arguments: list[str]) -> None:
-    """`UsageError` where a flag was given that the mixer has no use for, such as an n_h for an LSTM."""
-    used = get_mixer(command.mixer).arguments()
-    elsewhere = {name for mixer in MIXERS.values() for name in mixer.arguments()}.difference(used, _OF_EVERY_BLOCK)
-    for word in arguments:
-        flag = word.split("=", 1)[0]
-        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if flag.startswith("--") and name in elsewhere:
-            raise UsageError(f"{flag} means nothing to the mixer {command.mixer}, which takes {', '.join(used)}.")
-
-
 def resumed_defaults(arguments: list[str]) -> Train | None:
     """With --resume, the flags' defaults are those of the run in --out, if there is one to continue."""
     if "--resume" not in arguments:
         return None
-    out = _value_of("--out", arguments)
+    out = value_of("--out", arguments)
     if out is None or not (Path(out) / CONFIG).is_file():
         return None
     stored = RunConfig.from_dict(read_json(Path(out) / CONFIG))
     model = {k: v for k, v in vars(stored.model).items() if k not in _OF_THE_TASK}
     return Train(out=Path(out), resume=True, **vars(stored.training), **model)
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for i, word in enumerate(arguments):
-        if word == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None

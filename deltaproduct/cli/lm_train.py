@@ -1,0 +1,93 @@
+"""`deltaproduct lm train`: train a language model on a corpus; under torchrun, on many processes."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from deltaproduct.cli.flags import config_flags, value_of, values_of
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json
+from deltaproduct.models import ModelConfig
+from deltaproduct.tasks.corpus import Corpus
+from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.log import last_metrics
+from deltaproduct.training.loop import CONFIG, METRICS
+from deltaproduct.training.presets import PRESETS, get_preset, preset_model
+
+DEFAULT = "tiny"
+_OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
+_ModelFlags: Any = config_flags("ModelFlags", ModelConfig, preset_model(DEFAULT), leave_out=_OF_THE_CORPUS)
+_TrainFlags: Any = config_flags(
+    "LanguageFlags", LanguageConfig, dict(get_preset(DEFAULT).training), leave_out=_OF_THE_CORPUS
+)
+
+
+@dataclass(kw_only=True)
+class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
+    """Train a language model on a corpus that `lm prepare` made. Start it with torchrun to train on many processes."""
+
+    preset: Annotated[str, tyro.conf.arg(help=f"what the other flags default to: {', '.join(PRESETS)}")] = DEFAULT
+    data: Annotated[Path, tyro.conf.arg(help="folder of the corpus")]
+    out: Annotated[Path, tyro.conf.arg(help="folder of the run; created")]
+    resume: Annotated[bool, tyro.conf.arg(help="continue the run in --out; other flags default to its own")] = False
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
+    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
+    spans: Annotated[int, tyro.conf.arg(help="processes that each sequence is divided over")] = 1
+    recompute: Annotated[bool, tyro.conf.arg(help="run blocks again in the backward pass, which saves memory")] = False
+    compile: Annotated[bool, tyro.conf.arg(help="torch.compile every block")] = False
+    log_every: Annotated[int, tyro.conf.arg(help="steps between metric lines")] = 10
+    checkpoint_every: Annotated[int, tyro.conf.arg(help="steps between checkpoints")] = 100
+    verify: Annotated[bool, tyro.conf.arg(help="compare the corpus' sha256 before training")] = True
+
+    def run(self) -> None:
+        from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
+        from deltaproduct.training.language import train_language
+
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        with Ranks.started(self.device, spans=self.spans) as ranks:
+            corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
+            tokens = corpus.vocab_size
+            model = ModelConfig(vocab_size=tokens, num_labels=tokens, **values_of(self, ModelConfig))
+            training = LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig))
+            train_language(
+                LanguageRun(training, model),
+                corpus,
+                self.out,
+                ranks,
+                resume=self.resume,
+                backend=self.backend,
+                parallel=self.parallel,
+                recompute=self.recompute,
+                compile=self.compile,
+                log_every=self.log_every,
+                checkpoint_every=self.checkpoint_every,
+            )
+            if ranks.first:
+                self._report()
+
+    def _report(self) -> None:
+        last = last_metrics(self.out / METRICS) or {}
+        print(
+            f"{self.out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s; loss {last['loss']:.3f}, "
+            f"validation {last['validation_loss']:.3f} nats a token"
+        )
+
+
+def train_defaults(arguments: list[str]) -> LmTrain:
+    """What the flags default to: with --resume the run in --out, if there is one, else what --preset says."""
+    out, name = value_of("--out", arguments), value_of("--preset", arguments) or DEFAULT
+    steps = value_of("--num-householder", arguments)
+    if "--resume" in arguments and out is not None and (Path(out) / CONFIG).is_file():
+        stored = LanguageRun.from_dict(read_json(Path(out) / CONFIG))
+        values = vars(stored.model) | vars(stored.training)
+    else:
+        of_preset = preset_model(name, int(steps)) if steps is not None and steps.isdecimal() else preset_model(name)
+        values = of_preset | dict(get_preset(name).training)
+    known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
+    missing = {"data": tyro.MISSING, "out": tyro.MISSING}
+    return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})  # type: ignore[arg-type]
