@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import tracemalloc
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,7 @@ CASES = {
     "hybrid": HYBRID,
     **{name: {"mixer": name} for name in MIXERS if name != "deltaproduct"},
 }
+OF_OTHER_WEIGHTS = {name: case for name, case in CASES.items() if name[:3] != "n_h" or "n_h=2" in name}
 SOME = {name: CASES[name] for name in ("n_h=2, gated", "tied", "hybrid", "lstm")}
 EACH = pytest.mark.parametrize("changed", CASES.values(), ids=CASES)
 FEW = pytest.mark.parametrize("changed", SOME.values(), ids=SOME)
@@ -211,36 +212,29 @@ def test_rows_of_the_cache(changed):
     assert torch.equal(model(given, past_key_values=cache).logits, model(given).logits)
 
 
-@torch.no_grad()
-def decode(model: DeltaProductForCausalLM, cache: DeltaProductCache, count: int) -> None:
-    token = torch.zeros(2, 1, dtype=torch.long)
-    for _ in range(count):
-        token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-
-
 def resident() -> int:
     """Bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@torch.no_grad()
 def test_decoding_does_not_grow_memory(count):
-    model, cache = build(num_hidden_layers=1), DeltaProductCache()
-    decode(model, cache, 50)  # what is allocated once
-    size, before = cache.num_bytes, resident()
-    gc.collect()
-    tracemalloc.start()
-    try:
-        decode(model, cache, count)
+    model, cache, token = build(num_hidden_layers=1), DeltaProductCache(), tokens(2, 1)
+    sizes, objects, memory = [], [], []
+    for tokens_more in (50, count):  # the first are for what is allocated once
+        for _ in range(tokens_more):
+            token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
         gc.collect()
-        objects = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+        sizes.append(cache.num_bytes)
+        objects.append(len(gc.get_objects()))
+        memory.append(resident())
     assert cache.get_seq_length() == 50 + count
-    assert cache.num_bytes == size == 2 * 4 * model.config.num_heads * 8 * 8 + 2 * 4 * 3 * (16 + 32 + 32)
-    # A state is 6 kB and a tensor object 0.1 kB. Kept for every token they would be 60 MB and more than 1 MB.
-    assert objects < 200_000
-    assert resident() - before < 8e6
+    # Two rows, in float32: S is 2 heads of 8×8; histories are 3 tokens of q 16, k and v 32 each.
+    assert sizes == [2 * 4 * (2 * 8 * 8 + 3 * (16 + 32 + 32))] * 2
+    # Kept for every token, a state would be 2.9 kB in 4 tensors: 10,000 of them 29 MB, and 200 of them 800 objects.
+    assert objects[1] - objects[0] < 100
+    assert memory[1] - memory[0] < 8e6
 
 
 def test_attention_alone_makes_the_cache_grow():
@@ -309,6 +303,8 @@ def test_embeddings_and_packed_sequences():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(reentrant):
+    # The reentrant kind runs first without gradients, where the native engine adds up in another order.
+    tolerance = 1e-5 if reentrant else 0
     model, (given, mask) = build(HYBRID), padded((4, 9), 9)
     gradients, runs = [], []
     model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -322,7 +318,7 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(reentr
         out.loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert len(runs) == 1 + 2
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in zip(*gradients, strict=True))
     model.eval()(given).logits.sum().backward()
     assert len(runs) == 1 + 2 + 1
 
@@ -363,7 +359,7 @@ def test_another_vocabulary(tied, mean_resizing, tmp_path):
 # Folders
 
 
-@EACH
+@pytest.mark.parametrize("changed", OF_OTHER_WEIGHTS.values(), ids=OF_OTHER_WEIGHTS)
 @torch.no_grad()
 def test_each_loads_what_the_other_saved(changed, tmp_path):
     model, given = build(changed), tokens(2, 9)
@@ -417,7 +413,7 @@ def test_what_a_folder_holds(tmp_path):
         [*written, "manifest.json", "tokenizer.json", "checkpoints"]
     )
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert loaded.config == AutoConfig.from_pretrained(folder) and loaded.config.pad_token_id == 3
+    assert loaded.config.model_config() == model.config.model_config() and loaded.config.pad_token_id == 3
     assert loaded.generation_config.max_new_tokens == 5 and loaded.generation_config.eos_token_id == [1, 2]
     loaded.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"].startswith("modeling_")
@@ -451,6 +447,7 @@ print("logits:", model(torch.tensor([[1, 2, 3]])).logits.flatten().tolist())
 """
 
 
+@pytest.mark.slow  # a second Python imports torch and transformers
 def test_a_folder_loads_where_nobody_imported_this_package(tmp_path):
     model = build()
     model.save_pretrained(tmp_path / "a")
@@ -467,6 +464,23 @@ def test_a_folder_loads_where_nobody_imported_this_package(tmp_path):
     assert torch.equal(torch.tensor(json.loads(said["logits"])), want)
     for name in ("config.json", "modeling_deltaproduct.py", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_the_module_in_a_folder_names_the_package(tmp_path, monkeypatch):
+    build().save_pretrained(tmp_path)
+    spec = spec_from_file_location("modeling_deltaproduct", tmp_path / "modeling_deltaproduct.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    named = {auto: getattr(module, name.removeprefix("modeling_deltaproduct.")) for auto, name in auto_map.items()}
+    assert named == {
+        "AutoConfig": DeltaProductConfig,
+        "AutoModel": DeltaProductModel,
+        "AutoModelForCausalLM": DeltaProductForCausalLM,
+    }
+    monkeypatch.setitem(sys.modules, "deltaproduct.models.hf", None)  # as where it is not installed
+    with pytest.raises(ImportError, match="needs the Python package deltaproduct"):
+        spec.loader.exec_module(module)
 
 
 def test_files_of_others_stay_and_old_ones_go(tmp_path):
@@ -496,7 +510,7 @@ def test_files_of_others_stay_and_old_ones_go(tmp_path):
 
 def test_configurations():
     config = DeltaProductConfig(VOCAB, num_householder=3, layer_overrides={"0": {"mixer": "gla"}}, use_cache=False)
-    assert config == DeltaProductConfig.from_dict(json.loads(config.to_json_string()))
+    assert DeltaProductConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
     assert config != DeltaProductConfig(VOCAB, num_householder=3)
     assert config.model_config() == ModelConfig(
         VOCAB, VOCAB, num_householder=3, layer_overrides={"0": {"mixer": "gla"}}

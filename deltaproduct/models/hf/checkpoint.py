@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -82,6 +82,5 @@ class CheckpointedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> type[Self]:
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: it would have transformers copy this package's source into the folders that it saves."""
-        return cls

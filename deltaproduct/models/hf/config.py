@@ -68,6 +68,10 @@ class DeltaProductConfig(PreTrainedConfig):
         return super().to_dict() | {"num_labels": self.num_labels}
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: it would have transformers copy this package's source into the folders that it saves."""
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From JSON's values; `UsageError` if they describe another architecture."""
         kind = config_dict.get("model_type", MODEL_TYPE)
