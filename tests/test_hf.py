@@ -3,8 +3,10 @@
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
+from copy import deepcopy
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+import deltaproduct
 from deltaproduct.errors import UsageError
 from deltaproduct.files import updated_folder, verified_folder
 from deltaproduct.layers import MIXERS
@@ -163,6 +166,9 @@ def test_a_conversation_goes_on_and_a_long_prompt_is_read_in_chunks(changed):
     cache = DeltaProductCache()  # chunks of 5: one of them is padding alone in the first row
     got = model.generate(prompts, attention_mask=mask, past_key_values=cache, prefill_chunk_size=5, **settings)
     assert torch.equal(got, want) and cache.get_seq_length() == 12 + 4 - 1
+
+    ours, _ = own(model)(want[:, -1:], cache.state)  # the same state
+    assert_near(model(want[:, -1:], past_key_values=deepcopy(cache)).logits, ours)
 
     longer = torch.cat((want, tokens(2, 3)), 1)
     mask = F.pad(mask, (0, 7), value=1)
@@ -330,7 +336,8 @@ def test_the_cache_carries_gradients():
         model.zero_grad()
         cache, logits = DeltaProductCache(), []
         for piece in given.split(cuts, 1):
-            logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+            logits.append(model.train()(piece, past_key_values=cache).logits)
+        assert cache.get_seq_length() == 8
         torch.cat(logits, 1).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert_near(gradients[1], gradients[0], 1e-4 * gradients[0].abs().max())
@@ -453,7 +460,8 @@ def test_a_folder_loads_where_nobody_imported_this_package(tmp_path):
     model.save_pretrained(tmp_path / "a")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_REGISTRATION, tmp_path / "a", tmp_path / "b"],
-        capture_output=True, text=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True, cwd=Path(deltaproduct.__file__).parents[1],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
@@ -503,6 +511,21 @@ def test_files_of_others_stay_and_old_ones_go(tmp_path):
         raise RuntimeError("in the middle")
     assert found() == {"weights-1": "new", "theirs": "theirs"}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_leaves_the_old_folder(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    for limit in (len(before["model.safetensors"]) // 2, 100):  # the weights do not fit; nothing fits
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # to a writer this is a disk that is full
+        try:
+            refusal("cannot be written", build(TRACKING).save_pretrained, tmp_path / "a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 # What is refused
@@ -562,3 +585,5 @@ def test_what_cannot_be_decoded_is_refused():
     mask = torch.ones_like(given)
     mask[0, -2:] = 0
     refusal("pad on the left", model.generate, given, attention_mask=mask, max_new_tokens=3)
+    given[0, -2:], given[1, -1] = 3, 4  # the mask that transformers infers
+    refusal("pad on the left", model.generate, given, pad_token_id=3, max_new_tokens=3)

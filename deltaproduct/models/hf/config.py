@@ -16,7 +16,7 @@ class DeltaProductConfig(PreTrainedConfig):
     Args:
         vocab_size: tokens; the default is that of text in bytes and a document token.
         num_labels: as many, since a language model labels every position with the next token.
-        use_cache: return a `DeltaProductCache` unless a call says otherwise; never in training.
+        use_cache: return a `DeltaProductCache` unless a call says otherwise, except in training.
         bos_token_id, eos_token_id, pad_token_id: what `generate` starts, stops and pads with.
         kwargs: other fields of `ModelConfig`, and `PreTrainedConfig`'s.
 

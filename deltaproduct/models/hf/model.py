@@ -6,7 +6,6 @@ B batch · T tokens · D hidden size · L layers · S packed sequences.
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -64,7 +63,8 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         cache = None if past_key_values is None else require_cache(past_key_values)
         mask = real_tokens(attention_mask, x, 0 if cache is None else cache.tokens_seen)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
 
         before = [None] * len(self.blocks) if cache is None or cache.state is None else cache.state
         after, between = [], []
@@ -112,9 +112,10 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             input_ids: [B,T] ints below vocab_size.
             attention_mask: [B,T], or [B, tokens that the cache has seen + T]: 0 where a token is padding, which may lie
                 anywhere and leaves every state alone.
-            past_key_values: what an earlier call returned; None starts afresh. It is moved on in place.
+            past_key_values: what an earlier call returned; None starts afresh.
             inputs_embeds: [B,T,D] in place of input_ids.
-            use_cache: return the state after the last token; None: as the configuration has it, and not in training.
+            use_cache: return the state after the last token, in past_key_values itself if they are given; None: if they
+                are given, or if the configuration says so and this is no training.
             output_hidden_states: return every block's input as well.
             cu_seqlens: [S+1] ints from 0 to T, B = 1: packed sequences. The cache is then of S sequences.
             kwargs: what transformers hands to every model; ignored.
@@ -190,20 +191,29 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=done.past_key_values, hidden_states=done.hidden_states
         )
 
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`: greedy, sampled or with beams; prompts of different lengths padded on the left.
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `generate` calls forward with.
 
         Raises:
             UsageError: a prompt is padded on the right, where its continuation would begin with the padding.
         """
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise UsageError(
-                "generate goes on from the last column of the prompts, and the attention mask says that some of it is "
-                "padding: pad on the left (tokenizer.padding_side='left')."
-            )
-        return super().generate(inputs, *args, **kwargs)
+        if is_first_iteration and attention_mask is not None:
+            # A row of padding alone is the beginning of a prompt that is padded on the left and read in chunks.
+            padded_right = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)
+            if bool(padded_right.any()):
+                raise UsageError(
+                    "generate goes on from the last column of the prompts, and the attention mask says that it is "
+                    "padding in some of them: pad on the left (tokenizer.padding_side='left')."
+                )
+        return super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
