@@ -86,12 +86,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         yield fresh
-        names = sorted(p.name for p in fresh.iterdir())
-        files = {name: _fingerprint(fresh / name) for name in names}
-        for name in names:
-            _sync(fresh / name)
-        write_json(fresh / MANIFEST, {"format": 1, "files": files})
-        _sync(fresh)
+        _seal(fresh)
         if path.exists():
             os.rename(path, old)
         os.rename(fresh, path)
@@ -101,6 +96,35 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     finally:
         if path.exists():
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def updated_folder(path: Path) -> Iterator[Path]:
+    """`replaced_folder` for a folder that others write to as well, perhaps at this moment: their files stay.
+
+    Yields an empty folder to fill, whose files then go to `path` one by one, the manifest last; those that an earlier
+    manifest lists and that were not written again are removed. Until all are on the disk, `path` is untouched. If the
+    process dies while they are moved, `verified_folder` refuses what is there.
+    """
+    path = path.absolute()
+    recover_folder(path)
+    fresh = beside(path, "update")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        names = _seal(fresh)
+        path.mkdir(exist_ok=True)
+        stale = {p.name for p in path.iterdir()} & _listed(path) - set(names)
+        for name in (*names, MANIFEST):
+            os.replace(fresh / name, path / name)
+        for name in stale:
+            (path / name).unlink()
+        _sync(path)
+    except OSError as e:
+        raise UsageError(f"The folder {path} cannot be written: {e.strerror or e}.") from e
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
@@ -124,10 +148,7 @@ def verified_folder(path: Path, what: str) -> list[str]:
         raise UsageError(f"{path} is not a folder, so there is no {what} to load.")
     if not (path / MANIFEST).is_file():
         raise UsageError(f"{path} has no {MANIFEST}, so it is not a {what} of this library.")
-    manifest = read_json(path / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("format") != 1:
-        raise UsageError(f"{path / MANIFEST} is damaged or of another version: it lists no files of format 1.")
+    files = _read_manifest(path)
     for name, entry in files.items():
         file = path / name
         if not file.is_file():
@@ -135,6 +156,33 @@ def verified_folder(path: Path, what: str) -> list[str]:
         if entry != _fingerprint(file):
             raise UsageError(f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256.")
     return list(files)
+
+
+def _seal(folder: Path) -> list[str]:
+    """Bring every file of a folder to the disk, and write the manifest of them; returns their names."""
+    names = sorted(p.name for p in folder.iterdir())
+    files = {name: _fingerprint(folder / name) for name in names}
+    for name in names:
+        _sync(folder / name)
+    write_json(folder / MANIFEST, {"format": 1, "files": files})
+    _sync(folder)
+    return names
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != 1:
+        raise UsageError(f"{folder / MANIFEST} is damaged or of another version: it lists no files of format 1.")
+    return files
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that a folder's manifest lists; none if there is no manifest or it cannot be read."""
+    try:
+        return set(_read_manifest(folder))
+    except UsageError:
+        return set()
 
 
 def beside(path: Path, kind: str) -> Path:

@@ -71,7 +71,8 @@ class SLSTM(Mixer):
         # A head's forget gates start between σ(5) and σ(−7), as in the authors' code, where the spacing also depends on
         # the block: some cells remember for a hundred tokens, some forget at once. Without the latter a cell can count,
         # but parity, which overwrites at every token, is not learnt within thousands of steps (docs/LOG.md).
-        forget = torch.linspace(5, -7, head_dim)
+        # (The device is named because transformers, which builds models on "meta", moves linspace alone to the CPU.)
+        forget = torch.linspace(5, -7, head_dim, device=self.recurrent.device)
         self.bias = nn.Parameter(torch.cat((torch.zeros(3 * head_dim), forget)).repeat(num_heads, 1))
         if use_short_conv:
             self.conv1d = ShortConvolution(hidden_size, conv_size)

@@ -4,6 +4,7 @@ B batch · T tokens · D hidden size · S packed sequences.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -213,6 +214,8 @@ class SequenceModel(nn.Module):
         kind = values.pop("model_type", None) if isinstance(values, dict) else None
         if kind != MODEL_TYPE:
             raise UsageError(f"The checkpoint {folder} is of model type {kind!r}, not {MODEL_TYPE!r}.")
+        if "transformers_version" in values:  # models.hf wrote it, with entries of transformers' beside ours
+            values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
         config = ModelConfig.from_dict(values)
         try:
             tensors = safetensors.torch.load_file(folder / WEIGHTS)

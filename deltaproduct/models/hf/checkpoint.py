@@ -1,0 +1,86 @@
+"""Folders that transformers and SequenceModel both load."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import updated_folder
+
+REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
+SOURCE = Path(__file__).with_name("remote.py")
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE}.DeltaProductConfig",
+    "AutoModel": f"{REMOTE}.DeltaProductModel",
+    "AutoModelForCausalLM": f"{REMOTE}.DeltaProductForCausalLM",
+}
+VOCABULARY = {"embedding.weight", "head.weight"}
+
+
+class CheckpointedModel(PreTrainedModel):
+    """A model of transformers' that saves as carefully as `SequenceModel` and loads as strictly."""
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """transformers' files, a manifest of them, and the module that `trust_remote_code=True` runs.
+
+        Other files in the folder, such as a tokenizer's, stay.
+
+        Raises:
+            UsageError: the folder cannot be written; what this method wrote there before is untouched.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise UsageError("save_pretrained only writes a folder; model.push_to_hub(...) uploads the model.")
+        self.config.auto_map = dict(AUTO_MAP)
+        if not is_main_process:  # it takes part in gathering the weights and writes nothing
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            return
+        with updated_folder(Path(save_directory)) as folder:
+            try:
+                super().save_pretrained(folder, **kwargs)
+            except SafetensorError as e:
+                raise UsageError(f"The weights cannot be written to {save_directory}: {e}.") from e
+            shutil.copyfile(SOURCE, folder / f"{REMOTE}.py")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `from_pretrained`, except that every weight has to be there, and no other.
+
+        Args:
+            ignore_mismatched_sizes: draw the embedding and the head anew if they are of another vocabulary.
+
+        Raises:
+            UsageError: weights and configuration do not belong together.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            ignore_mismatched_sizes=True,  # so that the message is the one below
+            output_loading_info=True,
+            **kwargs,
+        )
+        mismatched = {name for name, *_ in info["mismatched_keys"]} - (VOCABULARY if ignore_mismatched_sizes else set())
+        for names, what in (
+            (info["missing_keys"], "is missing"),
+            (info["unexpected_keys"], "has no place in this model"),
+            (mismatched, "is of another shape"),
+        ):
+            if names:
+                raise UsageError(
+                    f"The checkpoint {pretrained_model_name_or_path} does not fit its configuration: "
+                    f"{min(names)} {what}."
+                )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: it would have transformers copy this package's source into the folders that it saves."""
