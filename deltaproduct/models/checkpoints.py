@@ -33,7 +33,7 @@ _STEPWISE = {"k_proj": "k_projs", "v_proj": "v_projs", "b_proj": "b_projs",
 
 
 def checkpoint_kind(folder: Path) -> str:
-    """The library whose layout it has, "ours" or "fla", after the model type in the folder's config.json; `UsageError` for any other."""
+    """Whose layout it has, "ours" or "fla", going by the model type in config.json; `UsageError` for any other."""
     values = read_json(folder / CONFIG)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind == MODEL_TYPE:
@@ -115,7 +115,7 @@ def from_fla_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def to_fla_state(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout = "fused") -> dict[str, Tensor]:
-    """The inverse of `from_fla_state`: views of `tensors`, a state dict of `SequenceModel(config)`, a tied head left out."""
+    """The inverse of `from_fla_state`: views of `tensors`, a state dict of `SequenceModel(config)`; no tied head."""
     state: dict[str, Tensor] = {}
     for name, sources in _sources(_outline(config), layout == "per-step").items():
         if not (name == "head.weight" and config.tie_word_embeddings):

@@ -114,7 +114,7 @@ def _typed(kind: str, name: str, value: Any, default: Any) -> Any:
         return None
     if wanted is float and type(value) is int:
         return float(value)
-    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
         raise UsageError(f"The {kind} configuration has {name}={value!r}, which should be of type {wanted.__name__}.")
     return value
 
