@@ -7,7 +7,10 @@ code under test. Where the package and Triton are installed, its own model class
 import ast
 import importlib.util
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -721,3 +724,18 @@ def test_its_own_model_class_takes_them(name):
     assert shapes == outline(case)
     state = to_fla_state(from_fla_state(random_tensors(case), config), config)
     its.load_state_dict(state, strict=not case.get("tie_word_embeddings"), assign=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the interpreter runs every kernel's program one after the other
+def test_its_own_kernels_agree(tmp_path):
+    pytest.importorskip("triton")
+    pytest.importorskip("fla.layers")
+    program = Path(__file__).with_name("fla_kernels.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 16
+    # Two float32 computations of some 10^2 steps one after the other, each of u = 6e-8, and norms that amplify.
+    assert max(differences.values()) < 1e-4, differences
