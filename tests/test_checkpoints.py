@@ -595,7 +595,7 @@ class Touch:
 
 def test_a_hostile_pickle_is_not_run(theirs, tmp_path):
     (theirs / "model.safetensors").unlink()
-    (theirs / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Touch(tmp_path / "touched")}))
+    (theirs / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Touch(tmp_path / "touched")}, protocol=2))
     refused("pytorch_model.bin is damaged, or holds more than tensors", read_fla, theirs)
     torch.save({"x": Touch(tmp_path / "touched")}, theirs / "pytorch_model.bin")
     refused("pytorch_model.bin is damaged, or holds more than tensors", read_fla, theirs)
@@ -665,6 +665,13 @@ def test_convert(theirs, tmp_path, capsys):
         assert f"model.layers.0.attn.{part}".encode() in (tmp_path / "out" / "model.safetensors").read_bytes()
     LmConvert(source=theirs, to="fla-per-step", out=tmp_path / "steps").run()
     assert b"k_projs.2" in (tmp_path / "steps" / "model.safetensors").read_bytes()
+
+
+def test_convert_says_what_their_model_class_cannot_load(tmp_path, capsys):
+    for grouped in (False, True):
+        ours({"num_v_heads": 4 if grouped else None}).save_pretrained(tmp_path / "ours")
+        LmConvert(source=tmp_path / "ours", to="fla", out=tmp_path / "out").run()
+        assert ("does not hand num_v_heads on" in capsys.readouterr().out) == grouped
 
 
 def test_convert_overwrites_nothing_of_the_users(theirs, tmp_path):

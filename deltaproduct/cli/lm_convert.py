@@ -9,7 +9,8 @@ import tyro
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, recover_folder, verified_folder
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, write_fla
+from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
+from deltaproduct.models.fla_config import Layout
 from deltaproduct.training.loop import CHECKPOINT
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
@@ -35,14 +36,20 @@ class LmConvert:
             raise UsageError(f"{folder} is in this library's layout already.")
         check_replaceable(self.out, wanted)
         model = SequenceModel.from_pretrained(folder) if kind == "ours" else read_fla(folder)
+        layout: Layout = "fused" if self.to == "fla" else "per-step"
         if wanted == "ours":
             model.save_pretrained(self.out)
         else:
-            write_fla(model, self.out, "fused" if self.to == "fla" else "per-step")
+            write_fla(model, self.out, layout)
         config = model.config
         print(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
         print(f"layers: {config.num_hidden_layers}, width: {config.hidden_size:,}, vocabulary: {config.vocab_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
+        if wanted == "fla":
+            written = to_fla_config(config, layout)
+            if written["model_type"] == "gated_deltaproduct" and "num_v_heads" in written:
+                print("Its value heads are grouped: flash-linear-attention 0.6.0 has that in its GatedDeltaProduct layer, "
+                      "but its model does not hand num_v_heads on and will not load this.")  # fmt: skip
 
 
 def check_replaceable(out: Path, kind: str) -> None:
