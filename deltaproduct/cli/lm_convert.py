@@ -48,7 +48,7 @@ class LmConvert:
         if wanted == "fla":
             written = to_fla_config(config, layout)
             if written["model_type"] == "gated_deltaproduct" and "num_v_heads" in written:
-                print("Its value heads are grouped: flash-linear-attention 0.6.0 has that in its GatedDeltaProduct layer, "
+                print("Its value heads are grouped. flash-linear-attention 0.6.0 has that in its layer of this kind, "
                       "but its model does not hand num_v_heads on and will not load this.")  # fmt: skip
 
 
