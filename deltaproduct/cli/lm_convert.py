@@ -1,0 +1,70 @@
+"""`deltaproduct lm convert`: a checkpoint of this library as one of flash-linear-attention, or the other way."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import MANIFEST, recover_folder, verified_folder
+from deltaproduct.models import SequenceModel
+from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
+from deltaproduct.models.fla_config import Layout
+from deltaproduct.training.loop import CHECKPOINT
+
+NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
+
+
+@dataclass(kw_only=True)
+class LmConvert:
+    """Write a checkpoint of this library (or a run's) in flash-linear-attention's layout, or one of its own in ours.
+
+    fla is the layout of its version 0.6.0; fla-per-step the older one, with `k_projs.0`, `k_projs.1`, ….
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a checkpoint's folder, or a run's")]
+    to: Annotated[Literal["ours", "fla", "fla-per-step"], tyro.conf.arg(help="what to write")]
+    out: Annotated[Path, tyro.conf.arg(help="the folder to write: new, empty, or of an earlier conversion to the same")]
+
+    def run(self) -> None:
+        if not self.source.exists():
+            raise UsageError(f"{self.source} does not exist.")
+        folder = self.source / CHECKPOINT if (self.source / CHECKPOINT).exists() else self.source
+        kind, wanted = checkpoint_kind(folder), "ours" if self.to == "ours" else "fla"
+        if kind == wanted == "ours":
+            raise UsageError(f"{folder} is in this library's layout already.")
+        check_replaceable(self.out, wanted)
+        model = SequenceModel.from_pretrained(folder) if kind == "ours" else read_fla(folder)
+        layout: Layout = "fused" if self.to == "fla" else "per-step"
+        if wanted == "ours":
+            model.save_pretrained(self.out)
+        else:
+            write_fla(model, self.out, layout)
+        config = model.config
+        print(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
+        print(f"layers: {config.num_hidden_layers}, width: {config.hidden_size:,}, vocabulary: {config.vocab_size:,}, "
+              f"parameters: {model.num_parameters:,}")  # fmt: skip
+        if wanted == "fla":
+            written = to_fla_config(config, layout)
+            if written["model_type"] == "gated_deltaproduct" and "num_v_heads" in written:
+                print("Its value heads are grouped. flash-linear-attention 0.6.0 has that in its layer of this kind, "
+                      "but its model does not hand num_v_heads on and will not load this.")  # fmt: skip
+
+
+def check_replaceable(out: Path, kind: str) -> None:
+    """`UsageError` unless `out` is missing, empty, or holds a checkpoint of this kind that was written here and nothing
+    besides, so that replacing it loses nothing of the user's."""
+    recover_folder(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; choose another folder.")
+    found = {path.name for path in out.iterdir()}
+    if not found:
+        return
+    if MANIFEST not in found or checkpoint_kind(out) != kind:
+        raise UsageError(f"{out} is not empty, nor a checkpoint in {NAMES[kind]} layout that was written here; choose "
+                         "another folder.")  # fmt: skip
+    if others := found - {MANIFEST, *verified_folder(out, "checkpoint")}:
+        raise UsageError(f"{out} also holds {min(others)}, which would be lost; choose another folder.")

@@ -1,0 +1,201 @@
+"""Foreign checkpoints: flash-linear-attention's DeltaNet, Gated DeltaNet and Gated DeltaProduct, to ours and back.
+
+A recurrent layer has been published in two layouts. *Fused* (version 0.6.0): `k_proj`, `v_proj` and `b_proj` hold all
+Householder steps, with rows ordered (n h d), the step outermost, and so do the channels of `k_conv1d` and `v_conv1d`:
+our own order. *Per step* (Gated DeltaProduct up to 0.2.2): step j has its own `k_projs.j`, `v_projs.j`, `b_projs.j`,
+`k_conv1ds.j`, `v_conv1ds.j`, which are slices of those rows. Everything else differs in names alone.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import MANIFEST, read_json, recover_folder, replaced_folder, verified_folder, write_json
+from deltaproduct.layers import DeltaProduct
+from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.fla_config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
+from deltaproduct.models.sequence_model import CONFIG, MODEL_TYPE, WEIGHTS, SequenceModel, write_tensors
+
+__all__ = ["checkpoint_kind", "from_fla_config", "from_fla_state", "read_fla", "to_fla_config", "to_fla_state",
+           "write_fla"]  # fmt: skip
+
+PICKLED_WEIGHTS = "pytorch_model.bin"
+_OUTER = {"embedding": "model.embeddings", "norm": "model.norm", "head": "lm_head"}
+_INNER = {"mixer_norm": "attn_norm", "mixer": "attn", "mlp_norm": "mlp_norm", "mlp": "mlp"}
+_STEPWISE = {"k_proj": "k_projs", "v_proj": "v_projs", "b_proj": "b_projs",
+             "k_conv1d": "k_conv1ds", "v_conv1d": "v_conv1ds"}  # fmt: skip
+
+
+def checkpoint_kind(folder: Path) -> str:
+    """Whose layout it has, "ours" or "fla", going by the model type in config.json; `UsageError` for any other."""
+    values = read_json(folder / CONFIG)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind == MODEL_TYPE:
+        return "ours"
+    if kind in tuple(ARCHITECTURES):
+        return "fla"
+    known = ", ".join((MODEL_TYPE, *ARCHITECTURES))
+    raise UsageError(f"{folder / CONFIG} is of model type {kind!r}; known are {known}.")
+
+
+def read_fla(folder: str | Path) -> SequenceModel:
+    """Load a checkpoint of flash-linear-attention, of either layout, in evaluation mode.
+
+    The weights may be in model.safetensors or pytorch_model.bin, whole or in shards with an index; pickles are read
+    without running what they contain. They become float32 (float64 stays), which holds bfloat16 and float16 exactly.
+
+    Raises:
+        UsageError: a file is missing or damaged, the configuration is not one that our layers can compute, or the
+            weights do not fit it.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder, so there is no checkpoint to load.")
+    if (folder / MANIFEST).is_file():  # it was written here, and can be checked
+        verified_folder(folder, "checkpoint")
+    config = from_fla_config(read_json(folder / CONFIG))
+    tensors = {name: _widened(name, x) for name, x in _read_weights(folder).items()}
+    model = _outline(config)
+    model.load_state_dict(from_fla_state(tensors, config), assign=True)
+    if config.tie_word_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def write_fla(model: SequenceModel, folder: str | Path, layout: Layout = "fused") -> None:
+    """Write config.json and model.safetensors as flash-linear-attention has them, and manifest.json, replacing the
+    folder in one step.
+
+    Raises:
+        UsageError: flash-linear-attention cannot hold this model, or the folder cannot be written.
+    """
+    values = to_fla_config(model.config, layout)
+    tensors = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    with replaced_folder(Path(folder)) as fresh:
+        write_json(fresh / CONFIG, values)
+        foreign = to_fla_state(tensors, model.config, layout)
+        write_tensors(fresh / WEIGHTS, {name: x.contiguous() for name, x in foreign.items()})
+
+
+def from_fla_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict of `SequenceModel(config)` from one of flash-linear-attention's model, in either layout.
+
+    Raises:
+        UsageError: a tensor is missing, left over or of another shape than the configuration makes it.
+    """
+    per_step = any(f".{part}." in name for name in tensors for part in _STEPWISE.values())
+    model, left = _outline(config), dict(tensors)
+    state = {}
+    for name, sources in _sources(model, per_step).items():
+        rows, *rest = model.state_dict()[name].shape
+        wanted = (rows // len(sources), *rest)
+        if name == "head.weight" and config.tie_word_embeddings and sources[0] not in left:
+            continue  # safetensors files hold a shared tensor once
+        for source in sources:
+            if source not in left:
+                raise UsageError(f"The checkpoint lacks {source}, which its configuration needs.")
+            if (found := tuple(left[source].shape)) != wanted:
+                raise UsageError(f"The checkpoint's {source} has shape {found}; its configuration makes it {wanted}.")
+        parts = [left.pop(source) for source in sources]
+        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if left:
+        raise UsageError(f"The checkpoint has {min(left)}, which its configuration has no place for.")
+    if config.tie_word_embeddings:
+        head = state.setdefault("head.weight", state["embedding.weight"])
+        if not torch.equal(head, state["embedding.weight"]):
+            raise UsageError("The checkpoint's lm_head.weight differs from the embeddings to which it should be tied.")
+    return state
+
+
+def to_fla_state(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout = "fused") -> dict[str, Tensor]:
+    """The inverse of `from_fla_state`: views of `tensors`, a state dict of `SequenceModel(config)`; no tied head."""
+    state: dict[str, Tensor] = {}
+    for name, sources in _sources(_outline(config), layout == "per-step").items():
+        if not (name == "head.weight" and config.tie_word_embeddings):
+            state |= dict(zip(sources, tensors[name].chunk(len(sources)), strict=True))
+    return state
+
+
+def _outline(config: ModelConfig) -> SequenceModel:
+    """The model without memory behind its tensors."""
+    with torch.device("meta"):
+        return SequenceModel(config)
+
+
+def _sources(model: SequenceModel, per_step: bool) -> dict[str, list[str]]:
+    """For each of our tensors, the names of those whose rows, one after the other, it consists of."""
+    sources = {}
+    for name in model.state_dict():
+        outer, _, inner = name.partition(".")
+        if outer in _OUTER:
+            sources[name] = [f"{_OUTER[outer]}.{inner}"]
+            continue
+        layer, part, field = inner.split(".", 2)
+        stem = f"model.layers.{layer}.{_INNER[part]}"
+        mixer = model.get_submodule(f"blocks.{layer}.mixer")
+        module, _, parameter = field.partition(".")
+        if per_step and isinstance(mixer, DeltaProduct) and part == "mixer" and module in _STEPWISE:
+            steps = range(mixer.num_householder)
+            sources[name] = [f"{stem}.{_STEPWISE[module]}.{j}.{parameter}" for j in steps]
+        else:
+            sources[name] = [f"{stem}.{field}"]
+    return sources
+
+
+def _widened(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(f"The checkpoint's {name} is {what}; only floating-point tensors can be read.")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint, from the first of the four ways of storing them that is there."""
+    for whole in (WEIGHTS, PICKLED_WEIGHTS):
+        if (folder / whole).is_file():
+            return _read_file(folder / whole)
+        if (folder / f"{whole}.index.json").is_file():
+            return _read_shards(folder, f"{whole}.index.json")
+    raise UsageError(f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}, whole or with an index of shards.")
+
+
+def _read_shards(folder: Path, index: str) -> dict[str, Any]:
+    values = read_json(folder / index)
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UsageError(f"{folder / index} has no weight_map from tensors to files.")
+    shards = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise UsageError(f"{folder / index} names the file {file!r}, which is not in its own folder.")
+        if not (folder / file).is_file():
+            raise UsageError(f"The checkpoint {folder} is incomplete: {file} is missing.")
+        shards[file] = _read_file(folder / file)
+    for name, file in places.items():
+        if name not in shards[file]:
+            raise UsageError(f"The checkpoint {folder} is incomplete: {file} does not hold {name}.")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file or, going by its ending, of a pickle."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as e:
+            raise UsageError(f"{path} is not a safetensors file: {e}.") from e
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        # PyTorch's own message is a page of advice, some of it to run the pickle after all.
+        raise UsageError(f"{path} is damaged, or holds more than tensors and was not read.") from e
+    if not isinstance(tensors, dict):
+        raise UsageError(f"{path} holds a {type(tensors).__name__}, not tensors by name.")
+    return tensors

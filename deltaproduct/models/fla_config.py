@@ -1,0 +1,286 @@
+"""flash-linear-attention's configurations of DeltaNet, Gated DeltaNet and Gated DeltaProduct, read as ours and back.
+
+The names and defaults are those of version 0.6.0's configuration classes (`fla/models/KIND/configuration_KIND.py`). Its
+layers have other defaults (Gated DeltaProduct's layer: two Householder steps, a forget gate, negative eigenvalues; its
+configuration: one, none, none), which never count in a checkpoint. Fields that only choose a kernel, a loss or a cache
+are left aside.
+
+D hidden size · H query/key heads · HV value heads · K, V sizes of a head.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from deltaproduct.errors import UsageError
+from deltaproduct.layers import get_mixer
+from deltaproduct.layers.deltaproduct import DeltaProduct
+from deltaproduct.models.config import ModelConfig
+
+Layout = Literal["fused", "per-step"]
+
+ARCHITECTURES = {
+    "delta_net": "DeltaNetForCausalLM",
+    "gated_deltanet": "GatedDeltaNetForCausalLM",
+    "gated_deltaproduct": "GatedDeltaProductForCausalLM",
+}
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "allow_neg_eigval": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "delta_net": {
+        "num_hidden_layers": 24,
+        "num_heads": 16,
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "use_gate": False,
+        **_SHARED,
+    },
+    "gated_deltanet": {
+        "num_hidden_layers": 21,
+        "num_heads": 6,
+        "head_dim": 256,
+        "num_v_heads": None,
+        "expand_v": 2.0,
+        "use_gate": True,
+        **_SHARED,
+    },
+    "gated_deltaproduct": {
+        "num_hidden_layers": 21,
+        "num_heads": 6,
+        "head_dim": 256,
+        "num_v_heads": None,  # an argument of the layer in 0.6.0, which its model does not hand on; see `to_fla_config`
+        "expand_v": 2.0,
+        "use_output_gate": None,  # None: what the versions of the per-step layout call use_gate
+        "use_gate": True,
+        "use_forget_gate": False,
+        "num_householder": 1,
+        **_SHARED,
+    },
+}
+_MAY_BE_NONE = {"hidden_ratio": int, "intermediate_size": int, "num_v_heads": int, "use_output_gate": bool}
+
+# Fields that change what is computed, and the values for which our layer computes the same.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("swish", "silu"),
+    "output_gate_activation": ("swish", "silu"),
+    "qk_activation": ("silu",),
+    "qk_norm": ("l2",),
+    "use_beta": (True,),
+    "conv_bias": (False,),
+    "attnres_block_size": (None,),
+}
+
+
+def from_fla_config(values: Any) -> ModelConfig:
+    """The model that a config.json of flash-linear-attention describes, `values` being its content.
+
+    Raises:
+        UsageError: it is of another model type, a value is impossible, or our layers cannot compute what it asks for.
+    """
+    kind = values.get("model_type") if isinstance(values, Mapping) else None
+    if kind not in tuple(ARCHITECTURES):
+        raise UsageError(f"model_type {kind!r} cannot be read; known are {', '.join(ARCHITECTURES)}.")
+    for name, served in _ONLY.items():
+        if (value := values.get(name, served[0])) not in served:
+            wanted = " or ".join(map(repr, served))
+            raise UsageError(f"The {kind} configuration has {name}={value!r}; this library computes only {wanted}.")
+    given = {name: _typed(kind, name, values.get(name, default), default) for name, default in DEFAULTS[kind].items()}
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "norm_eps", "initializer_range", "tie_word_embeddings",
+              "num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")  # fmt: skip
+    return ModelConfig(
+        num_labels=given["vocab_size"],
+        intermediate_size=_mlp_size(given),
+        layer_overrides=_attention_layers(values.get("attn"), given["hidden_size"], given["num_hidden_layers"]),
+        **{name: given[name] for name in shared},
+        **_recurrence(kind, given),
+    )
+
+
+def _typed(kind: str, name: str, value: Any, default: Any) -> Any:
+    """`value` if it has its field's type; whole numbers pass for floats, as JSON may write them so."""
+    wanted = _MAY_BE_NONE.get(name, type(default))
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+        raise UsageError(f"The {kind} configuration has {name}={value!r}, which should be of type {wanted.__name__}.")
+    return value
+
+
+def _mlp_size(given: Mapping[str, Any]) -> int:
+    if given["intermediate_size"] is not None:
+        return given["intermediate_size"]
+    ratio = 4 if given["hidden_ratio"] is None else given["hidden_ratio"]
+    return -(-(2 * given["hidden_size"] * ratio // 3) // 256) * 256
+
+
+def _recurrence(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that the kinds set each in its own way."""
+    if kind == "delta_net":
+        key_size, value_size = (_head_size(given, expand) for expand in ("expand_k", "expand_v"))
+        return {"mixer": "deltanet", "num_householder": 1, "head_dim": key_size, "expand_v": value_size / key_size,
+                "use_output_gate": given["use_gate"]}  # fmt: skip
+    heads = {name: given[name] for name in ("head_dim", "expand_v", "num_v_heads")}
+    if kind == "gated_deltanet":
+        mixer = "gated_deltanet" if given["use_gate"] else "deltanet"  # our preset of the former always has the gate
+        return heads | {"mixer": mixer, "num_householder": 1, "use_forget_gate": True,
+                        "use_output_gate": given["use_gate"]}  # fmt: skip
+    gate = given["use_gate"] if given["use_output_gate"] is None else given["use_output_gate"]
+    return heads | {"mixer": "deltaproduct", "num_householder": given["num_householder"],
+                    "use_forget_gate": given["use_forget_gate"], "use_output_gate": gate}  # fmt: skip
+
+
+def _head_size(given: Mapping[str, Any], expand: str) -> int:
+    """K or V of DeltaNet, whose configuration gives all heads together as a multiple of D."""
+    total, heads = given["hidden_size"] * given[expand], given["num_heads"]
+    whole = round(total)
+    if heads < 1 or whole < 1 or whole % heads or not math.isclose(total, whole):
+        raise UsageError(f"hidden_size={given['hidden_size']} times {expand}={given[expand]} does not divide into "
+                         f"{heads} heads.")  # fmt: skip
+    return whole // heads
+
+
+def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[str, dict[str, Any]]:
+    """`ModelConfig.layer_overrides` for the layers that `attn`, a specification or a list of them, makes attention."""
+    specs = [] if attn is None else attn if isinstance(attn, list) else [attn]
+    overrides: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("layers"), list):
+            raise UsageError(f"attn={spec!r} does not say in which layers there is attention.")
+        if spec.get("qkv_bias"):
+            raise UsageError("attn has qkv_bias=True; this library's attention has no biases.")
+        if spec.get("window_size") is not None:
+            raise UsageError(f"attn has window_size={spec['window_size']}; this library's attention has no window.")
+        heads, theta = spec.get("num_heads"), spec.get("rope_theta", 10_000.0)
+        if type(heads) is not int or heads < 1 or hidden_size % heads:
+            raise UsageError(f"attn has num_heads={heads!r}, which should divide hidden_size={hidden_size}.")
+        if type(theta) not in (int, float):
+            raise UsageError(f"attn has rope_theta={theta!r}, which should be a number.")
+        kv_heads = heads if spec.get("num_kv_heads") is None else spec["num_kv_heads"]
+        if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
+            raise UsageError(f"attn has num_kv_heads={kv_heads!r}, which should divide num_heads={heads}.")
+        for layer in spec["layers"]:
+            if type(layer) is not int or not 0 <= layer < num_layers or str(layer) in overrides:
+                raise UsageError(f"attn names layer {layer!r} wrongly or twice; layers are 0 … {num_layers - 1}.")
+            overrides[str(layer)] = {"mixer": "attention", "num_heads": heads, "head_dim": hidden_size // heads,
+                                     "num_kv_heads": kv_heads, "rope_theta": float(theta)}  # fmt: skip
+    return overrides
+
+
+def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, Any]:
+    """The content of a config.json with which flash-linear-attention builds the same model.
+
+    `deltanet` becomes delta_net, or gated_deltanet where it has a forget gate; `gated_deltanet` becomes gated_deltanet
+    and `deltaproduct` gated_deltaproduct, as everything does in the per-step layout, which no other kind ever had.
+    Grouped value heads are written as num_v_heads; of version 0.6.0's models only gated_deltanet takes it, and a
+    gated_deltaproduct with it is refused there by the shapes of its weights. What only initialisation needs
+    (embedding_init_std, an initializer_range of None) is left out.
+
+    Raises:
+        UsageError: flash-linear-attention has no field for what this model does.
+    """
+    if layout not in get_args(Layout):
+        raise UsageError(f"The layout must be {' or '.join(get_args(Layout))}, not {layout!r}.")
+    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
+    _refuse_what_fla_lacks(config, layers)
+    attention = {i: layer for i, layer in enumerate(layers) if layer.mixer == "attention"}
+    recurrent = [layer for i, layer in enumerate(layers) if i not in attention]
+    own = _settings(recurrent[0])
+    kind = _kind(recurrent[0].mixer, own, layout)
+    values: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "intermediate_size": config.mlp_size,
+        "norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attn": _attention_specs(attention),
+        **{name: own[name] for name in ("num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")},
+    }
+    if config.initializer_range is not None:
+        values["initializer_range"] = config.initializer_range
+    if kind == "delta_net":
+        key_size = own["num_heads"] * own["head_dim"]
+        value_size = own["num_heads"] * round(own["head_dim"] * own["expand_v"])
+        return values | {"expand_k": key_size / config.hidden_size, "expand_v": value_size / config.hidden_size,
+                         "use_gate": own["use_output_gate"]}  # fmt: skip
+    values |= {"head_dim": own["head_dim"], "expand_v": own["expand_v"]}
+    if own["num_v_heads"] != own["num_heads"]:
+        values["num_v_heads"] = own["num_v_heads"]
+    if kind == "gated_deltanet":
+        return values | {"use_gate": own["use_output_gate"]}
+    values["use_gate" if layout == "per-step" else "use_output_gate"] = own["use_output_gate"]
+    return values | {name: own[name] for name in ("use_forget_gate", "num_householder")}
+
+
+def _settings(layer: ModelConfig) -> dict[str, Any]:
+    """The arguments of `DeltaProduct` with which this layer's mixer is built, presets applied."""
+    fixed = get_mixer(layer.mixer).fixed
+    settings = {name: fixed.get(name, getattr(layer, name)) for name in DeltaProduct.arguments()}
+    return settings | {"num_v_heads": settings["num_v_heads"] or settings["num_heads"]}
+
+
+def _kind(mixer: str, own: Mapping[str, Any], layout: Layout) -> str:
+    grouped = own["num_v_heads"] != own["num_heads"]
+    if layout == "per-step":
+        return "gated_deltaproduct"
+    if own["num_householder"] == 1 and own["use_forget_gate"] and (grouped or mixer != "deltaproduct"):
+        return "gated_deltanet"
+    return "delta_net" if mixer == "deltanet" and not grouped else "gated_deltaproduct"
+
+
+def _refuse_what_fla_lacks(config: ModelConfig, layers: list[ModelConfig]) -> None:
+    def refuse(why: str) -> None:
+        raise UsageError(f"flash-linear-attention cannot hold this model: {why}.")
+
+    if config.vocab_size != config.num_labels:
+        refuse(f"it is no language model, with vocab_size={config.vocab_size} and num_labels={config.num_labels}")
+    for i, layer in enumerate(layers):
+        if layer.mlp_size == 0:
+            refuse(f"layer {i} has no MLP")
+        if (layer.mlp_size, layer.norm_eps) != (config.mlp_size, config.norm_eps):
+            refuse(f"layer {i} has another intermediate_size or norm_eps than the model")
+        if layer.mixer == "attention":
+            if layer.num_heads * layer.head_dim != layer.hidden_size:
+                refuse(f"attention in layer {i} has num_heads · head_dim ≠ hidden_size")
+            if layer.rope_theta is None:
+                refuse(f"attention in layer {i} has no rotary positions")
+        elif not issubclass(get_mixer(layer.mixer), DeltaProduct):
+            refuse(f"layer {i} is {layer.mixer}")
+    recurrent = [_settings(layer) for layer in layers if layer.mixer != "attention"]
+    if not recurrent:
+        refuse("all its layers are attention")
+    if any(settings != recurrent[0] for settings in recurrent):
+        refuse("its recurrent layers differ from one another")
+    if recurrent[0]["qkv_activation"] != "silu":
+        refuse(f"qkv_activation is {recurrent[0]['qkv_activation']!r} and has to be 'silu'")
+    if recurrent[0]["beta_bias_init"] is not None:
+        refuse("the projection of β has a bias")
+
+
+def _attention_specs(layers: Mapping[int, ModelConfig]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """`attn`: one specification for all layers that are alike, a list only where there are several."""
+    specs: list[dict[str, Any]] = []
+    for i, layer in layers.items():
+        spec = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads or layer.num_heads, "qkv_bias": False,
+                "window_size": None, "rope_theta": layer.rope_theta}  # fmt: skip
+        alike = next((s for s in specs if s == spec | {"layers": s["layers"]}), None)
+        if alike is None:
+            specs.append(spec | {"layers": [i]})
+        else:
+            alike["layers"].append(i)
+    return specs if len(specs) > 1 else specs[0] if specs else None
