@@ -1,4 +1,4 @@
-"""Conversations (models/streaming.py): read in pieces and written token by token is one pass; saved, they go on exactly.
+"""Conversations (models/streaming.py): in pieces and token by token is one pass; saved ones go on exactly.
 
 Tolerances. In float32: 1e-4 of the largest logit, against one pass of the reference in float64 (issue 6). The bound of
 tests/test_decoder.py, 8·u·L·(√n + T·N), is 1.7e-4 for the largest model here and is not reached by far: what is kept

@@ -167,8 +167,7 @@ class Stream:
         folder = Path(folder)
         if self.logits is None:
             raise UsageError("Nothing has been read yet, so there is no conversation to save.")
-        if folder.exists() and not (folder / STREAM).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{folder} holds something other than a {WHAT}; choose another folder.")
+        check_place(folder)
         state = {f"state.{name}": x for name, x in named_tensors(self.state).items()}
         tensors = state | {"logits": self.logits, "generator": self._generator.get_state()}
         with replaced_folder(folder) as fresh:
@@ -212,6 +211,12 @@ class Stream:
         stream._generator.set_state(tensors["generator"])
         stream.logits, stream.position = tensors["logits"], saved["position"]
         return stream
+
+
+def check_place(folder: Path) -> None:
+    """`UsageError` if something is there that a conversation may not be saved over: anything but an earlier one."""
+    if folder.exists() and not (folder / STREAM).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} holds something other than a {WHAT}; choose another folder.")
 
 
 def fingerprint(model: SequenceModel) -> str:
