@@ -9,6 +9,7 @@ B sequences · V labels.
 import importlib.util
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,10 +26,11 @@ from torch.fx import GraphModule
 import deltaproduct
 from deltaproduct.errors import UsageError
 from deltaproduct.files import replaced_folder, write_json, write_text
+from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.sequence_model import SequenceModel, write_tensors
 from deltaproduct.models.states import from_named, initial_state, named_tensors
 
-TOLERANCE = 1e-5  # from eager: of the largest number in a tensor, or of 1 where all are smaller
+TOLERANCE = 1e-5  # of a step from the model's, where nothing larger follows from the model's size
 STEPS, BATCHES, TRACED_BATCH = 32, (1, 3), 2  # what is checked; the batch that is traced is none of those checked
 DESCRIPTION, INITIAL = "step.json", "initial_state.safetensors"
 TOKENS, LOGITS, NEXT = "tokens", "logits", "next."
@@ -82,11 +84,12 @@ def _write_onnx(step: Step, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"Exporting to ONNX needs {' and '.join(missing)}; pip install 'deltaproduct[export]'.")
-    program = trace(step)
+    program, batch = trace(step), {0: "batch"}
     with _one_line("converted to ONNX"):
         found = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=[TOKENS, *step.names],
             output_names=[LOGITS, *(NEXT + name for name in step.names)],
+            dynamic_shapes=(batch, tuple(batch for _ in step.names)),  # only to call that dimension so
         )  # fmt: skip
         assert found is not None
         found.save(path)
@@ -167,41 +170,50 @@ for tokens in ([1, 2], [3, 0]):  # of each, its next token
 def export_step(model: SequenceModel, folder: str | Path, to: str) -> dict[str, Any]:
     """Write the step of a model: the program, step.json (its inputs and outputs), initial_state.safetensors, README.md.
 
-    The program is run beside the model before the folder is put in place.
+    The program is run beside the model before the folder is put in place, and has to be as near as `tolerance` says.
 
     Returns:
         What step.json holds.
 
     Raises:
-        UsageError: the model cannot be exported, something it needs is not installed, the program differs from the
-            model by more than 1e-5, or the folder exists or cannot be written.
+        UsageError: the model cannot be exported, something that it takes is not installed, the program differs from
+            the model, or the folder exists or cannot be written.
     """
     folder = Path(folder)
     if to not in FORMATS:
         raise UsageError(f"There is no format {to!r} to export to; choose from {', '.join(FORMATS)}.")
     if folder.exists():
         raise UsageError(f"{folder} already exists; choose another folder.")
-    step, format = Step(model), FORMATS[to]
+    step = Step(model)
     with replaced_folder(folder) as fresh:
-        format.write(step, fresh / format.file)
-        difference = largest_difference(step, format.open(fresh / format.file))
-        if not difference <= TOLERANCE:
-            raise UsageError(
-                f"The exported program differs from the model by {difference:.1e}, more than {TOLERANCE:.0e}; nothing "
-                "was written."
-            )
-        description = describe(step) | {
-            "format": to,
-            "file": format.file,
-            "initial_state": INITIAL,
-            "checked": {"steps": STEPS, "batches": BATCHES, "largest_difference": difference, "tolerance": TOLERANCE},
-            "config": model.config.to_dict(),
-            "versions": {"deltaproduct": deltaproduct.__version__, "torch": torch.__version__},
-        }
-        write_json(fresh / DESCRIPTION, description)
-        first = zip(step.names, step.initial(1), strict=True)
-        write_tensors(fresh / INITIAL, {name: x.detach().cpu().clone() for name, x in first})
-        write_text(fresh / "README.md", _readme(format))
+        try:
+            return _write(step, fresh, to)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)  # nothing was there before that it could go back to
+            raise
+
+
+def _write(step: Step, folder: Path, to: str) -> dict[str, Any]:
+    model, format = step.model, FORMATS[to]
+    format.write(step, folder / format.file)
+    difference, allowed = largest_difference(step, format.open(folder / format.file)), tolerance(model.config)
+    if not difference <= allowed:
+        raise UsageError(
+            f"The exported program differs from the model by {difference:.1e} in a step, more than {allowed:.1e}; "
+            "nothing was written."
+        )
+    description = describe(step) | {
+        "format": to,
+        "file": format.file,
+        "initial_state": INITIAL,
+        "checked": {"steps": STEPS, "batches": BATCHES, "largest_difference": difference, "tolerance": allowed},
+        "config": model.config.to_dict(),
+        "versions": {"deltaproduct": deltaproduct.__version__, "torch": torch.__version__},
+    }
+    write_json(folder / DESCRIPTION, description)
+    first = zip(step.names, step.initial(1), strict=True)
+    write_tensors(folder / INITIAL, {name: x.detach().cpu().clone() for name, x in first})
+    write_text(folder / "README.md", _readme(format))
     return description
 
 
@@ -229,33 +241,48 @@ def describe(step: Step) -> dict[str, Any]:
     }
 
 
+def tolerance(config: ModelConfig) -> float:
+    """How far a step in float32 may be from another order of the same sums: 8·u·L·(√n + N), or TOLERANCE if more.
+
+    L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench step`, for one token.
+    """
+    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
+    longest = max(max(c.hidden_size, c.mlp_size, c.num_heads * c.head_dim) for c in layers)
+    steps = max(c.num_householder for c in layers)
+    return max(TOLERANCE, 8 * 2**-24 * len(layers) * (longest**0.5 + steps))
+
+
 @torch.no_grad()
 def largest_difference(step: Step, program: Program) -> float:
-    """How far a program is from the model over STEPS random tokens, each going on from its own state.
+    """How far a program's steps are from the model's, over STEPS random tokens, each from the state that the model has.
 
-    Of each tensor, the difference relative to its largest number, or to 1 where all are smaller; the largest of all,
-    infinite where shapes or dtypes differ, and NaN where any number is.
+    Not from a state of the program's own: where nothing decays, rounding adds up, so that after a few dozen tokens
+    through three layers the model itself is 2e-5 from exact arithmetic.
+
+    Returns:
+        Of each tensor, the difference relative to its largest number, or to 1 where all are smaller; the largest of
+        all, infinite where shapes or dtypes differ, and NaN where any number is.
     """
     generator, differences = torch.Generator().manual_seed(0), []
     device = step.model.head.weight.device
     for batch_size in BATCHES:
-        ours = theirs = step.initial(batch_size)
+        state = step.initial(batch_size)
         for _ in range(STEPS):
             tokens = torch.randint(step.model.config.vocab_size, (batch_size,), generator=generator).to(device)
-            want, got = step(tokens, *ours), program(tokens, *theirs)
+            want, got = step(tokens, *state), program(tokens, *state)
             for x, y in zip(want, got, strict=True):
                 if x.shape != y.shape or x.dtype != y.dtype:
                     return float("inf")
                 differences.append((x - y).abs().max() / x.abs().max().clamp(min=1))
-            ours, theirs = list(want[1:]), list(got[1:])
+            state = list(want[1:])
     return float(torch.stack(differences).max())  # which is NaN if one is
 
 
 def _readme(format: Format) -> str:
     return (
-        f"One step of a sequence model, `{format.file}`: a token of each sequence and the state so far give the logits and\n"
-        f"the new state. `{DESCRIPTION}` names all inputs and outputs, `{INITIAL}` is the state of\n"
-        f"one sequence before its first token.\n\n```python\n{format.usage}```\n"
+        f"One step of a sequence model, `{format.file}`: a token of each sequence and the state so far give the\n"
+        f"logits after it and the new state. `{DESCRIPTION}` names all inputs and outputs, and `{INITIAL}`\n"
+        f"is the state of one sequence before its first token.\n\n```python\n{format.usage}```\n"
     )
 
 
