@@ -271,6 +271,8 @@ def test_refused(tmp_path, monkeypatch):
         export_step(model, tmp_path, "onnx")
     with pytest.raises(UsageError, match="bfloat16; convert it to float32"):
         export_step(build().bfloat16(), tmp_path / "out", "aotinductor")
+    with pytest.raises(UsageError, match="takes a model on the CPU"):
+        export_step(build().to("meta"), tmp_path / "out", "onnx")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="onnx and onnxscript and onnxruntime; pip install"):
         export_step(model, tmp_path / "out", "onnx")

@@ -81,6 +81,8 @@ def trace(step: Step) -> ExportedProgram:
 
 
 def _write_onnx(step: Step, path: Path) -> None:
+    if step.model.head.weight.device.type != "cpu":
+        raise UsageError("Exporting to ONNX takes a model on the CPU; the graph is for all devices.")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"Exporting to ONNX needs {' and '.join(missing)}; pip install 'deltaproduct[export]'.")
