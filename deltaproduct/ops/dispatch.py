@@ -163,7 +163,8 @@ def delta_product_step(
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     name, _ = resolve_backend(device=k.device, dtype=dtype)
     with torch.autocast(k.device.type, enabled=False):
-        if BACKENDS[name].step is not None and k.shape[0] > 0:
+        # An exported program runs where our engine is not.
+        if BACKENDS[name].step is not None and not torch.compiler.is_exporting() and k.shape[0] > 0:
             return BACKENDS[name].step(q, k, v, beta, g, state, scale, qk_l2norm)
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)

@@ -1,0 +1,252 @@
+"""A conversation with a language model: what has been read is a state of constant size, which can be saved.
+
+T tokens · V size of the vocabulary.
+"""
+
+import hashlib
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.decoder import Decoder
+from deltaproduct.models.sampling import Sampling, draw
+from deltaproduct.models.sequence_model import SequenceModel, write_tensors
+from deltaproduct.models.states import from_named, initial_state, named_tensors
+
+PIECE = 512  # tokens of a prompt that are read at once: memory is for so many, however long the prompt is
+STREAM = "stream.json"
+TENSORS = "stream.safetensors"
+WHAT = "saved conversation"
+
+
+class ModelDecoder:
+    """What `Decoder` does for one sequence, by calling the model: for every mixer, device and precision."""
+
+    def __init__(self, model: SequenceModel):
+        self.state: tuple[Any, ...] | None = None
+        self._model = model
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits [1,V] after one more token, tokens [1]."""
+        logits, self.state = self._model(tokens[:, None].to(self._model.embedding.weight.device), self.state)
+        return logits[:, 0]
+
+    def load(self, state: tuple[Any, ...] | None) -> None:
+        """Go on from such a state; None starts afresh."""
+        self.state = state
+
+
+def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
+    """The native decoder where it can serve, and otherwise the model itself."""
+    try:
+        return Decoder(model)
+    except UsageError:
+        return ModelDecoder(model)
+
+
+class Stream:
+    """A language model that reads and writes one sequence, carrying the state of all that came before.
+
+        stream = Stream(model, Sampling(temperature=0.8, top_p=0.95))
+        stream.read([document_token, *tokenizer.encode("To be, or")])
+        for token in stream.write(100, stop=[document_token]): ...
+
+    The state does not grow with what is read or written (a cache of attention does). Written tokens are part of what
+    has been read, so that `read` and `write` can follow one another in any order.
+
+    Attributes:
+        position: tokens read and written so far.
+        logits: [V], what the next token will be drawn from; None before the first token.
+
+    Raises:
+        UsageError: the model's outputs are not its inputs, so that it does not say what comes next.
+    """
+
+    def __init__(self, model: SequenceModel, sampling: Sampling | None = None):
+        inputs, outputs = model.config.vocab_size, model.config.num_labels
+        if inputs != outputs:
+            raise UsageError(
+                f"The model labels {inputs} tokens with {outputs} labels; only one that predicts its own next token, "
+                "with vocab_size equal to num_labels, can write."
+            )
+        self.model, self.position = model, 0
+        self.logits: Tensor | None = None
+        self.sampling = Sampling() if sampling is None else sampling
+        self._generator = self.sampling.generator()
+        self._decoder = decoder_for(model)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether tokens are decoded on the native engine."""
+        return isinstance(self._decoder, Decoder)
+
+    @property
+    def state(self) -> tuple[Any, ...] | None:
+        """The carried state, as `SequenceModel` takes and returns it; None before the first token."""
+        return self._decoder.state if self.position else None
+
+    def resample(self, sampling: Sampling) -> None:
+        """Draw like this from here on; a seed other than the one so far begins its own random numbers."""
+        if sampling.seed != self.sampling.seed:
+            self._generator = sampling.generator()
+        self.sampling = sampling
+
+    def read(self, tokens: Iterable[int] | Tensor) -> None:
+        """Read T tokens, a list or [T] ints or anything that yields them, in pieces: in constant memory.
+
+        Raises:
+            UsageError: something is no token of the vocabulary. The pieces before it have been read.
+        """
+        for piece in _pieces(tokens):
+            self._check(piece)
+            if len(piece) == 1:
+                self._step(piece)
+            else:
+                self._prefill(piece)
+
+    def write(self, tokens: int, stop: Container[int] = ()) -> Iterator[int]:
+        """Draw so many tokens, one after the other, each as soon as it is known.
+
+        A token in `stop` ends this early: it is neither given out nor read. Whoever leaves the loop finds in the state
+        what the loop was given, and nothing more.
+
+        Raises:
+            UsageError: nothing has been read yet, or the number is negative.
+        """
+        if tokens < 0:
+            raise UsageError(f"The number of tokens to write must be 0 or more, not {tokens}.")
+        if self.logits is None:
+            raise UsageError("Nothing has been read yet; let the model read its document token, which begins a text.")
+        return self._write(tokens, stop)
+
+    def _write(self, tokens: int, stop: Container[int]) -> Iterator[int]:
+        for _ in range(tokens):
+            assert self.logits is not None
+            token = draw(self.logits, self.sampling, self._generator)
+            if token in stop:
+                return
+            self._step(torch.tensor([token]))
+            yield token
+
+    def _check(self, piece: Tensor) -> None:
+        if piece.dim() != 1 or piece.dtype not in (torch.int32, torch.int64):
+            raise UsageError(f"Tokens must be one sequence of ints, not {piece.dtype} {list(piece.shape)}.")
+        size = self.model.config.vocab_size
+        wrong = piece[(piece < 0) | (piece >= size)]
+        if len(wrong):
+            raise UsageError(f"Token {int(wrong[0])} is not in the model's vocabulary, 0 … {size - 1}.")
+
+    @torch.no_grad()
+    def _prefill(self, piece: Tensor) -> None:
+        x, state = self.model.hidden(piece[None].to(self.model.embedding.weight.device), self.state)
+        self.logits = self.model.head(x[:, -1])[0].cpu()  # the others would be V numbers for each token
+        self._decoder.load(state)
+        self.position += len(piece)
+
+    @torch.no_grad()
+    def _step(self, token: Tensor) -> None:
+        self.logits = self._decoder(token)[0].cpu()
+        self.position += 1
+
+    def save(self, folder: str | Path) -> None:
+        """Write stream.json, stream.safetensors and manifest.json, replacing an earlier save in one step.
+
+        Raises:
+            UsageError: nothing has been read, or the folder holds something else or cannot be written; what was there
+                before is untouched.
+        """
+        folder = Path(folder)
+        if self.logits is None:
+            raise UsageError("Nothing has been read yet, so there is no conversation to save.")
+        check_place(folder)
+        state = {f"state.{name}": x for name, x in named_tensors(self.state).items()}
+        tensors = state | {"logits": self.logits, "generator": self._generator.get_state()}
+        with replaced_folder(folder) as fresh:
+            # Clones: states may be views of one tensor, which the format does not have.
+            write_tensors(fresh / TENSORS, {name: x.cpu().contiguous().clone() for name, x in tensors.items()})
+            write_json(
+                fresh / STREAM,
+                {
+                    "position": self.position,
+                    "sampling": asdict(self.sampling),
+                    "config": self.model.config.to_dict(),
+                    "weights": fingerprint(self.model),
+                },
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path, model: SequenceModel) -> Self:
+        """Go on from what `save` wrote, exactly as the saved stream would have gone on.
+
+        Raises:
+            UsageError: it is missing or corrupt, or was written with another model than this.
+        """
+        folder = Path(folder)
+        files = verified_folder(folder, WHAT)
+        for name in (STREAM, TENSORS):
+            if name not in files:
+                raise UsageError(f"The {WHAT} {folder} has no {name}.")
+        saved = read_json(folder / STREAM)
+        _check_same(folder, saved, model)
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        stream = cls(model, Sampling(**saved["sampling"]))
+        device = model.embedding.weight.device
+        template = initial_state(model, 1)
+        wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
+        if wanted != set(tensors):
+            name = min(wanted ^ set(tensors))
+            raise UsageError(
+                f"The {WHAT} {folder} is of another version of this library: its tensors differ in {name}."
+            )
+        stream._decoder.load(from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state"))
+        stream._generator.set_state(tensors["generator"])
+        stream.logits, stream.position = tensors["logits"], saved["position"]
+        return stream
+
+
+def check_place(folder: Path) -> None:
+    """`UsageError` if something is there that a conversation may not be saved over: anything but an earlier one."""
+    if folder.exists() and not (folder / STREAM).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} holds something other than a {WHAT}; choose another folder.")
+
+
+def fingerprint(model: SequenceModel) -> str:
+    """The sha256 of all weights, with their names and dtypes."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_same(folder: Path, saved: Any, model: SequenceModel) -> None:
+    if not isinstance(saved, dict) or set(saved) != {"position", "sampling", "config", "weights"}:
+        raise UsageError(f"{folder / STREAM} is of another version of this library: its entries are other ones.")
+    theirs, ours = ModelConfig.from_dict(saved["config"]).to_dict(), model.config.to_dict()
+    if differing := [name for name in ours if theirs[name] != ours[name]]:
+        name = differing[0]
+        raise UsageError(
+            f"The {WHAT} {folder} is with another model: its {name} is {theirs[name]}, this model's {ours[name]}."
+        )
+    if saved["weights"] != fingerprint(model):
+        raise UsageError(f"The {WHAT} {folder} is with a model of the same configuration but of other weights.")
+
+
+def _pieces(tokens: Iterable[int] | Tensor) -> Iterator[Tensor]:
+    """At most PIECE tokens at a time, of any length."""
+    if isinstance(tokens, Tensor):
+        if tokens.numel():
+            yield from tokens.split(PIECE) if tokens.dim() else [tokens]
+        return
+    rest = iter(tokens)
+    while piece := list(islice(rest, PIECE)):
+        yield torch.tensor(piece)
