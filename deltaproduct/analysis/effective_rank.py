@@ -30,8 +30,9 @@ def effective_rank(states: Tensor) -> Tensor:
     """exp(−Σ p ln p) with p = σ/Σσ, over the singular values σ of matrices [...,K,V] that are above 2.2e-16 → [...].
 
     It lies between 1, when one singular value outweighs all others, and min(K,V), when all are equal; a matrix without
-    any has rank 0, one that is not finite NaN. float64: the singular values are computed in it, so that what rounding
-    leaves beside them in a float32 state (1e-7 of the largest) adds no more than some 1e-6 each.
+    any has rank 0, one that is not finite NaN. float64, in which the singular values are computed: what rounding leaves
+    beside them in a float32 state, 1e-7 of the largest, adds some 1e-6 each. Of a state that was erased but for rounding
+    it is the rank of what rounding left.
     """
     states = states.double()
     finite = states.isfinite().all(-1).all(-1)
