@@ -113,6 +113,8 @@ def test_ranks_of_a_model_whose_states_are_known(piece):
     ranks = found.ranks[1]
     assert ranks.shape == (14, 3, 1)
     torch.testing.assert_close(ranks.flatten(), torch.tensor(known).double(), **EXACT)
+    assert found.means(6, 9)[1] == pytest.approx([sum(known[18:27]) / 9], abs=1e-12)
+    assert found.means()[1] == pytest.approx([sum(known) / len(known)], abs=1e-12)
 
 
 HARD = {"allow_neg_eigval": True, "beta_bias_init": 20.0, "use_short_conv": False}  # β = 2 to rounding, no decay
@@ -177,7 +179,8 @@ def test_ranks_where_float32_states_are_hard_to_follow():
 
 
 def test_memory_does_not_grow_with_length():
-    """But for the ranks, in 2 layers N·HV = 4 numbers of 8 bytes a token, and the tokens; states would be 8 times that."""
+    """But for the ranks, in 2 layers N·HV = 4 numbers of 8 bytes a token, and the tokens; states would be 8 times as
+    much."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "num_hidden_layers": 2, "intermediate_size": 16}
     model = SequenceModel(ModelConfig(vocab_size=5, num_labels=5, **sizes)).eval()

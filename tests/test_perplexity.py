@@ -15,6 +15,7 @@ from deltaproduct.evaluation.perplexity import (
     perplexity_in_buckets,
     smoothed,
     smoothing_window,
+    thinned_curve,
 )
 from deltaproduct.evaluation.windows import MOST_WINDOWS, check_vocabulary, consecutive, evenly_spaced
 from deltaproduct.models import ModelConfig, SequenceModel
@@ -143,8 +144,8 @@ def test_perplexity_predicts_every_token_but_the_first_once():
     assert found.bits_per_byte == pytest.approx(every.sum().item() / math.log(2) / found.bytes, rel=1e-10)
     assert found.byte_perplexity == pytest.approx(math.exp(every.sum().item() / found.bytes), rel=1e-10)
     buckets = perplexity_in_buckets(found.by_position, 40, found.predicted)
-    assert [bucket for bucket, _ in buckets] == [(0, 40), (40, 50)]
-    assert buckets[0][1] == pytest.approx(math.exp(torch.cat([x[:40] for x in losses]).mean()), rel=1e-10)
+    assert [(b.start, b.stop) for b in buckets] == [(0, 40), (40, 50)]
+    assert buckets[0].perplexity == pytest.approx(math.exp(torch.cat([x[:40] for x in losses]).mean()), rel=1e-10)
 
 
 def decode_bytes(ids):
@@ -195,11 +196,21 @@ def test_smoothing_windows_are_the_papers_at_their_length():
 def test_buckets_and_running_perplexity_of_a_known_curve():
     curve = torch.tensor([3.0, 1.0, 2.0, 4.0, 5.0]).log().double()
     buckets = perplexity_in_buckets(curve, 2)
-    assert [b for b, _ in buckets] == [(0, 2), (2, 4), (4, 5)]
-    assert [p for _, p in buckets] == pytest.approx([3**0.5, 8**0.5, 5.0], rel=1e-6)
+    assert [(b.start, b.stop) for b in buckets] == [(0, 2), (2, 4), (4, 5)]
+    assert [b.perplexity for b in buckets] == pytest.approx([3**0.5, 8**0.5, 5.0], rel=1e-6)
     assert cumulative_perplexity(curve).tolist() == pytest.approx(
         [3.0, 3**0.5, 6 ** (1 / 3), 24 ** (1 / 4), 120 ** (1 / 5)], rel=1e-6
     )
+
+
+def test_a_thinned_curve_has_both_ends():
+    curve = torch.arange(5000).double() / 1000
+    thin = thinned_curve(curve, 3, points=100)
+    assert len(thin["position"]) == 100 and (thin["position"][0], thin["position"][-1]) == (1, 5000)
+    inner = thin["loss"][1:-1]  # of a straight line, a centred mean is the line itself
+    assert inner == pytest.approx([(n - 1) / 1000 for n in thin["position"][1:-1]], rel=1e-9)
+    assert thin["cumulative_perplexity"][-1] == pytest.approx(math.exp(4.999 / 2), rel=1e-9)
+    assert thinned_curve(curve[:7], 1)["position"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_model_that_has_come_apart_has_infinite_perplexity():

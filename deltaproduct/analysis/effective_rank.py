@@ -25,14 +25,18 @@ class EffectiveRanks:
     ranks: dict[int, Tensor]  # by layer: [T,N,HV] float64, after each Householder step
     document_starts: list[int]  # the window's tokens that begin a document
 
+    def means(self, start: int = 0, stop: int | None = None) -> dict[int, list[float]]:
+        """By layer, each head's mean over tokens start … stop − 1; NaN where there are none."""
+        return {layer: ranks[start:stop].mean((0, 1)).tolist() for layer, ranks in self.ranks.items()}
+
 
 def effective_rank(states: Tensor) -> Tensor:
     """exp(−Σ p ln p) with p = σ/Σσ, over the singular values σ of matrices [...,K,V] that are above 2.2e-16 → [...].
 
     It lies between 1, when one singular value outweighs all others, and min(K,V), when all are equal; a matrix without
     any has rank 0, one that is not finite NaN. float64, in which the singular values are computed: what rounding leaves
-    beside them in a float32 state, 1e-7 of the largest, adds some 1e-6 each. Of a state that was erased but for rounding
-    it is the rank of what rounding left.
+    beside them in a float32 state, 1e-7 of the largest, adds some 1e-6 each. Where everything was erased, it is the rank
+    of what rounding left.
     """
     states = states.double()
     finite = states.isfinite().all(-1).all(-1)

@@ -18,14 +18,14 @@ from torch import Tensor
 from deltaproduct.analysis.effective_rank import PAPERS_LENGTH, effective_ranks
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import (
-    cumulative_perplexity,
+    Bucket,
     loss_by_position,
     perplexity,
     perplexity_in_buckets,
-    smoothed,
     smoothing_window,
+    thinned_curve,
 )
-from deltaproduct.evaluation.windows import Progress, check_vocabulary, consecutive, evenly_spaced
+from deltaproduct.evaluation.windows import Progress, check_vocabulary, evenly_spaced
 from deltaproduct.files import read_json, replaced_folder, write_bytes, write_json
 from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.models import SequenceModel
@@ -40,7 +40,6 @@ REPORT, ARRAYS = "evaluation.json", "arrays.npz"
 LOSS_FIGURE, RANK_FIGURE = "loss_by_position.png", "effective_rank.png"
 EXTRAPOLATION = 8  # times the training context
 BUCKETS = 8  # of positions
-CURVE_POINTS = 512  # of a curve in JSON
 
 What = Literal["perplexity", "length-extrapolation", "effective-rank", "harness"]
 # The flags that not everything takes, and what does.
@@ -87,7 +86,9 @@ class LmEvaluate:
     smooth: Annotated[
         int | None, tyro.conf.arg(help="positions that the curve is averaged over; None: length/64, at most 501")
     ] = None
-    tasks: Annotated[tuple[str, ...], tyro.conf.arg(help="of lm-eval; none: our own, which need no network")] = ()
+    tasks: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="of lm-eval, or papers for all of theirs; none: our own offline")
+    ] = ()
     limit: Annotated[int | None, tyro.conf.arg(help="examples of each task; None: all")] = None
     out: Annotated[Path | None, tyro.conf.arg(help="the folder to write, which must not exist yet")] = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
@@ -132,6 +133,8 @@ class LmEvaluate:
                 raise UsageError(f"--what {self.what} has no use for --{flag}; it is for {' and '.join(takers)}.")
         if self.data is None and self.what in TAKEN_BY["data"]:
             raise UsageError(f"--what {self.what} needs --data, the folder that `deltaproduct lm prepare` wrote.")
+        if self.smooth is not None and self.smooth < 1:
+            raise UsageError(f"smooth must be at least 1, not {self.smooth}.")
         if self.out is not None:
             if self.out.exists():
                 raise UsageError(f"{self.out} already exists; choose another folder.")
@@ -200,7 +203,7 @@ class LmEvaluate:
         title = (f"{found.perplexity:.3f} per token ({found.loss:.4f} nats), {found.bits_per_byte:.4f} bits per byte "
                  f"({found.byte_perplexity:.3f}), over {found.tokens:,} tokens of {self.split}")  # fmt: skip
         return _Found(
-            {**self._of_the_data(corpus, context), **figures, "buckets": buckets},
+            {**self._of_the_data(corpus, context), **figures, "buckets": [b._asdict() for b in buckets]},
             _bucket_table(title, buckets),
             {"loss": found.by_position.numpy(), "predicted": found.predicted.numpy()},
         )
@@ -212,12 +215,12 @@ class LmEvaluate:
         smooth = smoothing_window(length) if self.smooth is None else self.smooth
         with self._progress(windows * length) as progress:
             loss = loss_by_position(model, split, length=length, sequences=windows, progress=progress)
-        curve, buckets = _curve(loss, smooth), _buckets(loss)
-        figures = {"sequences": windows, "smooth": smooth, "buckets": buckets, "curve": curve}
+        curve, buckets = thinned_curve(loss, smooth), _buckets(loss)
+        figures = {"sequences": windows, "smooth": smooth, "buckets": [b._asdict() for b in buckets], "curve": curve}
         trained_at = self._training_context()
 
         def draw(folder: Path) -> None:
-            loss_by_position_figure({self.source.name: [curve]}, folder / LOSS_FIGURE, trained_at=trained_at)
+            loss_by_position_figure({self.source.resolve().name: [curve]}, folder / LOSS_FIGURE, trained_at=trained_at)
 
         title = f"{windows} windows of {length:,} tokens of {self.split}"
         return _Found(
@@ -234,41 +237,31 @@ class LmEvaluate:
             found = effective_ranks(model, split, length=length, progress=progress)
         context = self._training_context()
         ranks = {layer: of_layer.numpy() for layer, of_layer in found.ranks.items()}
-        figures = {
-            "document_starts": found.document_starts,
-            "layers": {
-                str(layer): {
-                    "largest_possible": min(model.blocks[layer].mixer.init_state(1).recurrent.shape[-2:]),
-                    "mean": of_layer.mean((0, 1)).tolist(),
-                    "mean_within_context": None if context is None else of_layer[:context].mean((0, 1)).tolist(),
-                    "mean_beyond": of_layer[context:].mean((0, 1)).tolist() if context and context < length else None,
-                }
-                for layer, of_layer in ranks.items()
-            },
-        }
+        means = {"mean": found.means()}
+        if context is not None and context < length:
+            means |= {"mean_within_context": found.means(0, context), "mean_beyond": found.means(context)}
 
         def draw(folder: Path) -> None:
             effective_rank_figure(
                 ranks, folder / RANK_FIGURE, document_starts=found.document_starts, trained_at=context,
-                title=f"Effective rank of each head's state: {self.source.name}",
+                title=f"Effective rank of each head's state: {self.source.resolve().name}",
             )  # fmt: skip
 
         arrays = {f"layer_{layer}": of_layer.astype(np.float32) for layer, of_layer in ranks.items()}
         return _Found(
-            {**self._of_the_data(corpus, length), **figures},
-            _rank_table(f"effective rank over {length:,} tokens of {self.split}", figures["layers"]),
+            {**self._of_the_data(corpus, length), "document_starts": found.document_starts, **means},
+            _rank_table(f"each head's effective rank over {length:,} tokens of {self.split}", means),
             arrays,
             draw,
         )
 
     def _harness(self, model: SequenceModel) -> _Found:
-        from deltaproduct.evaluation.harness import OFFLINE_TASKS, evaluate_harness  # lm-eval is slow to import
+        from deltaproduct.evaluation.harness import evaluate_harness  # lm-eval is slow to import
 
-        folder = self.source / TOKENIZER
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(self.source / TOKENIZER)
         check_vocabulary(model.config, tokenizer.vocab_size)
-        results = evaluate_harness(model, tokenizer, self.tasks or OFFLINE_TASKS, limit=self.limit)
-        return _Found({"limit": self.limit, **results}, _result_table(results))
+        results = evaluate_harness(model, tokenizer, self.tasks or ("offline",), limit=self.limit)
+        return _Found(results, _result_table(results))
 
     @contextmanager
     def _progress(self, tokens: int) -> Iterator[Progress]:
@@ -276,51 +269,31 @@ class LmEvaluate:
             yield lambda done: bar.update(done, "")
 
 
-def _buckets(loss: Tensor, predicted: Tensor | None = None) -> list[dict[str, float]]:
+def _buckets(loss: Tensor, predicted: Tensor | None = None) -> list[Bucket]:
     """Perplexity in eighths of the window."""
-    width = -(-len(loss) // BUCKETS)
-    return [
-        {"from": lo, "to": hi, "perplexity": value}
-        for (lo, hi), value in perplexity_in_buckets(loss, width, predicted)
-    ]
+    return perplexity_in_buckets(loss, -(-len(loss) // BUCKETS), predicted)
 
 
-def _curve(loss: Tensor, smooth: int) -> dict[str, list[float]]:
-    """A curve for JSON and figures, at no more than `CURVE_POINTS` positions, which count the tokens read."""
-    at = np.unique(np.linspace(0, len(loss) - 1, min(len(loss), CURVE_POINTS)).round().astype(int))
-    return {
-        "position": (1 + at).tolist(),
-        "loss": smoothed(loss, smooth)[at].tolist(),
-        "cumulative_perplexity": cumulative_perplexity(loss)[at].tolist(),
-    }
-
-
-def _bucket_table(title: str, buckets: list[dict[str, float]]) -> Table:
+def _bucket_table(title: str, buckets: list[Bucket]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("tokens read", "perplexity"):
         table.add_column(column, justify="right")
     for bucket in buckets:
-        table.add_row(f"{bucket['from'] + 1:,} – {bucket['to']:,}", f"{bucket['perplexity']:.3f}")
+        table.add_row(f"{bucket.start + 1:,} – {bucket.stop:,}", f"{bucket.perplexity:.3f}")
     return table
 
 
-def _rank_table(title: str, layers: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("layer", "of at most", "each head's mean", "within the training context", "beyond"):
-        table.add_column(column, justify="right")
-    for layer, figures in layers.items():
-        means = (figures[name] for name in ("mean", "mean_within_context", "mean_beyond"))
-        shown = ("–" if mean is None else "  ".join(f"{rank:.2f}" for rank in mean) for mean in means)
-        table.add_row(layer, str(figures["largest_possible"]), *shown)
+def _rank_table(title: str, means: dict[str, dict[int, list[float]]]) -> Table:
+    table = Table("layer", *(name.replace("_", " ") for name in means), title=title, title_justify="left")
+    for layer in means["mean"]:
+        shown = ("  ".join(f"{rank:.2f}" for rank in of_layers[layer]) for of_layers in means.values())
+        table.add_row(str(layer), *shown)
     return table
 
 
 def _result_table(results: dict[str, Any]) -> Table:
-    table = Table()
-    for column in ("task", "metric", "value"):
-        table.add_column(column)
-    for task, metrics in results["results"].items():
+    table = Table("task", "metric", "value")
+    for task, metrics in results["tasks"].items():
         for metric, value in metrics.items():
-            if isinstance(value, float):
-                table.add_row(task, metric, f"{value:.4f}")
+            table.add_row(task, metric, f"{value:.4f}")
     return table

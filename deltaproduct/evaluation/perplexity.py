@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,14 @@ class Perplexity:
     def byte_perplexity(self) -> float:
         """Per byte of text, which compares models of different tokenizers."""
         return _exp(self.bits_per_byte * math.log(2))
+
+
+class Bucket(NamedTuple):
+    """Positions start … stop − 1 of a window, and the perplexity of the tokens that are predicted there."""
+
+    start: int
+    stop: int
+    perplexity: float
 
 
 def loss_by_position(
@@ -151,10 +160,23 @@ def cumulative_perplexity(curve: Tensor) -> Tensor:
     return (curve.double().cumsum(0) / torch.arange(1, len(curve) + 1)).exp()
 
 
-def perplexity_in_buckets(
-    curve: Tensor, width: int, predicted: Tensor | None = None
-) -> list[tuple[tuple[int, int], float]]:
-    """((first, one past the last position), perplexity there) of each bucket of `width` positions, the last shorter.
+def thinned_curve(curve: Tensor, window: int, points: int = 512) -> dict[str, list[float]]:
+    """A curve [L] for JSON and figures, at up to `points` positions that are spaced evenly from its first to its last.
+
+    Returns:
+        "position": how many tokens have been read there, 1 … L; "loss": the mean over `window` positions (`smoothed`);
+        "cumulative_perplexity".
+    """
+    at = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), points)).round().astype(int))
+    return {
+        "position": (1 + at).tolist(),
+        "loss": smoothed(curve, window)[at].tolist(),
+        "cumulative_perplexity": cumulative_perplexity(curve)[at].tolist(),
+    }
+
+
+def perplexity_in_buckets(curve: Tensor, width: int, predicted: Tensor | None = None) -> list[Bucket]:
+    """The perplexity within each bucket of `width` positions, of which the last may be narrower.
 
     Args:
         curve: [L] mean loss by position.
@@ -166,10 +188,10 @@ def perplexity_in_buckets(
         raise UsageError(f"A bucket must have at least 1 position, not {width}.")
     weights = torch.ones(len(curve), dtype=torch.float64) if predicted is None else predicted.double()
     buckets = []
-    for lo in range(0, len(curve), width):
-        hi = min(lo + width, len(curve))
-        mean = (curve[lo:hi].double() * weights[lo:hi]).sum() / weights[lo:hi].sum()
-        buckets.append(((lo, hi), _exp(float(mean))))
+    for start in range(0, len(curve), width):
+        stop = min(start + width, len(curve))
+        mean = (curve[start:stop].double() * weights[start:stop]).sum() / weights[start:stop].sum()
+        buckets.append(Bucket(start, stop, _exp(float(mean))))
     return buckets
 
 
