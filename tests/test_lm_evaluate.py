@@ -1,12 +1,13 @@
 """`deltaproduct lm evaluate` and its figures, on tiny models and a corpus that lies in memory."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from streams import Stream, random_stream
+from streams import random_stream
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import write_json
@@ -108,7 +109,7 @@ def test_the_harness_gets_the_runs_model_and_tokenizer(run, monkeypatch, capsys)
         return {"tasks": {"swaps": {"acc": 0.25}}}
 
     monkeypatch.setitem(
-        __import__("sys").modules, "deltaproduct.evaluation.harness", SimpleNamespace(evaluate_harness=evaluate_harness)
+        sys.modules, "deltaproduct.evaluation.harness", SimpleNamespace(evaluate_harness=evaluate_harness)
     )
     monkeypatch.setattr(command, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=VOCAB))
     LmEvaluate(source=run, what="harness").run()

@@ -35,8 +35,8 @@ def effective_rank(states: Tensor) -> Tensor:
 
     It lies between 1, when one singular value outweighs all others, and min(K,V), when all are equal; a matrix without
     any has rank 0, one that is not finite NaN. float64, in which the singular values are computed: what rounding leaves
-    beside them in a float32 state, 1e-7 of the largest, adds some 1e-6 each. Where everything was erased, it is the rank
-    of what rounding left.
+    beside them in a float32 state, 1e-7 of the largest, adds some 1e-6 each. Where everything was erased, this is the
+    rank of what rounding left.
     """
     states = states.double()
     finite = states.isfinite().all(-1).all(-1)

@@ -58,6 +58,7 @@ class _Found:
     """What an evaluation came to."""
 
     figures: dict[str, Any]  # for JSON
+    heading: str  # for a reader, with the table below it
     table: Table
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     draw: Callable[[Path], None] = lambda folder: None  # writes its picture, if it has one, into a folder
@@ -125,6 +126,7 @@ class LmEvaluate:
         if self.json:
             print(json.dumps(report))
         else:
+            print(found.heading)
             Console().print(found.table)
 
     def _check_flags(self) -> None:
@@ -200,11 +202,12 @@ class LmEvaluate:
             "byte_perplexity": found.byte_perplexity,
         }
         buckets = _buckets(found.by_position, found.predicted)
-        title = (f"{found.perplexity:.3f} per token ({found.loss:.4f} nats), {found.bits_per_byte:.4f} bits per byte "
-                 f"({found.byte_perplexity:.3f}), over {found.tokens:,} tokens of {self.split}")  # fmt: skip
+        heading = (f"{found.perplexity:.3f} per token ({found.loss:.4f} nats), {found.bits_per_byte:.4f} bits per byte "
+                   f"({found.byte_perplexity:.3f}), over {found.tokens:,} tokens of {self.split}")  # fmt: skip
         return _Found(
             {**self._of_the_data(corpus, context), **figures, "buckets": [b._asdict() for b in buckets]},
-            _bucket_table(title, buckets),
+            heading,
+            _bucket_table(buckets),
             {"loss": found.by_position.numpy(), "predicted": found.predicted.numpy()},
         )
 
@@ -222,10 +225,11 @@ class LmEvaluate:
         def draw(folder: Path) -> None:
             loss_by_position_figure({self.source.resolve().name: [curve]}, folder / LOSS_FIGURE, trained_at=trained_at)
 
-        title = f"{windows} windows of {length:,} tokens of {self.split}"
+        heading = f"{windows} windows of {length:,} tokens of {self.split}"
         return _Found(
             {**self._of_the_data(corpus, length), **figures},
-            _bucket_table(title, buckets),
+            heading,
+            _bucket_table(buckets),
             {"loss": loss.numpy()},
             draw,
         )
@@ -250,7 +254,8 @@ class LmEvaluate:
         arrays = {f"layer_{layer}": of_layer.astype(np.float32) for layer, of_layer in ranks.items()}
         return _Found(
             {**self._of_the_data(corpus, length), "document_starts": found.document_starts, **means},
-            _rank_table(f"each head's effective rank over {length:,} tokens of {self.split}", means),
+            f"each head's effective rank over {length:,} tokens of {self.split}",
+            _rank_table(means),
             arrays,
             draw,
         )
@@ -261,7 +266,7 @@ class LmEvaluate:
         tokenizer = load_tokenizer(self.source / TOKENIZER)
         check_vocabulary(model.config, tokenizer.vocab_size)
         results = evaluate_harness(model, tokenizer, self.tasks or ("offline",), limit=self.limit)
-        return _Found(results, _result_table(results))
+        return _Found(results, f"{len(results['tasks'])} tasks of lm-eval", _result_table(results))
 
     @contextmanager
     def _progress(self, tokens: int) -> Iterator[Progress]:
@@ -274,8 +279,8 @@ def _buckets(loss: Tensor, predicted: Tensor | None = None) -> list[Bucket]:
     return perplexity_in_buckets(loss, -(-len(loss) // BUCKETS), predicted)
 
 
-def _bucket_table(title: str, buckets: list[Bucket]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _bucket_table(buckets: list[Bucket]) -> Table:
+    table = Table()
     for column in ("tokens read", "perplexity"):
         table.add_column(column, justify="right")
     for bucket in buckets:
@@ -283,8 +288,8 @@ def _bucket_table(title: str, buckets: list[Bucket]) -> Table:
     return table
 
 
-def _rank_table(title: str, means: dict[str, dict[int, list[float]]]) -> Table:
-    table = Table("layer", *(name.replace("_", " ") for name in means), title=title, title_justify="left")
+def _rank_table(means: dict[str, dict[int, list[float]]]) -> Table:
+    table = Table("layer", *(name.replace("_", " ") for name in means))
     for layer in means["mean"]:
         shown = ("  ".join(f"{rank:.2f}" for rank in of_layers[layer]) for of_layers in means.values())
         table.add_row(str(layer), *shown)
