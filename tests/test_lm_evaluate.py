@@ -74,7 +74,8 @@ def test_perplexity(corpus, run, tmp_path, capsys):
 def test_length_extrapolation(corpus, run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report = evaluate(capsys, run, "length-extrapolation", out=tmp_path / "out")
-    assert (report["training_context"], report["length"], report["sequences"]) == (16, 128, 3)
+    assert (report["training_context"], report["length"]) == (16, 128)
+    assert report["sequences"] == 1 + (399 - 128) // 16
     assert report["smooth"] == 3 and report["curve"]["position"] == list(range(1, 129))
     with np.load(tmp_path / "out" / "arrays.npz") as arrays:
         assert arrays["loss"].shape == (128,)

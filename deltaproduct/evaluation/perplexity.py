@@ -89,7 +89,7 @@ def loss_by_position(
     Args:
         text: whose tokens the model's vocabulary has (`check_vocabulary`).
         length: L; may be many times the training context.
-        sequences: windows; None means as many as do not overlap, and at most 64.
+        sequences: windows, which may overlap; None: see `evenly_spaced`.
         piece: tokens of a window that go through the model at once; None means what fits `PIECE_TOKENS` and
             `PIECE_LOGITS`. It does not change the result but for rounding.
         progress: is told how many tokens are done.

@@ -12,7 +12,8 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig
 
-MOST_WINDOWS = 64  # that are taken where nobody says how many
+MOST_WINDOWS = 256  # that are taken where nobody says how many
+APART = 8  # they begin at least L/8 tokens apart
 
 Progress = Callable[[int], None]  # is told how many tokens are done
 
@@ -36,8 +37,9 @@ def evenly_spaced(text: Text, length: int, windows: int | None = None) -> list[r
     """The inputs of S windows of L tokens, evenly spaced from the text's first token to its last.
 
     Args:
-        windows: S; they overlap where the text is shorter than all of them together. None means as many as there are
-            without overlap, and at most `MOST_WINDOWS`.
+        windows: S; they overlap where the text is shorter than all of them together. That has its use: the more they
+            do, the more nearly each position sees the same text, so that a mean by position tells of the position and
+            not of the text there. None means as many as begin L/8 tokens apart, and at most `MOST_WINDOWS`.
 
     Raises:
         UsageError: a size is not positive, the text is too short, or it has no such number of different windows.
@@ -45,7 +47,7 @@ def evenly_spaced(text: Text, length: int, windows: int | None = None) -> list[r
     check_length(text, length)
     last = text.num_tokens - 1 - length  # where the last window begins
     if windows is None:
-        windows = min(MOST_WINDOWS, (text.num_tokens - 1) // length)
+        windows = min(MOST_WINDOWS, 1 + last // max(1, length // APART))
     if not 1 <= windows <= last + 1:
         raise UsageError(f"sequences must be from 1 to {last + 1:,}, the windows of {length:,} tokens in this text, "
                          f"not {windows:,}.")  # fmt: skip

@@ -8,8 +8,11 @@ import numpy as np
 
 from deltaproduct.plots.style import COLOURS, RC, cycle, legend, pyplot, save, subscript
 
-PANEL = (4.6, 2.4)  # inches, of a layer's ranks
+PANEL = (4.6, 2.6)  # inches, of a layer's ranks
 COLUMNS = 2  # of them
+TRAINED_AT: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+DOCUMENT_START: dict[str, Any] = {"color": "black", "linewidth": 0.6, "alpha": 0.5}
+BINS = 300  # that a layer's tokens are shown in
 
 
 def loss_by_position_figure(
@@ -39,7 +42,10 @@ def loss_by_position_figure(
             axes.plot(positions, median, color=colour, linewidth=1.8, label=subscript(label))
         _limit_to_the_settled_part(axes, curves, trained_at)
         if trained_at is not None:
-            _mark_context(axes, trained_at)
+            axes.axvline(trained_at, **TRAINED_AT)
+            offset = {"xytext": (0, 4), "textcoords": "offset points"}
+            axes.annotate(f"trained at {trained_at:,}", (trained_at, 1.0), xycoords=("data", "axes fraction"), **offset,
+                          fontsize=9)  # fmt: skip
         axes.set_xlabel("tokens read")
         axes.set_ylabel("cross-entropy (nats per token)")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
@@ -73,7 +79,7 @@ def effective_rank_figure(
     title: str = "Effective rank of each head's state",
 ) -> None:
     """The effective rank of states against the token, a panel for each layer and a colour for each of its heads; the
-    starts of documents are vertical lines.
+    starts of documents are vertical lines. Lines are means over T/300 tokens, bands go from the lowest to the highest.
 
     Args:
         ranks: by layer, [T,N,HV] after each Householder step (`analysis.effective_rank.EffectiveRanks`).
@@ -89,15 +95,14 @@ def effective_rank_figure(
         for axes in grid.flat[len(ranks) :]:
             axes.set_axis_off()
         for place, (axes, (layer, of_layer)) in enumerate(zip(grid.flat, ranks.items(), strict=False)):
-            tokens, steps, heads = of_layer.shape
-            at = np.arange(tokens * steps) / steps
+            tokens = len(of_layer)
             for start in document_starts:
-                axes.axvline(start, color="black", linewidth=0.6, alpha=0.5)
-            for head, colour in enumerate(cycle(COLOURS, range(heads))):
-                values = of_layer[:, :, head].reshape(-1)
-                axes.plot(at, values, color=colour, linewidth=0.8, label=f"head {head}", rasterized=True)
+                axes.axvline(start, **DOCUMENT_START)
+            _bands(axes, of_layer, plt)
             if trained_at is not None and trained_at < tokens:
-                _mark_context(axes, trained_at, named=place == 0)
+                axes.axvline(trained_at, **TRAINED_AT, label=f"trained at {trained_at:,}")
+            if document_starts:
+                axes.plot([], [], **DOCUMENT_START, label="a document starts")
             axes.set_title(f"layer {layer}", loc="left", fontsize=10.5)
             axes.set_xlim(0, tokens)
             axes.set_ylim(bottom=0)
@@ -106,16 +111,20 @@ def effective_rank_figure(
                 axes.set_ylabel("effective rank")
             if place + columns >= len(ranks):
                 axes.set_xlabel("token")
-        if document_starts:
-            grid[0][0].plot([], [], color="black", linewidth=0.6, alpha=0.5, label="a document starts")
         legend(grid)
         figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
 
 
-def _mark_context(axes: Any, context: int, *, named: bool = True) -> None:
-    axes.axvline(context, color="black", linestyle="--", linewidth=1)
-    if named:
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(f"trained at {context:,}", (context, 1.0), (0, 4), **place, fontsize=9, ha="center")
+def _bands(axes: Any, ranks: np.ndarray, plt: Any) -> None:
+    """Of each head's ranks [T,N,HV] the mean over every T/300 tokens, in a band from the lowest to the highest there:
+    lines through all of them would hide one another."""
+    tokens, _, heads = ranks.shape
+    bins = np.array_split(np.arange(tokens), min(BINS, tokens))
+    at = [0.5 * (1 + b[0] + b[-1]) for b in bins]
+    spread = [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.95, heads)]
+    for head, colour in enumerate(COLOURS[:heads] if heads <= len(COLOURS) else spread):
+        mean, low, high = (np.array([of(ranks[b, :, head]) for b in bins]) for of in (np.mean, np.min, np.max))
+        axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(at, mean, color=colour, linewidth=1.2, label=f"head {head}")
