@@ -82,7 +82,7 @@ class LmEvaluate:
         int | None, tyro.conf.arg(help="tokens of a window; None: the training context, 8 times that, or 16384")
     ] = None
     sequences: Annotated[
-        int | None, tyro.conf.arg(help="windows; None: perplexity of the whole split, else up to 256, which overlap if need be")
+        int | None, tyro.conf.arg(help="windows; None: the whole split, or up to 256 that may overlap")
     ] = None
     smooth: Annotated[
         int | None, tyro.conf.arg(help="positions that the curve is averaged over; None: length/64, at most 501")
