@@ -192,7 +192,7 @@ def test_smoothing_is_a_centred_mean(window):
 
 def test_smoothing_windows_are_the_papers_at_their_length():
     assert smoothing_window(32_768) == 501
-    assert [smoothing_window(n) for n in (10, 4096, 10**6)] == [1, 65, 501]
+    assert [smoothing_window(n) for n in (10, 4096, 10**6)] == [1, 257, 501]
 
 
 def test_buckets_and_running_perplexity_of_a_known_curve():

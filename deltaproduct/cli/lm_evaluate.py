@@ -85,7 +85,7 @@ class LmEvaluate:
         int | None, tyro.conf.arg(help="windows; None: the whole split, or up to 256 that may overlap")
     ] = None
     smooth: Annotated[
-        int | None, tyro.conf.arg(help="positions that the curve is averaged over; None: length/64, at most 501")
+        int | None, tyro.conf.arg(help="positions that the curve is averaged over; None: length/16, at most 501")
     ] = None
     tasks: Annotated[
         tuple[str, ...], tyro.conf.arg(help="of lm-eval, or papers for all of theirs; none: our own offline")

@@ -24,7 +24,7 @@ from deltaproduct.ops.inputs import compute_dtype
 BATCH = 8  # windows that go through the model side by side
 PIECE_TOKENS = 1 << 12  # tokens that go through the model at once
 PIECE_LOGITS = 1 << 25  # floats of logits that are held at once
-PAPERS_WINDOW = 501  # tokens that arXiv 2502.10297 smooths its curves over, of 32,768
+PAPERS_WINDOW = 501  # positions that arXiv 2502.10297 smooths its curves over, of 32,768
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def smoothed(curve: Tensor, window: int) -> Tensor:
 
 def smoothing_window(length: int) -> int:
     """The odd number of positions that a curve of that length is smoothed over unless somebody says otherwise: the
-    papers' 501 at their length of 32,768, and in proportion below."""
-    return min(PAPERS_WINDOW, length // 64 | 1)
+    papers' 501, or a sixteenth of the length where that is less."""
+    return min(PAPERS_WINDOW, length // 16 | 1)
 
 
 def cumulative_perplexity(curve: Tensor) -> Tensor:

@@ -111,7 +111,9 @@ def effective_rank_figure(
                 axes.set_ylabel("effective rank")
             if place + columns >= len(ranks):
                 axes.set_xlabel("token")
-        legend(grid)
+        # Of the figure, not of a panel: a long one beside the first row would push the rows apart.
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
+        figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
