@@ -1,4 +1,4 @@
-"""What a trained model has learned: the automaton that it follows."""
+"""What a trained model has learned: the automaton that it follows, and how much its states hold."""
 
 from deltaproduct.analysis.automaton import Extraction, extract
 from deltaproduct.analysis.monoid import GroupVerdict, compare_with_group, monoid_size

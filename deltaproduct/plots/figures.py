@@ -1,13 +1,12 @@
 """Figures, each a function from the results of runs (`experiments.job.run_job`) to a file."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaproduct.plots.style import COLOURS, MARKERS, RC, pyplot, save
+from deltaproduct.plots.style import COLOURS, MARKERS, RC, cycle, legend, pyplot, save, subscript
 
 PANEL = (4.6, 3.2)  # inches, of one of several
 COLUMNS = 3  # of panels that need not lie in one row
@@ -55,14 +54,14 @@ def accuracy_by_length(
             grid[0][0].set_title(title, loc="left", pad=14)
         seeds = len({run["seed"] for run in runs})
         where = f"median of {seeds} seeds" if seeds > 1 else "one seed"
-        _legend(grid, title=where, alignment="left")
+        legend(grid, title=where, alignment="left")
         save(figure, path)
         plt.close(figure)
 
 
 def _curves(axes: Any, runs: Sequence[dict[str, Any]], labels: Sequence[str], metric: str, *, named: bool) -> None:
     """One panel of `accuracy_by_length`; the lines across it are named in one of several."""
-    for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
+    for label, colour, marker in zip(labels, cycle(COLOURS, labels), cycle(MARKERS, labels), strict=True):
         mine = [run for run in runs if run["label"] == label]
         if not mine:
             continue
@@ -72,7 +71,7 @@ def _curves(axes: Any, runs: Sequence[dict[str, Any]], labels: Sequence[str], me
         axes.plot(mine[0]["curve"]["length"], np.median(curves, axis=0), color=colour, linewidth=2)
         lengths = [int(n) for n in mine[0][metric]]
         medians = np.median([[run[metric][str(n)] for n in lengths] for run in mine], axis=0)
-        axes.plot(lengths, medians, marker, color=colour, label=_subscript(label), markersize=6)
+        axes.plot(lengths, medians, marker, color=colour, label=subscript(label), markersize=6)
     for length in sorted({run["training_length"] for run in runs}):
         axes.axvline(length, color="black", linestyle="--", linewidth=1)
         offset = {"xytext": (-4, 4), "textcoords": "offset points"}
@@ -117,11 +116,11 @@ def accuracy_by_model(
                 axes.set_title(task, loc="left", fontsize=10.5)
             axes.set_xlabel("scaled accuracy")
             axes.set_xlim(-0.05, 1.05)
-            axes.set_yticks(range(len(labels)), [_subscript(label) for label in labels])
+            axes.set_yticks(range(len(labels)), [subscript(label) for label in labels])
         grid[0][0].set_ylim(len(labels) - 0.5, -0.5)
         if any((label, task) in papers for label in labels for task in tasks):
             grid[0][-1].plot([], [], "o", color=COLOURS[1], markersize=11, fillstyle="none", label="papers")
-        _legend(grid)
+        legend(grid)
         figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
@@ -135,11 +134,11 @@ def accuracy_by_state_size(runs: Sequence[dict[str, Any]], path: Path, *, title:
         size = (PANEL[0] * len(tasks), PANEL[1])
         figure, grid = plt.subplots(1, len(tasks), figsize=size, **PANELS)
         for axes, task in zip(grid[0], tasks, strict=True):
-            for label, colour, marker in zip(labels, _cycle(COLOURS, labels), _cycle(MARKERS, labels), strict=True):
+            for label, colour, marker in zip(labels, cycle(COLOURS, labels), cycle(MARKERS, labels), strict=True):
                 mine = [run for run in runs if run["label"] == label and run["task"] == task]
                 sizes = sorted({run["state_size"] for run in mine})
                 at = [[at_longest(run) for run in mine if run["state_size"] == size] for size in sizes]
-                axes.plot(sizes, list(map(np.median, at)), marker + "-", color=colour, label=_subscript(label))
+                axes.plot(sizes, list(map(np.median, at)), marker + "-", color=colour, label=subscript(label))
                 for size, values in zip(sizes, at, strict=True):
                     axes.plot([size] * len(values), values, marker, color=colour, markersize=3, alpha=0.5)
             axes.set_title(task, loc="left", fontsize=10.5)
@@ -148,19 +147,10 @@ def accuracy_by_state_size(runs: Sequence[dict[str, Any]], path: Path, *, title:
             axes.set_xlabel("state (floats per sequence)")
             axes.set_ylim(0, 1.06)
         grid[0][0].set_ylabel("accuracy")
-        _legend(grid)
+        legend(grid)
         figure.suptitle(title, x=0.01, ha="left")
         save(figure, path)
         plt.close(figure)
-
-
-def _legend(grid: Any, **options: Any) -> None:
-    """One legend for all panels, beside the first row."""
-    handles: dict[str, Any] = {}
-    for axes in grid.flat:
-        handles |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    grid[0][-1].legend(handles.values(), handles.keys(), **beside, **options)
 
 
 def at_longest(run: Mapping[str, Any]) -> float:
@@ -171,12 +161,3 @@ def at_longest(run: Mapping[str, Any]) -> float:
 def _in_order(runs: Sequence[dict[str, Any]], key: str) -> list[Any]:
     """The different values of a field, in the order of their first runs."""
     return list(dict.fromkeys(run[key] for run in runs))
-
-
-def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
-    return [values[i % len(values)] for i in range(len(like))]
-
-
-def _subscript(label: str) -> str:
-    """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
-    return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-1", "−1")

@@ -1,6 +1,8 @@
 """How every figure looks, in colours that print in grey and that most colour-blind readers can tell apart; and how it
 is saved."""
 
+import re
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,3 +43,22 @@ def save(figure: Any, path: Path) -> None:
     buffer = BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", bbox_inches="tight")
     write_bytes(path, buffer.getvalue())
+
+
+def legend(grid: Any, **options: Any) -> None:
+    """One legend for all panels, beside the first row."""
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    grid[0][-1].legend(handles.values(), handles.keys(), **beside, **options)
+
+
+def cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
+    """As many of `values` as `like` has members, beginning again after the last."""
+    return [values[i % len(values)] for i in range(len(like))]
+
+
+def subscript(label: str) -> str:
+    """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
+    return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-1", "−1")
