@@ -26,7 +26,8 @@ from deltaproduct.training.log import board
 from deltaproduct.training.loop import sample_batch
 
 OWN_RATES = ("parity", "table-chomsky")  # experiments in which each model has the learning rate that is best for it
-SCALES = [(name, scale) for name, experiment in EXPERIMENTS.items() for scale in experiment.scales]
+ON_LANGUAGE = ("extrapolation",)
+SCALES = [(name, scale) for name, e in EXPERIMENTS.items() if name not in ON_LANGUAGE for scale in e.scales]
 
 
 def tiny(job, **changes):

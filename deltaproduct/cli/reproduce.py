@@ -1,7 +1,7 @@
 """`deltaproduct reproduce NAME`: run one of the papers' experiments, from nothing to its figure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from rich.console import Console
 from deltaproduct.cli.flags import IntList, check_lengths
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.experiment import Scale
-from deltaproduct.experiments.job import Asked, Job
+from deltaproduct.experiments.job import AnyJob
 from deltaproduct.experiments.launchers import RAY_OPTIONS, SLURM_OPTIONS, get_launcher, parse_options
 from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
 from deltaproduct.experiments.runner import SUMMARY, run_jobs
@@ -78,7 +78,7 @@ class Reproduce:
         get_launcher(self.launcher, workers=1, folder=self.out, options=options)  # refused before a folder is made
         make_folder(self.out)
         console = Console(stderr=True, soft_wrap=True)
-        steps = sum(job.config.training.steps for job in jobs)
+        steps = sum(job.steps for job in jobs)
         console.print(f"{len(jobs)} runs, {steps:,} steps in all, into {self.out}", highlight=False)
         summary = run_jobs(
             jobs,
@@ -95,23 +95,12 @@ class Reproduce:
         if summary["failed"]:
             raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed; {self.out / SUMMARY} says why.")
 
-    def _chosen(self, jobs: Sequence[Job]) -> Sequence[Job]:
+    def _chosen(self, jobs: Sequence[AnyJob]) -> Sequence[AnyJob]:
         """The jobs that the flags ask for, changed as they say."""
         if self.only is not None:
             patterns = self.only.split(",")
             jobs = [job for job in jobs if any(fnmatchcase(job.name, pattern.strip()) for pattern in patterns)]
             if not jobs:
                 raise UsageError(f"No run of {self.name} is called {self.only!r}; --list shows what there is.")
-        return [self._changed(job) for job in jobs]
-
-    def _changed(self, job: Job) -> Job:
-        training, asked = job.config.training, job.asked
-        if self.steps is not None:
-            training = replace(training, steps=self.steps)
-        if self.sequences is not None:
-            asked = replace(asked, sequences=self.sequences)
-        if self.lengths is not None:
-            if asked.length_range is not None:
-                raise UsageError(f"{self.name} is measured over a range of lengths, which --lengths cannot change.")
-            asked = Asked(check_lengths(self.lengths), sequences=asked.sequences)
-        return replace(job, config=replace(job.config, training=training), asked=asked)
+        lengths = None if self.lengths is None else check_lengths(self.lengths)
+        return [job.changed(steps=self.steps, lengths=lengths, sequences=self.sequences) for job in jobs]

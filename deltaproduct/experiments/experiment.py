@@ -8,10 +8,10 @@ from typing import Any, Literal
 from rich.table import Table
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import Job
+from deltaproduct.experiments.job import AnyJob
 
 Scale = Literal["cpu", "cpu-long", "paper"]
-Runs = Sequence[dict[str, Any]]  # results of `run_job`
+Runs = Sequence[dict[str, Any]]  # results of jobs
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Experiment:
 
     name: str
     summary: str
-    jobs: Callable[[Scale, Sequence[int]], list[Job]]
+    jobs: Callable[[Scale, Sequence[int]], Sequence[AnyJob]]
     table: Callable[[Runs], Table]
     draw: Callable[[Runs, Path], None]
     scales: tuple[Scale, ...] = ("cpu", "paper")
 
-    def at(self, scale: Scale, seeds: Sequence[int]) -> list[Job]:
+    def at(self, scale: Scale, seeds: Sequence[int]) -> Sequence[AnyJob]:
         """The runs at a scale; `UsageError` if there is none of that name."""
         if scale not in self.scales:
             raise UsageError(f"{self.name} has no scale {scale!r}; choose from {', '.join(self.scales)}.")

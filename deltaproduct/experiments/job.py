@@ -1,9 +1,9 @@
 """One run of an experiment: what is trained, what is measured on it, and the doing of both in a folder of its own."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ from deltaproduct.files import read_json, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, train
-from deltaproduct.training.loop import CHECKPOINT, RUN, is_finished
+from deltaproduct.training.loop import CHECKPOINT, RUN, is_finished, open_run
 
 RESULT = "result.json"
 RUNS = "runs"
@@ -39,14 +39,91 @@ class Asked:
             raise UsageError("Ask for accuracy either at lengths or over a range of them.")
 
 
+class AnyJob(Protocol):
+    """One run of an experiment, whatever is trained and measured in it.
+
+    Attributes:
+        name: of its folder in out/runs.
+        label: what tables and figures call it.
+        steps: of its training, for a progress bar.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+
+    def changed(
+        self, *, steps: int | None = None, lengths: tuple[int, ...] | None = None, sequences: int | None = None
+    ) -> "AnyJob":
+        """The job with other training steps, lengths to evaluate at, or evaluation sequences."""
+
+    def prepare(self, out: Path) -> None:
+        """Make what it needs in `out`, before any job runs; `UsageError` if its folder holds another run."""
+
+    def finished(self, out: Path) -> dict[str, Any] | None:
+        """Its result, if it is there."""
+
+    def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
+        """Train and measure it, going on where it was cut off; the result, which result.json in its folder holds."""
+
+    def in_training(self, metrics: Mapping[str, Any]) -> str:
+        """A line of its metrics.jsonl, for a line of progress."""
+
+    def in_short(self, result: Mapping[str, Any]) -> str:
+        """Its result, in a line."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run of an experiment: the name of its folder, what tables call it, and all that decides its numbers."""
+    """Training on a task: the name of the run's folder, what tables call it, and all that decides its numbers."""
 
     name: str
     label: str
     config: RunConfig
     asked: Asked
+
+    @property
+    def steps(self) -> int:
+        return self.config.training.steps
+
+    def changed(
+        self, *, steps: int | None = None, lengths: tuple[int, ...] | None = None, sequences: int | None = None
+    ) -> "Job":
+        training, asked = self.config.training, self.asked
+        if steps is not None:
+            training = replace(training, steps=steps)
+        if sequences is not None:
+            asked = replace(asked, sequences=sequences)
+        if lengths is not None:
+            if asked.length_range is not None:
+                raise UsageError(f"{self.name} is measured over a range of lengths, which --lengths cannot change.")
+            asked = Asked(lengths, sequences=asked.sequences)
+        return replace(self, config=replace(self.config, training=training), asked=asked)
+
+    def prepare(self, out: Path) -> None:
+        if (out / RUNS / self.name).exists():
+            open_run(self.config, out / RUNS / self.name, resume=True)
+
+    def finished(self, out: Path) -> dict[str, Any] | None:
+        return finished_result(self, out)
+
+    def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
+        return run_job(self, out, threads=threads)
+
+    @staticmethod
+    def in_training(metrics: Mapping[str, Any]) -> str:
+        return f"length {metrics['length']}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
+
+    @staticmethod
+    def in_short(result: Mapping[str, Any]) -> str:
+        if isinstance(result["accuracy"], dict):
+            figures = "  ".join(f"{n}: {a:.3f}" for n, a in result["accuracy"].items())
+        else:
+            figures = f"accuracy {result['accuracy']:.3f}, scaled {result['scaled_accuracy']:.3f}"
+        return f"{result['label']} seed {result['seed']}  {figures}  ({result['wall_seconds']:.0f} s)"
 
 
 def run_job(job: Job, out: Path, *, threads: int | None = None) -> dict[str, Any]:

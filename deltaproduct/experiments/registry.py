@@ -4,6 +4,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.experiments.cyclic import CYCLIC
 from deltaproduct.experiments.dihedral import DIHEDRAL
 from deltaproduct.experiments.experiment import Experiment
+from deltaproduct.experiments.extrapolation import EXTRAPOLATION
 from deltaproduct.experiments.fig1 import FIG1
 from deltaproduct.experiments.fig5 import FIG5
 from deltaproduct.experiments.parity import PARITY
@@ -13,7 +14,8 @@ from deltaproduct.experiments.swaps import SWAPS
 from deltaproduct.experiments.table_chomsky import TABLE_CHOMSKY
 from deltaproduct.experiments.text import TEXT
 
-_ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS, TEXT, RECALL_VS_TRACKING)
+_ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS, TEXT, RECALL_VS_TRACKING,
+        EXTRAPOLATION)  # fmt: skip
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 
 

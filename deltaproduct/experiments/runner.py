@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import RUNS, Job, finished_result, run_job
+from deltaproduct.experiments.job import RUNS, AnyJob
 from deltaproduct.experiments.launchers import default_workers, get_launcher
 from deltaproduct.files import make_folder, write_json, write_text
 from deltaproduct.machine import command_line, describe_machine
 from deltaproduct.training.log import board, last_metrics
-from deltaproduct.training.loop import METRICS, open_run
+from deltaproduct.training.loop import METRICS
 
 SUMMARY = "summary.json"
 ERROR = "error.txt"
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[AnyJob],
     out: Path,
     *,
     experiment: str,
@@ -42,7 +42,7 @@ def run_jobs(
         show: show progress on standard error: a line for every job that runs, and one whenever a job ends.
 
     Returns:
-        The summary: experiment, command, machine, "runs" (a list of `run_job` results in the jobs' order) and "failed"
+        The summary: experiment, command, machine, "runs" (a list of the jobs' results, in their order) and "failed"
         (why, by name; a failure that is a mistake of the program's leaves its traceback in error.txt of the job's
         folder).
 
@@ -54,15 +54,14 @@ def run_jobs(
     place = get_launcher(launcher, workers=workers, folder=out, options=launcher_options)
     make_folder(out)
     for job in jobs:  # before anything is computed
-        if (out / RUNS / job.name).exists():
-            open_run(job.config, out / RUNS / job.name, resume=True)
+        job.prepare(out)
     cores = os.cpu_count() or 1
     threads = max(1, cores // workers) if launcher == "local" else None
     by_name = {job.name: job for job in jobs}
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
 
-    with board(experiment, {job.name: job.config.training.steps for job in jobs}, show=show) as shown:
+    with board(experiment, {job.name: job.steps for job in jobs}, show=show) as shown:
 
         def settle(name: str, outcome: Callable[[], dict[str, Any]]) -> None:
             try:
@@ -73,19 +72,19 @@ def run_jobs(
                 failed[name] = f"{type(e).__name__}: {e}"
                 write_text(make_folder(out / RUNS / name) / ERROR, "".join(traceback.format_exception(e)))
             count = f"[{len(done) + len(failed)}/{len(jobs)}]"
-            shown.end(name, f"{count} {name}: {failed.get(name) or in_short(done[name])}")
+            shown.end(name, f"{count} {name}: {failed.get(name) or by_name[name].in_short(done[name])}")
 
         def tick() -> None:
             for name in by_name.keys() - done.keys() - failed.keys():
                 if metrics := last_metrics(out / RUNS / name / METRICS):
-                    shown.update(name, metrics["step"], in_training(metrics))
+                    shown.update(name, metrics["step"], by_name[name].in_training(metrics))
 
         calls = {}
         for job in jobs:
-            if (result := finished_result(job, out)) is not None:
+            if (result := job.finished(out)) is not None:
                 settle(job.name, partial(dict, result))
             else:
-                calls[job.name] = partial(run_job, job, out.absolute(), threads=threads)
+                calls[job.name] = partial(job.run, out.absolute(), threads=threads)
         if calls:
             place.run(calls, settle, tick)
     if not done:
@@ -99,15 +98,3 @@ def run_jobs(
     }
     write_json(out / SUMMARY, summary)
     return summary
-
-
-def in_training(metrics: dict[str, Any]) -> str:
-    return f"length {metrics['length']}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
-
-
-def in_short(result: dict[str, Any]) -> str:
-    if isinstance(result["accuracy"], dict):
-        figures = "  ".join(f"{n}: {a:.3f}" for n, a in result["accuracy"].items())
-    else:
-        figures = f"accuracy {result['accuracy']:.3f}, scaled {result['scaled_accuracy']:.3f}"
-    return f"{result['label']} seed {result['seed']}  {figures}  ({result['wall_seconds']:.0f} s)"

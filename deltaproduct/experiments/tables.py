@@ -45,6 +45,28 @@ def accuracy_table(runs: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def loss_table(runs: Sequence[dict[str, Any]], *, title: str) -> Table:
+    """Loss by position: for each label and corpus the median over its runs, and the smallest and largest beside it."""
+    kinds = list(dict.fromkeys((run["task"], run["label"]) for run in runs))
+    ends = list(runs[0]["loss"])
+    table = _table(title)
+    table.add_column("model", no_wrap=True)
+    for end in ends:
+        table.add_column(f"{int(end):,}", justify="right", no_wrap=True)
+    table.add_column("s", justify="right")
+    for task in dict.fromkeys(task for task, _ in kinds):
+        table.add_row(f"on {task}", style="bold")
+        for label in (label for of, label in kinds if of == task):
+            mine = [run for run in runs if run["label"] == label and run["task"] == task]
+            cells = []
+            for end in ends:
+                values = [run["loss"][end] for run in mine]
+                spread = f"\n{min(values):.3f}–{max(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.median(values):.3f}{spread}")
+            table.add_row(escape(label), *cells, f"{statistics.median(r['wall_seconds'] for r in mine):.0f}")
+    return table
+
+
 def scaled_table(runs: Sequence[dict[str, Any]], papers: Mapping[tuple[str, str], float]) -> Table:
     """Scaled accuracy over a range of lengths: for each label and task the best run, all runs, and the papers' figure.
 
