@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -203,6 +202,9 @@ def test_the_fingerprint_is_of_all_that_is_in_it(files, tmp_path):
     assert one.fingerprint == same.fingerprint == hashlib.sha256((tmp_path / "a" / SIDECAR).read_bytes()).hexdigest()
     (tmp_path / "texts" / "03.txt").write_text("a single word")
     assert make(files, tmp_path / "c").fingerprint != one.fingerprint
+    make(files, tmp_path / "d", tokenizer="bpe:300")
+    versions = [set(json.loads((tmp_path / out / SIDECAR).read_text())["versions"]) for out in ("a", "d")]
+    assert versions == [{"deltaproduct", "python"}, {"deltaproduct", "python", "tokenizers"}]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
@@ -393,6 +395,7 @@ writer.prepare([{files!r}], "bytes", Path("cut"), shard_tokens=500, validation_s
 
 def test_a_disk_that_is_full_costs_nothing_that_was_finished(files, tmp_path, small_batches):
     whole = make(files, tmp_path / "whole", shard_tokens=10_000)
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # no file may be larger; a shard would be
     try:
