@@ -348,28 +348,38 @@ class Killed(Exception):
     """Stands for a kill: nothing tidies up after it."""
 
 
+def killed_after(count: int):
+    """A progress callback that kills at its call number `count`."""
+    calls = itertools.count(1)
+
+    def progress(_):
+        if next(calls) == count:
+            raise Killed
+
+    return progress
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_resuming_after_a_kill_at_any_moment_gives_the_same_bytes(files, tmp_path, small_batches, tokenizer):
     moments = []
     make(files, tmp_path / "whole", tokenizer=tokenizer, progress=moments.append)
     whole = contents(tmp_path / "whole")
+    assert {name.split("-")[0].split("/")[0] for name in whole} == {"train", "validation", "tokenizer", SIDECAR}
     assert len(moments) > 6
     for after in range(1, len(moments) + 1, 3):
-        out, calls = tmp_path / f"cut-{after}", []
-
-        def kill(progress, calls=calls, after=after):
-            calls.append(progress)
-            if len(calls) == after:
-                raise Killed
-
+        out = tmp_path / f"cut-{after}"
         with pytest.raises(Killed):
-            make(files, out, tokenizer=tokenizer, progress=kill)
+            make(files, out, tokenizer=tokenizer, progress=killed_after(after))
         for path in [*out.glob("*.bin"), *out.glob("*.partial")]:  # what was written after the last journal
             if path.stat().st_size % 1000 or path.suffix == ".partial":  # full shards have 1,000 bytes
                 path.write_bytes(path.read_bytes() + b"later")
+        if after < len(moments) - 2:
+            with pytest.raises(Killed):
+                make(files, out, tokenizer=tokenizer, resume=True, progress=killed_after(2))
         again = []
         make(files, out, tokenizer=tokenizer, resume=True, progress=again.append)
         assert contents(out) == whole
+        # Only a tokenizer that was not finished is begun again.
         assert len(again) <= len(moments) - after or after <= sum(p.doing != "encoding" for p in moments)
 
 
@@ -408,11 +418,8 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(files, tmp_path, sm
 
 
 def test_resuming_with_other_settings(files, tmp_path, small_batches):
-    def kill(progress):
-        raise Killed
-
     with pytest.raises(Killed):
-        make(files, tmp_path / "cut", progress=kill)
+        make(files, tmp_path / "cut", progress=killed_after(1))
     make(files, tmp_path / "whole")
     for out in (tmp_path / "cut", tmp_path / "whole"):
         for options, field in (
