@@ -143,7 +143,7 @@ def _write_shards(
         vocab_size=tokenizer.vocab_size,
         document_token=tokenizer.document_token,
         splits=splits,
-        versions=_versions(),
+        versions=_versions(tokenizer, settings),
         **vars(settings),
     )
     write_json(out / SIDECAR, asdict(sidecar))
@@ -158,17 +158,16 @@ def _total(sources: Sequence[Source]) -> int | None:
     return None if None in totals else sum(total or 0 for total in totals)
 
 
-def _versions() -> dict[str, str]:
+def _versions(tokenizer: Tokenizer, settings: Settings) -> dict[str, str]:
+    """Of what had a part in the corpus, and of nothing else: they are in its fingerprint."""
+    packages = {"tokenizers": ["tokenizers"], "transformers": ["tokenizers", "transformers"]}.get(tokenizer.kind, [])
+    if any(source["source"] == "hf" for source in settings.sources):
+        packages = ["datasets", *packages]
     found = {"deltaproduct": deltaproduct.__version__, "python": platform.python_version()}
-    for package in ("datasets", "tokenizers", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {package: importlib.metadata.version(package) for package in packages}
 
 
 def _remove_traces(out: Path) -> None:
-    """Remove what only an unfinished corpus needs."""
-    for path in (out / JOURNAL, *out.glob("*.partial")):
+    """Remove what only an unfinished corpus needs, and what a kill within the writing of a journal leaves."""
+    for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(f".{JOURNAL}.*.tmp")):
         path.unlink(missing_ok=True)
