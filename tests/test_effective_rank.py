@@ -39,14 +39,15 @@ def test_the_definition_on_unequal_singular_values():
 
 
 def test_zero_what_counts_as_zero_and_what_is_not_finite():
-    small = torch.tensor([1e-3, 2.1e-16, 0.0]).double().diag()
-    broken = torch.eye(3).double()
+    one, small = torch.eye(3).double(), torch.tensor([1e-3, 2.1e-16, 0.0]).double().diag()
+    broken = one.clone()
     broken[1, 2] = math.inf
-    states = torch.stack([torch.zeros(3, 3).double(), torch.eye(3).double(), small, 2e-16 * torch.eye(3), broken])
+    states = torch.stack([0 * one, one, small, 2e-16 * one, broken, 3e-16 * one])
     found = effective_rank(states[:, None])
-    assert found.shape == (5, 1)
-    assert found[0] == 0 and found[2] == 1 and found[3] == 0  # no larger ones: an eps of the matrix is none of theirs
-    assert found[1].item() == pytest.approx(3, rel=1e-12)
+    assert found.shape == (6, 1)
+    assert found[0] == 0 and found[2] == 1 and found[3] == 0
+    # The threshold is absolute: what lies just above it counts like anything else.
+    assert found[1].item() == found[5].item() == pytest.approx(3, rel=1e-12)
     assert found[4].isnan()
 
 
