@@ -56,20 +56,21 @@ def no_probing(monkeypatch):
 
 
 class Chain(torch.nn.Module):
-    """After byte x comes successor[x], with probability 1 but for rounding: a language model whose texts are known."""
+    """After byte x comes successor[x], with probability 1 but for rounding: a language model whose texts are known.
+    With scale 0 every token is as likely as another."""
 
-    def __init__(self, successors: dict[int, int]):
+    def __init__(self, successors: dict[int, int], scale: float = 50.0):
         super().__init__()
         size = BYTES.vocab_size
         self.config = ModelConfig(vocab_size=size, num_labels=size)
         self.embedding = torch.nn.Embedding(1, 1)
         self.head = torch.nn.Identity()
-        self.successor = torch.arange(size)
+        self.successor, self.scale = torch.arange(size), scale
         for x, y in successors.items():
             self.successor[x] = y
 
     def hidden(self, tokens, state=None, *, cu_seqlens=None, mask=None):
-        return 50 * F.one_hot(self.successor[tokens], BYTES.vocab_size).float(), state
+        return self.scale * F.one_hot(self.successor[tokens], BYTES.vocab_size).float(), state
 
 
 # ---------------------------------------------------------------------------------------------------- the offline tasks
@@ -124,6 +125,14 @@ def test_no_answer_is_much_more_frequent_than_another():
         assert all(abs(answers.count(i) - 19) <= 16 for i in range(5))
 
 
+class Uniform(Chain):
+    """All tokens are as likely."""
+
+    def __init__(self):
+        super().__init__({})
+        self.head = torch.zeros_like
+
+
 # ------------------------------------------------------------------------------------------------------ our model class
 
 
@@ -165,7 +174,8 @@ def test_answers_are_those_of_whole_passes(monkeypatch, name, piece):
 
 @with_lm_eval
 def test_greedy_answers_are_known_where_the_text_is():
-    model = harness_model(Chain({97: 98, 98: 99, 99: 97}))
+    # Padding is token 0: what the model makes of it must not count.
+    model = harness_model(Chain({97: 98, 98: 99, 99: 97, 0: 1}))
     pairs = [("a", "bca"), ("a", "b"), ("a", "bcb"), ("a", "c"), ("", "b"), ("ab", "cabc")]
     assert [greedy for _, greedy in model.loglikelihood(requests(*pairs))] == [True, True, False, False, False, True]
 
@@ -264,16 +274,11 @@ def test_offline_tasks_run(no_probing, capsys):
 @with_lm_eval
 def test_figures_are_right_where_the_model_is_known(no_probing):
     """A model that writes "3" and nothing else, and one under which all 257 tokens are alike."""
-    (always, uniform), three = (Chain({}), Chain({})), ord("3")
-    always.successor[:] = three
-    report = evaluate_harness(always, BYTES, ["deltaproduct_code_swaps"])
     documents = read_documents("code_swaps")
-    assert report["tasks"]["deltaproduct_code_swaps"]["acc"] == sum(d["answer"] == 2 for d in documents) / len(
-        documents
-    )
-    uniform.head = torch.nn.Linear(257, 257, bias=False)
-    torch.nn.init.zeros_(uniform.head.weight)
-    report = evaluate_harness(uniform, BYTES, ["deltaproduct_prose"])
+    share = sum(document["answer"] == 2 for document in documents) / len(documents)
+    report = evaluate_harness(Chain(dict.fromkeys(range(257), ord("3"))), BYTES, ["deltaproduct_code_swaps"])
+    assert report["tasks"]["deltaproduct_code_swaps"]["acc"] == share
+    report = evaluate_harness(Chain({}, scale=0), BYTES, ["deltaproduct_prose"])
     assert report["tasks"]["deltaproduct_prose"]["byte_perplexity"] == pytest.approx(257, rel=1e-6)
 
 
@@ -287,6 +292,40 @@ def test_right_numbers_are_recognised(no_probing, monkeypatch):
     )
     report = evaluate_harness(language_model(), BYTES, ["deltaproduct_recall"])
     assert report["tasks"]["deltaproduct_recall"]["exact_match"] == 0.5
+
+
+ARC = {"question": "Which?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"}
+RECALL = {"text": "Name: Ann. Town:", "value": "Rome"}
+PAPERS_DATA = {  # a document of each data set, by its name on the hub
+    "EleutherAI/wikitext_document_level": {"page": "three short words"},
+    "EleutherAI/lambada_openai": {"text": "and so on"},
+    "baber/piqa": {"goal": "Rest.", "sol1": "Sit.", "sol2": "Run.", "label": 0},
+    "Rowan/hellaswag": {"activity_label": "X", "ctx_a": "A", "ctx_b": "b", "endings": ["c", "dd"], "label": "1"},
+    "allenai/winogrande": {"sentence": "A likes B as _ is kind.", "option1": "A", "option2": "B", "answer": "2"},
+    "allenai/ai2_arc": ARC,
+    "hazyresearch/based-swde-v2": RECALL,
+    "hazyresearch/based-squad": RECALL,
+    "hazyresearch/based-fda": RECALL,
+}
+
+
+@with_lm_eval
+def test_papers_tasks_run_where_their_data_are(no_probing, monkeypatch):
+    """lm-eval's own task files, on documents made up here: their metrics are those that `PAPERS_TASKS` names."""
+    from datasets import Dataset
+
+    def made_up(path, **options):
+        return dict.fromkeys(("train", "validation", "test"), Dataset.from_list([PAPERS_DATA[path]] * 2))
+
+    monkeypatch.setattr("datasets.load_dataset", made_up)
+    report = evaluate_harness(Chain({}, scale=0), BYTES, ["papers", "ai2_arc"])
+    assert report["samples"] == dict.fromkeys(report["samples"], 2)
+    papers = report["papers"]
+    assert papers.keys() == {*PAPERS_TASKS, "average"}
+    assert papers["wikitext"]["word_perplexity"] == pytest.approx(257 ** (17 / 3))  # 17 bytes, 3 words
+    assert papers["lambada_openai"] == pytest.approx({"perplexity": 257**3, "acc": 0})  # of " on"
+    assert papers["fda"] == papers["swde"] == papers["squad_completion"] == {"contains": 0}
+    assert "arc_easy" in report["tasks"]  # by way of the tag, and once
 
 
 @with_lm_eval

@@ -126,7 +126,7 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
                     f"({reason}): evaluate once where there is a network, copy that cache here, name its folder in "
                     f"HF_HOME and set HF_DATASETS_OFFLINE=1; or leave the task out (offline needs no data)."
                 ) from e
-            loaded |= found["groups"] or found["tasks"]
+            loaded |= {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
     return list(loaded.values())
 
 
