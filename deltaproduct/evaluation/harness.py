@@ -1,7 +1,8 @@
 """Standard benchmarks through lm-eval: the papers' tasks where their data can be had, and our own offline.
 
 `evaluate_harness` is what most need; those who call `lm_eval.simple_evaluate` themselves hand it a `HarnessModel`
-(harness_model.py), and transformers' wrapper gives the same figures.
+(harness_model.py). lm-eval's wrapper of transformers' models gives the same figures where its tokenizer writes the
+document token before a text, which for rolling log-likelihoods it must not do (tests/test_harness.py).
 """
 
 import difflib
@@ -120,7 +121,7 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
             try:
                 found = manager.load([name])
             except (OSError, ValueError, DatasetsError) as e:
-                reason = str(e).strip().splitlines()[0].rstrip(".")
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
                 raise UsageError(
                     f"The data of the task {name} are neither in this machine's cache nor to be had from the hub "
                     f"({reason}): evaluate once where there is a network, copy that cache here, name its folder in "
@@ -175,8 +176,9 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 def _lm_eval() -> ModuleType:
     try:
         import lm_eval
+        import lm_eval.evaluator  # what the package itself imports only when it is used
     except ImportError as e:
-        raise UsageError("Benchmarks need lm-eval; install deltaproduct with its [eval] extra.") from e
+        raise UsageError(f"Benchmarks need lm-eval ({e}); install deltaproduct with its [eval] extra.") from e
     return lm_eval
 
 
