@@ -77,6 +77,7 @@ def assert_program_is_the_model(run, model: SequenceModel, batch_size: int) -> N
     state, logits = Step(model).initial(batch_size), []
     for column in tokens.T:
         now, *state = run(column.contiguous(), *state)
+        assert all(x.is_contiguous() for x in state)  # or compiled code would misread it
         logits.append(now)
     got = torch.stack(logits, 1)
     c = model.config
@@ -97,6 +98,12 @@ def test_the_traced_step_is_the_model():
     run = trace(Step(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
+
+
+def test_a_state_that_begins_with_one_tensor_twice():
+    """An LSTM's hidden and cell; traced as one input, they would never part."""
+    model = build(mixer="lstm")
+    assert_program_is_the_model(trace(Step(model)).module(), model, 3)
 
 
 def check_exported(out: Path, model: SequenceModel, to: str) -> None:

@@ -49,12 +49,14 @@ class Step(nn.Module):
 
     def initial(self, batch_size: int) -> list[Tensor]:
         """The state of `batch_size` sequences before their first token."""
-        return [x.contiguous() for x in named_tensors(initial_state(self.model, batch_size)).values()]
+        # Clones: a mixer may begin with one tensor of zeros in two places, which tracing would take for one input.
+        return [x.contiguous().clone() for x in named_tensors(initial_state(self.model, batch_size)).values()]
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         carried = from_named(self._template, dict(zip(self.names, state, strict=True)))
         logits, carried = self.model(tokens[:, None], carried)
-        return logits[:, 0], *named_tensors(carried).values()
+        # Contiguous, as compiled code takes its inputs to be: a convolution's history is a view that leaves gaps.
+        return tuple(x.contiguous() for x in (logits[:, 0], *named_tensors(carried).values()))
 
 
 def trace(step: Step) -> ExportedProgram:
@@ -214,7 +216,7 @@ def _write(step: Step, folder: Path, to: str) -> dict[str, Any]:
     }
     write_json(folder / DESCRIPTION, description)
     first = zip(step.names, step.initial(1), strict=True)
-    write_tensors(folder / INITIAL, {name: x.detach().cpu().clone() for name, x in first})
+    write_tensors(folder / INITIAL, {name: x.detach().cpu() for name, x in first})
     write_text(folder / "README.md", _readme(format))
     return description
 
@@ -283,8 +285,8 @@ def largest_difference(step: Step, program: Program) -> float:
 def _readme(format: Format) -> str:
     return (
         f"One step of a sequence model, `{format.file}`: a token of each sequence and the state so far give the\n"
-        f"logits after it and the new state. `{DESCRIPTION}` names all inputs and outputs, and `{INITIAL}`\n"
-        f"is the state of one sequence before its first token.\n\n```python\n{format.usage}```\n"
+        f"logits after it and the new state. `{DESCRIPTION}` names all inputs and outputs, which are contiguous, and\n"
+        f"`{INITIAL}` is the state of one sequence before its first token.\n\n```python\n{format.usage}```\n"
     )
 
 
