@@ -1,13 +1,16 @@
-"""`deltaproduct lm train`: train a language model on a corpus; under torchrun, on many processes."""
+"""`deltaproduct lm train`: train a language model on a corpus; by a launcher or under torchrun, on many processes."""
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from deltaproduct.cli.flags import config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
+from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
+from deltaproduct.experiments.launchers.ranks import RankLauncher, followed, get_rank_launcher
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks.corpus import Corpus
@@ -26,7 +29,10 @@ _TrainFlags: Any = config_flags(
 
 @dataclass(kw_only=True)
 class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
-    """Train a language model on a corpus that `lm prepare` made. Start it with torchrun to train on many processes."""
+    """Train a language model on a corpus that `lm prepare` made.
+
+    To train on many processes have --launcher start them, or start this with torchrun.
+    """
 
     preset: Annotated[str, tyro.conf.arg(help=f"what the other flags default to: {', '.join(PRESETS)}")] = DEFAULT
     data: Annotated[Path, tyro.conf.arg(help="folder of the corpus")]
@@ -42,20 +48,42 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     checkpoint_every: Annotated[int, tyro.conf.arg(help="steps between checkpoints")] = 100
     verify: Annotated[bool, tyro.conf.arg(help="compare the corpus' sha256 before training")] = True
 
-    def run(self) -> None:
-        from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
-        from deltaproduct.training.language import train_language
+    launcher: Annotated[
+        Literal["local", "slurm", "ray"],
+        tyro.conf.arg(help="local: this process; else a cluster's, with --data and --out on a disk that it shares"),
+    ] = "local"
+    launcher_options: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME=VALUE,…",
+            help="what to ask of a cluster, such as nodes=2,gpus_per_node=8,partition=gpu of slurm or "
+            f"address=auto,num_workers=16 of ray. slurm: {', '.join(SLURM_RANK_OPTIONS)}; "
+            f"ray: {', '.join(RAY_RANK_OPTIONS)}",
+        ),
+    ] = None
 
+    def run(self) -> None:
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
+        last = self.train() if launcher is None else self._train_by(launcher)
+        if last:
+            print(
+                f"{self.out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s; loss {last['loss']:.3f}, "
+                f"validation {last['validation_loss']:.3f} nats a token"
+            )
+
+    def train(self) -> dict[str, Any]:
+        """Train on the processes that all call this; the last line of the metrics, on the one that writes them, or
+        nothing."""
+        from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
+        from deltaproduct.training.language import train_language
+
         with Ranks.started(self.device, spans=self.spans) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
-            tokens = corpus.vocab_size
-            model = ModelConfig(vocab_size=tokens, num_labels=tokens, **values_of(self, ModelConfig))
-            training = LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig))
             train_language(
-                LanguageRun(training, model),
+                self._run_on(corpus),
                 corpus,
                 self.out,
                 ranks,
@@ -67,15 +95,25 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 log_every=self.log_every,
                 checkpoint_every=self.checkpoint_every,
             )
-            if ranks.first:
-                self._report()
+            return (last_metrics(self.out / METRICS) or {}) if ranks.first else {}
 
-    def _report(self) -> None:
-        last = last_metrics(self.out / METRICS) or {}
-        print(
-            f"{self.out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s; loss {last['loss']:.3f}, "
-            f"validation {last['validation_loss']:.3f} nats a token"
-        )
+    def _train_by(self, launcher: RankLauncher) -> dict[str, Any]:
+        """Have the launcher's processes train. What can be refused is refused here, before a cluster's queue."""
+        if "RANK" in os.environ:
+            raise UsageError("A launcher starts the processes itself; call the command without torchrun.")
+        if (self.out / CONFIG).exists() and not self.resume:
+            raise UsageError(f"{self.out} already holds a run; add --resume to continue it, or choose another folder.")
+        run = self._run_on(Corpus.open(self.data, verify=False))
+        # With `resume`, as ranks that have to be started again go on from the checkpoint; a new folder is just begun.
+        there = replace(self, data=self.data.absolute(), out=self.out.absolute(), resume=True)
+        with followed(self.out / METRICS, f"{self.out.name} seed {self.seed}", run.training.steps) as tick:
+            launcher.run(there.train, tick)
+        return last_metrics(self.out / METRICS) or {}
+
+    def _run_on(self, corpus: Corpus) -> LanguageRun:
+        tokens = corpus.vocab_size
+        model = ModelConfig(vocab_size=tokens, num_labels=tokens, **values_of(self, ModelConfig))
+        return LanguageRun(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
 
 
 def train_defaults(arguments: list[str]) -> LmTrain:

@@ -29,6 +29,19 @@ RAY_OPTIONS: Mapping[str, type] = {
     "cpu": int,  # cores of a run, also its threads; 1 if not given
     "gpu": float,  # a share of one if below 1; 1 if not given and there are any
 }
+# The same for one run on many ranks.
+SLURM_RANK_OPTIONS: Mapping[str, type] = {
+    **SLURM_OPTIONS,
+    "nodes": int,  # 1 if not given
+    "tasks_per_node": int,  # ranks of each node; one for each of its GPUs if not given
+}
+RAY_RANK_OPTIONS: Mapping[str, type] = {
+    "address": str,
+    "num_workers": int,  # ranks; one for each of the cluster's GPUs if not given
+    "cpu": int,  # of each rank
+    "gpu": int,  # of each rank: ranks cannot share one
+    "max_failures": int,  # how often lost ranks are started again, from the last checkpoint; 0 if not given
+}
 
 
 def parse_options(text: str | None) -> dict[str, str]:

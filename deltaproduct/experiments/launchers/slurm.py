@@ -19,7 +19,8 @@ from deltaproduct.files import make_folder
 
 TIMEOUT_MINUTES = 240  # submitit's own 5 would be over before most runs have learnt anything
 MAX_TIMEOUTS = 20
-GENERIC = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")  # not SLURM's alone, as submitit sees it
+# Not SLURM's alone, as submitit sees it.
+GENERIC = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node")
 PATIENCE = 5.0  # seconds for cancelled processes to go
 
 
@@ -36,22 +37,15 @@ class Slurm:
             options: SLURM_OPTIONS.
         """
         self.workers, self.folder = workers, folder.absolute()
-        self.options = {"timeout_min": TIMEOUT_MINUTES} | dict(options)
-        self.cluster = self.options.pop("cluster", "slurm")
-        if self.cluster not in ("slurm", "local"):
-            raise UsageError(f"The option cluster must be slurm or local, not {self.cluster!r}.")
-        missing = [program for program in ("sbatch", "srun") if shutil.which(program) is None]
-        if self.cluster == "slurm" and missing:
-            raise UsageError(
-                f"The launcher slurm needs {' and '.join(missing)}, and this machine has none: call it on a login node "
-                "of the cluster, or try it here with the option cluster=local."
-            )
+        self.cluster = usable_cluster(options)
+        self.options = {"timeout_min": TIMEOUT_MINUTES} | {k: v for k, v in options.items() if k != "cluster"}
 
     def run(self, calls: Mapping[str, Call], settle: Settle, tick: Callable[[], None]) -> None:
         make_folder(self.folder)
         executor = submitit.AutoExecutor(self.folder, self.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
-        parameters = {key if key in GENERIC else f"slurm_{key}": value for key, value in self.options.items()}
-        executor.update_parameters(name="deltaproduct", slurm_array_parallelism=self.workers, **parameters)
+        executor.update_parameters(
+            name="deltaproduct", slurm_array_parallelism=self.workers, **for_submitit(self.options)
+        )
         # SLURM keeps its own queue; submitit's processes of this machine have none.
         room = len(calls) if self.cluster == "slurm" else self.workers
         waiting = deque(calls.items())
@@ -79,7 +73,7 @@ class Slurm:
                 for call in calls:
                     jobs.append(executor.submit(Resumable(call, threads)))
         except (FailedJobError, OSError) as e:
-            raise UsageError(f"sbatch took no job: {last_line(str(e))}") from e
+            raise not_taken(e) from e
         return jobs
 
     def _outcome(self, job: Any) -> dict[str, Any]:
@@ -108,6 +102,30 @@ class Resumable:
 
     def checkpoint(self) -> Any:
         return DelayedSubmission(self)
+
+
+def usable_cluster(options: Mapping[str, Any]) -> str:
+    """The option cluster, "slurm" or "local"; `UsageError` if that cannot be used here."""
+    cluster = options.get("cluster", "slurm")
+    if cluster not in ("slurm", "local"):
+        raise UsageError(f"The option cluster must be slurm or local, not {cluster!r}.")
+    missing = [program for program in ("sbatch", "srun") if shutil.which(program) is None]
+    if cluster == "slurm" and missing:
+        raise UsageError(
+            f"The launcher slurm needs {' and '.join(missing)}, and this machine has none: call it on a login node "
+            "of the cluster, or try it here with the option cluster=local."
+        )
+    return cluster
+
+
+def for_submitit(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by the names that submitit's executor for any cluster has for them."""
+    return {key if key in GENERIC else f"slurm_{key}": value for key, value in options.items()}
+
+
+def not_taken(error: Exception) -> UsageError:
+    """What to say of a job that cannot be submitted."""
+    return UsageError(f"sbatch took no job: {last_line(str(error))}")
 
 
 def cancel(jobs: Iterable[Any], *, wait: bool) -> None:
