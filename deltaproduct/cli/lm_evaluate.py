@@ -31,11 +31,10 @@ from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.models import SequenceModel
 from deltaproduct.plots.language import effective_rank_figure, loss_by_position_figure
 from deltaproduct.plots.style import pyplot
-from deltaproduct.tasks.corpus import Corpus, Split, load_tokenizer
+from deltaproduct.tasks.corpus import TOKENIZER, Corpus, Split, load_tokenizer
 from deltaproduct.training.log import progress_bar
-from deltaproduct.training.loop import CHECKPOINT
+from deltaproduct.training.loop import CHECKPOINT, CONFIG
 
-CONFIG, TOKENIZER = "config.json", "tokenizer"  # in a run's folder
 REPORT, ARRAYS = "evaluation.json", "arrays.npz"
 LOSS_FIGURE, RANK_FIGURE = "loss_by_position.png", "effective_rank.png"
 EXTRAPOLATION = 8  # times the training context

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,12 +15,9 @@ from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.sampling import Sampling
 from deltaproduct.models.streaming import Stream, check_place
+from deltaproduct.tasks.corpus import TOKENIZER, Tokenizer, load_tokenizer
 from deltaproduct.training.loop import CHECKPOINT
 
-if TYPE_CHECKING:
-    from deltaproduct.tasks.corpus.tokenizer import Tokenizer
-
-TOKENIZER = "tokenizer"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet one
 LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
 
@@ -31,7 +28,7 @@ class TextStream:
     All that came so far, and `rest` at the end, is what the tokenizer makes of all tokens together.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._recent: list[int] = []  # what follows is decoded behind these, so that a character can be completed
         self._shown = 0  # characters of their text that have been given out
@@ -139,14 +136,12 @@ class LmGenerate:
             print(text, end="", flush=True)
 
 
-def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceModel, "Tokenizer"]:
+def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceModel, Tokenizer]:
     """The model and the tokenizer of a run's folder, or of a checkpoint that has a tokenizer's folder beside it.
 
     Raises:
         UsageError: one of them is missing or corrupt, or they do not belong together.
     """
-    from deltaproduct.tasks.corpus.tokenizer import load_tokenizer
-
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
     run = source if (source / CHECKPOINT).exists() else source.absolute().parent

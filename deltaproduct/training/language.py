@@ -19,7 +19,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import recover_folder, write_json
 from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.corpus import Corpus, PackedDocuments, Split, Windows
+from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.log import Metrics, progress_bar
@@ -27,7 +27,6 @@ from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, new_model, new_
 from deltaproduct.training.loss import summed_cross_entropy
 from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
 
-TOKENIZER = "tokenizer"  # beside the checkpoint, so that a run's folder is all that generating needs
 MEMORY = 0.95  # of the running mean of the loss
 VALIDATION_WINDOWS = 32
 
@@ -91,7 +90,7 @@ def train_language(
     checkpoint, progress = out / CHECKPOINT, LanguageProgress()
     if ranks.first:
         open_run(config, out, resume)
-        corpus.tokenizer.save(out / TOKENIZER)
+        corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
         recover_folder(checkpoint)
     ranks.wait()
     if resume and checkpoint.exists():

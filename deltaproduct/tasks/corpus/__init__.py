@@ -9,7 +9,8 @@ those (`reader.py`), and windows of them are a batch (`windows.py`).
 """
 
 from deltaproduct.tasks.corpus.reader import Corpus, Split
+from deltaproduct.tasks.corpus.sidecar import TOKENIZER
 from deltaproduct.tasks.corpus.tokenizer import Tokenizer, load_tokenizer
 from deltaproduct.tasks.corpus.windows import Batch, PackedDocuments, Windows
 
-__all__ = ["Batch", "Corpus", "PackedDocuments", "Split", "Tokenizer", "Windows", "load_tokenizer"]
+__all__ = ["TOKENIZER", "Batch", "Corpus", "PackedDocuments", "Split", "Tokenizer", "Windows", "load_tokenizer"]

@@ -21,7 +21,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 
 SIDECAR = "corpus.json"
-TOKENIZER = "tokenizer"
+TOKENIZER = "tokenizer"  # the folder of it, in a corpus and in a run
 SPLITS = ("train", "validation")
 FORMAT = 1
 
