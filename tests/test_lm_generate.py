@@ -2,8 +2,6 @@
 
 import json
 import random
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,24 +12,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.sampling import Sampling
 from deltaproduct.models.streaming import Stream
-
-
-class Bytes:
-    """The tokenizer `bytes` of tasks/corpus, which has tests of its own: 256 bytes and a document token."""
-
-    vocab_size, document_token = 257, 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-
-@pytest.fixture(autouse=True)
-def tokenizer(monkeypatch):
-    fake = SimpleNamespace(load_tokenizer=lambda folder: Bytes())
-    monkeypatch.setitem(sys.modules, "deltaproduct.tasks.corpus.tokenizer", fake)
+from deltaproduct.tasks.corpus.tokenizer import ByteTokenizer
 
 
 def build(vocab_size: int = 257) -> SequenceModel:
@@ -44,7 +25,7 @@ def build(vocab_size: int = 257) -> SequenceModel:
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate") / "run"
     build().save_pretrained(folder / "checkpoint")
-    (folder / "tokenizer").mkdir()
+    ByteTokenizer().save(folder / "tokenizer")
     return folder
 
 
@@ -69,12 +50,12 @@ def test_writes_what_the_stream_writes(capsys, run_folder):
     sampling = ["--temperature", "0.8", "--top-k", "50", "--top-p", "0.9", "--seed", "4", "--max-tokens", "30"]
     for source in (run_folder, run_folder / "checkpoint"):
         found = figures(capsys, source, "--prompt", "Wie schön", *sampling)
-        assert found["tokens"] == want and found["text"] == Bytes().decode(want)
+        assert found["tokens"] == want and found["text"] == ByteTokenizer().decode(want)
         assert found["prompt_tokens"] == 11 and found["written_tokens"] == len(want)
         assert found["position"] == 11 + len(want) and found["tokens_written_per_second"] > 0
         assert found["ended"] == ("max_tokens" if len(want) == 30 else "document")
     out, err = generate(capsys, run_folder, "--prompt", "Wie schön", *sampling)
-    assert out == Bytes().decode(want) + "\n"
+    assert out == ByteTokenizer().decode(want) + "\n"
     assert "read 11 tokens" in err and f"wrote {len(want)} (" in err and "tokens/s" in err
 
 
@@ -111,7 +92,7 @@ def test_a_document_ends(capsys, run_folder, monkeypatch):
     with torch.no_grad():
         model.head.weight.zero_()  # all logits are equal, and the first of them is taken
     monkeypatch.setattr(SequenceModel, "from_pretrained", lambda *_, **__: model)
-    monkeypatch.setattr(Bytes, "document_token", 0)
+    monkeypatch.setattr(ByteTokenizer, "document_token", 0)
     found = figures(capsys, run_folder, "--prompt", "a", "--temperature", "0")
     assert found["tokens"] == [] and found["ended"] == "document"
 
@@ -145,12 +126,12 @@ SAMPLES = [
 @pytest.mark.parametrize("sample", SAMPLES, ids=ascii)
 def test_characters_appear_when_they_are_complete(sample):
     tokens = list(sample.encode() if isinstance(sample, str) else sample)
-    stream, shown = TextStream(Bytes()), ""
+    stream, shown = TextStream(ByteTokenizer()), ""
     for i, token in enumerate(tokens):
         shown += stream.add(token)
-        so_far = Bytes().decode(tokens[: i + 1])
+        so_far = ByteTokenizer().decode(tokens[: i + 1])
         assert so_far.removesuffix("�") == shown  # no more is held back than one unfinished character
-    assert shown + stream.rest() == Bytes().decode(tokens)
+    assert shown + stream.rest() == ByteTokenizer().decode(tokens)
 
 
 def test_random_bytes_of_any_spelling():
@@ -158,8 +139,8 @@ def test_random_bytes_of_any_spelling():
     rng = random.Random(0)
     for _ in range(300):
         tokens = rng.choices(range(256), k=rng.randrange(12)) + rng.choices([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98], k=12)
-        stream = TextStream(Bytes())
-        assert "".join(map(stream.add, tokens)) + stream.rest() == Bytes().decode(tokens)
+        stream = TextStream(ByteTokenizer())
+        assert "".join(map(stream.add, tokens)) + stream.rest() == ByteTokenizer().decode(tokens)
 
 
 def test_refused(run_folder, tmp_path, capsys):
@@ -177,7 +158,7 @@ def test_refused(run_folder, tmp_path, capsys):
     build().save_pretrained(tmp_path / "alone" / "model")
     refused("no tokenizer beside it", source=tmp_path / "alone" / "model")
     build(300).save_pretrained(tmp_path / "larger" / "checkpoint")
-    (tmp_path / "larger" / "tokenizer").mkdir()
+    ByteTokenizer().save(tmp_path / "larger" / "tokenizer")
     refused("257 tokens and the model .* 300", source=tmp_path / "larger")
     assert capsys.readouterr().out == ""  # nothing was written before
     assert (run_folder / "checkpoint").is_dir()
