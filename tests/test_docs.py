@@ -10,6 +10,7 @@ from rich.console import Console
 
 from deltaproduct.cli.main import main
 from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.ops import BACKENDS
 from deltaproduct.plots.figures import accuracy_by_length
 
@@ -17,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_python_runs():
-    general, decoding, exact = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    general, decoding, exact, transformers = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(general, names)
     assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
@@ -26,22 +27,28 @@ def test_the_readmes_python_runs():
         exec(decoding, names)
         assert names["logits"].shape == (2, 6)
     exec(exact, {})
+    SequenceModel(ModelConfig(257, 257, hidden_size=8)).save_pretrained(tmp_path / "runs/lm/checkpoint")
+    monkeypatch.chdir(tmp_path)
+    exec(transformers, names)
+    assert names["written"].shape == (1, 7 + 20)
 
 
 def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     """Every `deltaproduct …` line of the README is understood; what it would do is left out."""
-    lines = re.findall(r"^deltaproduct ([^#\n\\]*(?:\\\n[^#\n]*)*)", README, re.MULTILINE)
+    lines = re.findall(r"^(?:torchrun .*-m )?deltaproduct ([^#\n\\]*(?:\\\n[^#\n]*)*)", README, re.MULTILINE)
     assert len(lines) >= 10
     started = []
     commands = ["train.Train", "evaluate.Evaluate", "reproduce.Reproduce"]
     commands += ["compile.Compile", "verify.Verify", "extract.Extract"]
+    commands += ["lm_prepare.LmPrepare", "lm_train.LmTrain", "lm_generate.LmGenerate", "lm_evaluate.LmEvaluate"]
+    commands += ["lm_convert.LmConvert", "lm_export.LmExport"]
     commands += ["bench.BenchOps", "bench.BenchStep", "bench.BenchTrain"]
     for command in commands:
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
     monkeypatch.chdir(tmp_path)
     for line in lines:
         main(line.replace("\\\n", " ").split())
-    assert {"Train", "Evaluate", "Reproduce", "BenchOps"} <= set(started)
+    assert {"Train", "LmTrain", "LmExport", "Evaluate", "Reproduce", "BenchOps"} <= set(started)
 
 
 PAGES = sorted((ROOT / "docs" / "theory").glob("*.md"))
