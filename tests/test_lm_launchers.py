@@ -293,8 +293,16 @@ def told(folder: Path) -> dict:
     """What the environment says to a rank."""
     names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps([os.environ.get(name) for name in names]))
-    if os.environ["RANK"] == "1" and (folder / "fail").exists():
+    return {}
+
+
+def failing(folder: Path) -> dict:
+    """A mistake that one rank sees, and another that waits for it until the job is cancelled."""
+    if os.environ["RANK"] == "1":
         raise UsageError("There is no such thing.")
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (folder / "bin" / "cancelled").exists():
+        time.sleep(0.1)
     return {}
 
 
@@ -319,11 +327,12 @@ def test_slurm_gets_one_job_whose_tasks_are_ranks(tmp_path, monkeypatch, slurm_p
 
 @pytest.mark.slow
 def test_a_mistake_cancels_slurms_job(tmp_path, monkeypatch, slurm_programs):
-    (tmp_path / "fail").touch()
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJob.watcher.is_done", lambda *a, **k: False)
     launcher = get_rank_launcher("slurm", tmp_path / "out", {"nodes": 2})
-    with pytest.raises(UsageError, match=r"^There is no such thing\.$"):
-        launcher.run(partial(told, tmp_path), lambda: None)
+    with pytest.raises(UsageError) as error:
+        launcher.run(partial(failing, tmp_path), lambda: None)
+    assert str(error.value) == "There is no such thing."
+    assert (slurm_programs / "cancelled").read_text().split() == ["78"]
 
 
 def test_a_job_that_slurm_ends_is_one_line(tmp_path, monkeypatch, slurm_programs):
@@ -443,7 +452,7 @@ def test_progress_is_what_the_metrics_say(tmp_path, capsys, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     line = json.dumps({"step": 7, "loss": 1.25, "tokens_per_second": 1234.5}) + "\n"
     path.write_text(line)
-    os.utime(path, (0, 0))
+    os.utime(path, (1, 1))
     with followed(path, "run", 9) as tick:
         tick()
         assert capsys.readouterr().err == "", "an earlier sitting's line is no progress"
