@@ -19,8 +19,9 @@ from commands import run as command
 from ranks import on_ranks
 
 from deltaproduct.errors import UsageError
+from deltaproduct.experiments.launchers import get_rank_launcher
 from deltaproduct.experiments.launchers.options import parse_options
-from deltaproduct.experiments.launchers.ranks import LostRank, cause, followed, get_rank_launcher
+from deltaproduct.experiments.launchers.ranks import LostRank, cause, followed
 from deltaproduct.files import read_json
 from deltaproduct.machine import command_line
 from deltaproduct.models import SequenceModel

@@ -9,8 +9,9 @@ import tyro
 
 from deltaproduct.cli.flags import config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
+from deltaproduct.experiments.launchers import get_rank_launcher
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.experiments.launchers.ranks import RankLauncher, followed, get_rank_launcher
+from deltaproduct.experiments.launchers.ranks import RankLauncher, followed
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks.corpus import Corpus

@@ -16,7 +16,15 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.launcher import Call, Launcher, Settle
 from deltaproduct.experiments.launchers.local import Local
-from deltaproduct.experiments.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options, typed
+from deltaproduct.experiments.launchers.options import (
+    RAY_OPTIONS,
+    RAY_RANK_OPTIONS,
+    SLURM_OPTIONS,
+    SLURM_RANK_OPTIONS,
+    parse_options,
+    typed,
+)
+from deltaproduct.experiments.launchers.ranks import RankLauncher
 
 LAUNCHERS = ("local", "slurm", "ray")
 
@@ -45,6 +53,31 @@ def get_launcher(name: str, *, workers: int, folder: Path, options: Mapping[str,
         from deltaproduct.experiments.launchers.ray_tune import Ray
 
         return Ray(workers, folder / name, settings)
+    raise UsageError(f"There is no launcher {name!r}; choose from {', '.join(LAUNCHERS)}.")
+
+
+def get_rank_launcher(name: str, folder: Path, options: Mapping[str, Any] | None = None) -> RankLauncher | None:
+    """The launcher of that name, None for "local": this process. `UsageError` if it cannot serve; nothing is written.
+
+    Args:
+        folder: where a cluster's scripts and logs go, in a folder of the launcher's name; shared by all its machines.
+        options: what to ask of a cluster, by the names in launchers/options.py; values may be strings.
+    """
+    if name == "local":
+        typed(options or {}, {}, name)
+        return None
+    if name == "slurm":
+        settings = typed(options or {}, SLURM_RANK_OPTIONS, name)
+        need("submitit")
+        from deltaproduct.experiments.launchers.slurm_ranks import SlurmRanks
+
+        return SlurmRanks(folder / name, settings)
+    if name == "ray":
+        settings = typed(options or {}, RAY_RANK_OPTIONS, name)
+        need("ray.train")
+        from deltaproduct.experiments.launchers.ray_train import RayRanks
+
+        return RayRanks(folder / name, settings)
     raise UsageError(f"There is no launcher {name!r}; choose from {', '.join(LAUNCHERS)}.")
 
 

@@ -15,9 +15,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.launchers import LAUNCHERS, need
 from deltaproduct.experiments.launchers.launcher import Call, carry_out, last_line
-from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, typed
 from deltaproduct.training.log import Bar, last_metrics, progress_bar
 
 Tick = Callable[[], None]
@@ -54,31 +52,6 @@ class RankCall:
 
 class LostRank(UsageError):
     """A rank whose process was ended from outside, or that can no longer reach the others: no mistake of anybody's."""
-
-
-def get_rank_launcher(name: str, folder: Path, options: Mapping[str, Any] | None = None) -> RankLauncher | None:
-    """The launcher of that name, None for "local": this process. `UsageError` if it cannot serve; nothing is written.
-
-    Args:
-        folder: where a cluster's scripts and logs go, in a folder of the launcher's name; shared by all its machines.
-        options: what to ask of a cluster, by the names in launchers/options.py; values may be strings.
-    """
-    if name == "local":
-        typed(options or {}, {}, name)
-        return None
-    if name == "slurm":
-        settings = typed(options or {}, SLURM_RANK_OPTIONS, name)
-        need("submitit")
-        from deltaproduct.experiments.launchers.slurm_ranks import SlurmRanks
-
-        return SlurmRanks(folder / name, settings)
-    if name == "ray":
-        settings = typed(options or {}, RAY_RANK_OPTIONS, name)
-        need("ray.train")
-        from deltaproduct.experiments.launchers.ray_train import RayRanks
-
-        return RayRanks(folder / name, settings)
-    raise UsageError(f"There is no launcher {name!r}; choose from {', '.join(LAUNCHERS)}.")
 
 
 def at_least_one(options: Mapping[str, Any], *names: str) -> None:
