@@ -77,6 +77,8 @@ def launcher(request, monkeypatch):
 
 
 BOTH = pytest.mark.parametrize("launcher", TWO, indirect=True)
+# Ray takes longer to start here than all else together.
+RAY_IS_SLOW = pytest.mark.parametrize("launcher", ["slurm", pytest.param("ray", marks=pytest.mark.slow)], indirect=True)
 
 
 def train(capsys, corpus: Path, out: Path, launcher: str, *more: str, options: str | None = None):
@@ -123,7 +125,7 @@ def assert_same(out: Path, plain: Path) -> None:
         torch.testing.assert_close(x, expected[name], atol=1e-6, rtol=0)
 
 
-@BOTH
+@RAY_IS_SLOW
 def test_the_ranks_of_a_launcher_train_as_plain_processes_do(corpus, tmp_path, monkeypatch, capsys, plain, launcher):
     monkeypatch.chdir(tmp_path)
     out = Path("run")  # relative: another folder in a process that lies elsewhere
@@ -418,6 +420,7 @@ def test_a_launcher_is_not_called_by_torchruns_processes(capsys, corpus, tmp_pat
     assert status == 2 and "without torchrun" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ray"], indirect=True)
 def test_more_than_ray_has_is_refused(capsys, corpus, tmp_path, launcher):
     status, _, error = train(capsys, corpus, tmp_path / "out", launcher, options="num_workers=5")
