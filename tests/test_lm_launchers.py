@@ -58,7 +58,11 @@ def ray_here():
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     pytest.importorskip("ray.train")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's processes have the environment that it was started in, whichever test is the first to need it.
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[1]}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
