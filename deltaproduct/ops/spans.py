@@ -97,6 +97,7 @@ def delta_product_span(
     for summary in spans.gather(end).unbind():
         starts.append(summary[..., :key_dim] @ starts[-1] + summary[..., key_dim:])
     # Stacked and then chosen from, so that every rank's graph has the gathered summaries in it (see `Spans`).
-    start = torch.stack(starts)[spans.rank]
+    borders = torch.stack(starts)
+    start, after = borders[spans.rank], borders[spans.rank + 1]
     o = torch.einsum("bthk,bhkv->bthv", read[..., :key_dim], start) + read[..., key_dim:]
-    return o.to(v.dtype), torch.stack(starts)[spans.rank + 1]
+    return o.to(v.dtype), after

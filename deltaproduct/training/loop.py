@@ -22,9 +22,9 @@ from deltaproduct.tasks import Task, get_task
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, TrainConfig
 from deltaproduct.training.log import Metrics, progress_bar
+from deltaproduct.training.loss import IGNORED
 
 CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
-IGNORED = -100  # a label that no task has
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends
 
 
