@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpora import corpus_of_words
 from ranks import on_ranks, start_ranks
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.ops.spans import Spans
 from deltaproduct.tasks.corpus import Corpus, PackedDocuments, load_tokenizer
-from deltaproduct.tasks.corpus.writer import prepare
 from deltaproduct.training import language
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
@@ -33,13 +33,7 @@ MODEL = ModelConfig(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for i in range(40):
-        words = draw.choices(["sun", "moon", "rises", "sets", "and", "the", "old", "sea"], k=60)
-        (folder / f"{i}.txt").write_text(" ".join(words) + ".")
-    prepare([f"text:{folder}/*.txt"], "bytes", folder / "corpus", validation_share=0.2)
-    return Corpus.open(folder / "corpus")
+    return Corpus.open(corpus_of_words(tmp_path_factory.mktemp("corpus")))
 
 
 def settings(corpus: Corpus, changed: dict | None = None) -> LanguageRun:

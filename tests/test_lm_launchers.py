@@ -5,7 +5,6 @@ SLURM's own programs are stood in for by scripts, or by submitit's processes of 
 
 import json
 import os
-import random
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run as command
+from corpora import corpus_of_words
 from ranks import on_ranks
 
 from deltaproduct.errors import UsageError
@@ -43,13 +43,7 @@ PROGRAM = {"slurm": b"submitit.core._submit", "ray": b"RayTrainWorker"}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for i in range(40):
-        words = draw.choices(["sun", "moon", "rises", "sets", "and", "the", "old", "sea"], k=60)
-        (folder / f"{i}.txt").write_text(" ".join(words) + ".")
-    prepare([f"text:{folder}/*.txt"], "bytes", folder / "corpus", validation_share=0.2)
-    return folder / "corpus"
+    return corpus_of_words(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
