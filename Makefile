@@ -3,7 +3,7 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 VENV ?= .venv
-EXTRAS ?= formal,plot,lm,eval,dist,export,test,dev
+EXTRAS ?= formal,plot,lm,eval,dist,export,gpu,test,dev
 
 # What decides the versions. With a GPU, keep your own torch: `make setup VENV=path/to/your/env CONSTRAINTS=`
 # installs into that environment and replaces no torch that satisfies pyproject.toml; or name a file of your own.

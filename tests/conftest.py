@@ -1,7 +1,18 @@
 """What every test here needs: one thread, and no GPU where a test does not ask for one."""
 
+import os
+from contextlib import suppress
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides on its own import whether its library can be interpreted, and whoever imports it first decides so
+    # for all. Our kernels are interpreted where a test says so (test_triton.py).
+    os.environ["TRITON_INTERPRET"] = "1"
+    with suppress(ImportError):
+        import triton.language  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]
 
 # The shapes of tests are too small for a second thread to help, and test processes share the cores.
 torch.set_num_threads(1)

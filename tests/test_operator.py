@@ -24,7 +24,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def serving() -> list[str]:
-    """The backends that can serve on this machine's CPU."""
+    """The backends that can serve on this machine's CPU; Triton's, interpreted, have tests of their own."""
     names = []
     for name in BACKENDS:
         try:

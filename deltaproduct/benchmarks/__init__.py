@@ -1,7 +1,7 @@
 """What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
 
 from deltaproduct.benchmarks.mixers import bench_mixers
-from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, QUICK_SHAPES, bench_ops, row_names
+from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, bench_ops, row_names
 from deltaproduct.benchmarks.peers import PEERS, textbook_loop
 from deltaproduct.benchmarks.report import (
     MixersBenchmark,
@@ -17,6 +17,7 @@ from deltaproduct.benchmarks.train import bench_train
 
 __all__ = [
     "DEFAULT_SHAPES",
+    "GPU_SHAPES",
     "PEERS",
     "QUICK_SHAPES",
     "QUICK_STEP_MODEL",

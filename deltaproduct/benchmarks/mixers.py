@@ -107,7 +107,7 @@ def bench_mixers(
             row.why_slow = REASONS.get(row.mixer, UNKNOWN) if row.ratio > SLOW else None
     return MixersBenchmark(
         **settings.circumstances(),
-        error_limit=error_limit(settings.dtype),
+        error_limit=error_limit(settings.dtype, settings.device),
         config=json.loads(json.dumps(config.to_dict())),  # lists where there are tuples
         batch_size=batch_size,
         tokens=tokens,
@@ -132,7 +132,7 @@ def _check(config: RunConfig, settings: Settings) -> dict[str, Any]:
     config = _resized(config, training.lengths[0], min(CHECKED_BATCH, training.batch_size(0)))
     wanted = Training(config, "reference", settings.device, torch.float64).loss_and_gradients()
     got = Training(config, "auto", settings.device).loss_and_gradients()
-    return judge(_maps(got), _maps(wanted), error_limit(settings.dtype))
+    return judge(_maps(got), _maps(wanted), error_limit(settings.dtype, settings.device))
 
 
 def _maps(outcome: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,15 +11,28 @@ import torch
 from deltaproduct.benchmarks.peers import PEERS, first_line
 from deltaproduct.benchmarks.problem import GIB, Problem, error_limit
 from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, OpShape, Row, ShapeResult, main_timing
-from deltaproduct.benchmarks.roofline import MatrixProduct
+from deltaproduct.benchmarks.roofline import MatrixProduct, MemoryCopy
 from deltaproduct.benchmarks.settings import Candidate, Settings, serving
-from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
+from deltaproduct.benchmarks.timing import Timing, interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import BACKENDS
+from deltaproduct.ops import BACKENDS, resolve_backend
 
 DEFAULT_SHAPES = (OpShape(64, 128, 4, 32, 2), OpShape(16, 512, 8, 64, 3), OpShape(1, 4096, 4, 128, 2))
 QUICK_SHAPES = (OpShape(4, 64, 2, 16, 2),)
-PRODUCT = ("roofline", "product")  # the key of the matrix product among what is timed
+# On a GPU: training, many short sequences, one long one, wide values; each with 1 to 4 steps, gated and not.
+GPU_SHAPES = tuple(
+    OpShape(batch, length, heads, keys, n, gate, values)
+    for batch, length, heads, keys, values in (
+        (8, 4096, 8, 128, None),
+        (32, 512, 8, 64, None),
+        (1, 65536, 8, 128, None),
+        (8, 4096, 16, 128, 256),
+    )
+    for n in (1, 2, 3, 4)
+    for gate in (False, True)
+)
+OURS = ("triton", "triton_precise")  # what a GPU's peers are held against
+PRODUCT, COPY = ("roofline", "product"), ("roofline", "copy")  # keys among what is timed
 LOOPS = ("reference", *(name for name, peer in PEERS.items() if peer.loop))
 LOOP_BYTES = 4 * GIB  # states that a loop may keep for its backward
 LOOP_STEPS = 1 << 14  # Householder steps that a loop may take: beyond them it is launch overhead that is timed
@@ -35,8 +48,9 @@ def bench_ops(
     shapes: Sequence[OpShape] | None = None,
     *,
     backends: Sequence[str] | None = None,
+    against: str | None = None,
     device: str = "auto",
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     repeats: int | None = None,
     backward: bool = True,
     quick: bool = False,
@@ -46,10 +60,12 @@ def bench_ops(
     """Check, then time, every backend and every peer on every shape.
 
     Args:
-        shapes: None is DEFAULT_SHAPES, or QUICK_SHAPES when `quick`.
+        shapes: None is DEFAULT_SHAPES, or GPU_SHAPES on a GPU, or QUICK_SHAPES when `quick`.
         backends: rows, of `row_names()`; None is all that can serve.
+        against: a peer: its row and those of our own GPU kernels, or, on a CPU, of our fastest backend.
         device: "auto", "cpu" or "cuda".
-        dtype: of the inputs: float64, float32, bfloat16 or float16, or its name.
+        dtype: of the inputs: float64, float32, bfloat16 or float16, or its name; None is float32 on a CPU and bfloat16
+            on a GPU.
         repeats: timed runs of each row, forward and forward+backward each; None is 7, or 3 when `quick`. A row that
             has taken 20 s stops after three.
         backward: also check and time gradients.
@@ -63,18 +79,24 @@ def bench_ops(
     say = progress or (lambda line: None)
     settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick)
     if shapes is None:
-        shapes = QUICK_SHAPES if quick else DEFAULT_SHAPES
+        usual = GPU_SHAPES if settings.device.type == "cuda" else DEFAULT_SHAPES
+        shapes = QUICK_SHAPES if quick else usual
     if not shapes:
         raise UsageError("There is no shape to benchmark.")
     candidates: dict[str, Candidate] = {**BACKENDS, **PEERS}
+    if against is not None:
+        backends = _held_against(against, backends, settings)
     names, unavailable = serving(backends, candidates, settings)
 
     say("roofline")
-    product = MatrixProduct(settings.device, settings.compute_dtype)
-    results = [_bench_shape(shape, names, settings, product, say) for shape in shapes]
+    on_gpu = settings.device.type == "cuda"
+    # On a GPU the tensor cores' rate for what the inputs are, since kernels use them so.
+    product = MatrixProduct(settings.device, settings.dtype if on_gpu else settings.compute_dtype)
+    copy = MemoryCopy(settings.device) if on_gpu else None
+    results = [_bench_shape(shape, names, settings, product, copy, say) for shape in shapes]
     return OpsBenchmark(
         **settings.circumstances(),
-        error_limit=error_limit(settings.dtype),
+        error_limit=error_limit(settings.dtype, settings.device),
         backward=backward,
         shapes=results,
         unavailable=unavailable,
@@ -82,8 +104,22 @@ def bench_ops(
     )
 
 
+def _held_against(peer: str, backends: Sequence[str] | None, settings: Settings) -> list[str]:
+    if backends is not None:
+        raise UsageError("--against says which rows there are; leave out --backends.")
+    if peer not in PEERS:
+        raise UsageError(f"There is no peer {peer!r} to compare with; choose from {', '.join(PEERS)}.")
+    ours = OURS if settings.device.type == "cuda" else (resolve_backend(dtype=settings.compute_dtype)[0],)
+    return [*ours, peer]
+
+
 def _bench_shape(
-    shape: OpShape, names: list[str], settings: Settings, product: MatrixProduct, say: Callable[[str], None]
+    shape: OpShape,
+    names: list[str],
+    settings: Settings,
+    product: MatrixProduct,
+    copy: MemoryCopy | None,
+    say: Callable[[str], None],
 ) -> ShapeResult:
     problem = Problem(shape, settings)
     rows, left_out = [], []
@@ -96,7 +132,8 @@ def _bench_shape(
         if row.status == "timed":
             say(f"{shape.label}: measuring memory of {name}")
             try:  # the first run at full size is also the warm-up
-                row.peak_extra_bytes = peak_extra_bytes(problem.work(name), settings.device)
+                work = problem.forward(name) if row.no_backward else problem.work(name)
+                row.peak_extra_bytes = peak_extra_bytes(work, settings.device)
                 problem.forward(name)()
             except Exception as e:
                 row.status, row.reason = "failed", first_line(e)
@@ -104,9 +141,11 @@ def _bench_shape(
     timed = [row for row in rows if row.status == "timed"]
     say(f"{shape.label}: timing {len(timed)} rows, {settings.repeats} runs each")
     runs: dict[tuple[str, str], Callable[[], object]] = {PRODUCT: product}
+    if copy is not None:
+        runs[COPY] = copy
     for row in timed:
         runs[row.backend, "forward"] = problem.forward(row.backend)
-        if settings.backward:
+        if settings.backward and not row.no_backward:
             runs[row.backend, "forward_backward"] = problem.work(row.backend)
     times = interleaved(runs, repeats=settings.repeats, device=settings.device)
     result = ShapeResult(
@@ -117,11 +156,12 @@ def _bench_shape(
         product.roofline(times.pop(PRODUCT)),
         rows,
         left_out,
+        None if copy is None else copy.gb_per_second(times.pop(COPY)),
     )
     for (name, phase), timing in times.items():
         setattr(next(row for row in timed if row.backend == name), phase, timing)
     for row in timed:
-        _rate(row, result)
+        _rate(row, result, settings.dtype.itemsize)
     return result
 
 
@@ -141,9 +181,16 @@ def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str 
     return None
 
 
-def _rate(row: Row, result: ShapeResult) -> None:
+def _rate(row: Row, result: ShapeResult, itemsize: int) -> None:
     """Fill in what follows from the times."""
     shape = result.shape
+    if peak := result.copy_gb_per_second:
+        if row.forward:
+            moved = shape.fewest_bytes(itemsize, backward=False)
+            row.forward_bandwidth_share = moved / row.forward.median_ms / 1e6 / peak
+        if row.forward_backward:
+            moved = shape.fewest_bytes(itemsize, backward=True)
+            row.bandwidth_share = moved / row.forward_backward.median_ms / 1e6 / peak
     if row.forward:
         row.forward_gflops = shape.forward_flops / row.forward.median_ms / 1e6
     if row.forward_backward:
@@ -153,5 +200,11 @@ def _rate(row: Row, result: ShapeResult) -> None:
         row.roofline_share = rate / result.roofline.gflops
         row.best_roofline_share = rate / result.roofline.best_gflops
     if mine := main_timing(row):
-        others = {r.backend: main_timing(r) for r in result.rows if r is not row}
-        row.speedup = {name: theirs.median_ms / mine.median_ms for name, theirs in others.items() if theirs}
+        row.speedup = _over(mine, "forward_backward" if row.forward_backward else "forward", row, result)
+    if row.forward:
+        row.forward_speedup = _over(row.forward, "forward", row, result)
+
+
+def _over(mine: Timing, phase: str, row: Row, result: ShapeResult) -> dict[str, float]:
+    others = {other.backend: getattr(other, phase) for other in result.rows if other is not row}
+    return {name: theirs.median_ms / mine.median_ms for name, theirs in others.items() if theirs}

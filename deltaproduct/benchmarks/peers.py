@@ -1,4 +1,4 @@
-"""What the operator's backends are compared with: other people's code that can run without a GPU.
+"""What the operator's backends are compared with: other people's code.
 
 A peer is called as `delta_product` is, with q [B,T,H,K], k [B,T,N,H,K], v [B,T,N,HV,V], beta [B,T,N,HV] and g [B,T,HV]
 or None, and gives o [B,T,HV,V]; scale K^-½, no initial state. None of them is a dependency. They are imported when they
@@ -35,9 +35,12 @@ class Peer:
     distribution: str | None = None  # the package that it comes from
     loop: bool = False  # goes step by step and indexes its inputs: its backward is quadratic in T
     float64: bool = False  # works in float64 where its inputs are
+    gpu: bool = False  # its kernels run on a GPU only
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve here, in one line; None if it can."""
+        if self.gpu and device.type != "cuda":
+            return "its kernels need a GPU"
         if dtype == torch.float64 and not self.float64:
             return "it computes in float32 whatever its inputs"
         try:
@@ -167,9 +170,34 @@ def _fla_loop() -> Operator:
     return run
 
 
+@cache
+def _fla_kernels() -> Operator:
+    """flash-linear-attention's Triton kernels: those of DeltaNet and Gated DeltaNet at one step per token, otherwise
+    those of Gated DeltaProduct, each called as its own layers call it. They take bfloat16 or float16."""
+    if importlib.util.find_spec("fla") is None:
+        raise ImportError("flash-linear-attention is not installed")
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_product import chunk_gated_delta_product
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
+        n, heads = k.shape[2], v.shape[3]
+        q, k = (expand_heads(x, heads) for x in (q, k))
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+        if n > 1:
+            return chunk_gated_delta_product(q, k, v, g, beta, num_householder=n)[0]
+        if g is None:
+            return chunk_delta_rule(q, k, v, beta)[0]
+        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
+
+    return run
+
+
+FLA = "fla"
 PEERS: dict[str, Peer] = {
     p.name: p
     for p in (
+        Peer(FLA, "flash-linear-attention's Triton kernels", _fla_kernels, "fla-core", gpu=True),
         Peer("transformers", "Qwen3-Next's chunked rule in PyTorch", _transformers, "transformers"),
         Peer("fla_chunkwise", "flash-linear-attention's naive chunked rule", _fla_chunkwise, "fla-core"),
         Peer("fla_loop", "flash-linear-attention's naive loop", _fla_loop, "fla-core", loop=True),

@@ -70,8 +70,7 @@ class _Page:
             self.untimed(row.backend, row)
         for row in rows:
             if row.speedup and row.backend in BACKENDS and row.backend != "reference":
-                ratios = ", ".join(f"{other} {_number(ratio)}" for other, ratio in row.speedup.items())
-                self.note(f"{row.backend}, speed-up over: {ratios}.")
+                self.note(f"{row.backend}, speed-up over: {_ratios(row.speedup)}.")
 
     def untimed(self, name: str, row: Row | TrainRow | MixerRow) -> None:
         """What kept the row from being timed, if anything did."""
@@ -88,6 +87,8 @@ def _ops(report: OpsBenchmark, page: _Page) -> None:
         page.note(f"{other.backend} cannot serve: {other.reason}.")
     page.note(f"ms: median of {report.repeats}, and below it the range. GFLOP/s to MiB: of {both}.")
     page.note("roofline: share of it, at medians of both. × ref.: how many times as fast as the reference.")
+    if any(result.copy_gb_per_second for result in report.shapes):
+        page.note("bandwidth: the fewest bytes that must be moved, over the time, as a share of a copy's rate.")
     page.note("Flops are the recurrence's own, B·T·H·2K²·(2N+1) forward and 4 × that forward and backward.")
     page.note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
     page.note("MiB: most memory in tensors beyond the inputs, results included; native code's own scratch is not seen.")
@@ -97,20 +98,23 @@ def _ops(report: OpsBenchmark, page: _Page) -> None:
 
 def _shape(result: ShapeResult, report: OpsBenchmark, page: _Page) -> None:
     rows = []
+    copy = result.copy_gb_per_second
     for row in result.rows:
         first = _ms(row.forward) if row.status == "timed" else row.status.upper()
+        share = row.bandwidth_share if row.forward_backward else row.forward_bandwidth_share
         rows.append((
             row.backend,
             "–" if row.error is None else f"{row.error:.0e}",
             *([first, _ms(row.forward_backward)] if report.backward else [first]),
             _number(row.gflops if report.backward else row.forward_gflops),
             _percent(row.roofline_share),
-            _number(row.speedup.get("reference")),
+            _percent(share) if copy else _number(row.speedup.get("reference")),
             _mib(row.peak_extra_bytes),
         ))  # fmt: skip
     times = ("forward ms", "fwd+bwd ms") if report.backward else ("forward ms",)
     if rows:
-        page.table(result.label, ("backend", "error", *times, "GFLOP/s", "roofline", "× ref.", "MiB"), rows)
+        last = "bandwidth" if copy else "× ref."
+        page.table(result.label, ("backend", "error", *times, "GFLOP/s", "roofline", last, "MiB"), rows)
     else:
         page.note(f"{result.label}: no row")
     if rows and result.checked_length < result.shape.length:
@@ -119,8 +123,17 @@ def _shape(result: ShapeResult, report: OpsBenchmark, page: _Page) -> None:
     on = f"threads: {r.threads}" if report.device == "cpu" else f"precision {r.precision!r}"
     rate = f"{r.gflops:.0f} GFLOP/s (best run {r.best_gflops:.0f})"
     page.note(f"Roofline: {rate}, a {r.size}×{r.size} {r.dtype} matrix product in turn with the rows, {on}.")
+    for row in result.rows:
+        if copy and row.forward_backward and row.forward_speedup and row.backend in BACKENDS:
+            page.note(f"{row.backend}, speed-up of the forward alone over: {_ratios(row.forward_speedup)}.")
+    if copy:
+        page.note(f"Copy: {copy:.0f} GB/s read and written, in turn with the rows.")
     page.findings(result.rows)
     for row in result.rows:
+        if row.no_backward:
+            page.note(
+                f"{row.backend} has no backward here, and was checked and timed forwards only: {row.no_backward}."
+            )
         if (timing := main_timing(row)) and timing.runs < report.repeats:
             page.note(f"{row.backend} is slow and had {timing.runs} runs.")
     for other in result.left_out:
@@ -241,6 +254,10 @@ def _number(x: float | None) -> str:
     if x is None:
         return "–"
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
+
+
+def _ratios(speedup: dict[str, float]) -> str:
+    return ", ".join(f"{other} {_number(ratio)}" for other, ratio in speedup.items())
 
 
 def _percent(share: float | None) -> str:

@@ -12,7 +12,7 @@ from deltaproduct.errors import UsageError
 
 @dataclass(frozen=True)
 class OpShape:
-    """B, T, H (= HV), K (= V) and N of one problem; `gate` adds a forget gate g."""
+    """B, T, H (= HV), K, V (None: as K) and N of one problem; `gate` adds a forget gate g."""
 
     batch: int
     length: int
@@ -20,25 +20,32 @@ class OpShape:
     head_dim: int
     num_householder: int
     gate: bool = False
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length", "num_heads", "head_dim", "num_householder"):
+        for name in ("batch", "length", "num_heads", "head_dim", "num_householder", "values"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} of a benchmark's shape must be a whole number of at least 1, not {value!r}.")
 
     @classmethod
     def parse(cls, text: str) -> "OpShape":
-        """The inverse of `label`: "B64 T128 H4 K32 N2", with " gated" after it where there is a gate."""
-        found = re.fullmatch(r"B(\d+)\s*T(\d+)\s*H(\d+)\s*K(\d+)\s*N(\d+)(\s+gated)?", text.strip())
+        """The inverse of `label`: "B64 T128 H4 K32 N2", with V before N where it is not K, and " gated" for a gate."""
+        found = re.fullmatch(r"B(\d+)\s*T(\d+)\s*H(\d+)\s*K(\d+)(?:\s*V(\d+))?\s*N(\d+)(\s+gated)?", text.strip())
         if not found:
             raise UsageError(f"{text!r} is not a shape; write it as 'B64 T128 H4 K32 N2', or '… N2 gated'.")
-        b, t, h, k, n, gate = found.groups()
-        return cls(int(b), int(t), int(h), int(k), int(n), gate is not None)
+        b, t, h, k, v, n, gate = found.groups()
+        return cls(int(b), int(t), int(h), int(k), int(n), gate is not None, None if v is None else int(v))
+
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def label(self) -> str:
-        sizes = f"B{self.batch} T{self.length} H{self.num_heads} K{self.head_dim} N{self.num_householder}"
+        values = "" if self.value_dim is None else f" V{self.value_dim}"
+        sizes = f"B{self.batch} T{self.length} H{self.num_heads} K{self.head_dim}{values} N{self.num_householder}"
         return sizes + (" gated" if self.gate else "")
 
     @property
@@ -60,13 +67,25 @@ class OpShape:
         fused into the update. It is a nominal count, the same for every row, so that rates order as times do; an
         arrangement that does more arithmetic to use the hardware better is not credited for it.
         """
-        per_matrix = 2 * self.head_dim * self.head_dim
+        per_matrix = 2 * self.head_dim * self.values
         return self.tokens * self.num_heads * per_matrix * (2 * self.num_householder + 1)
 
     @property
     def training_flops(self) -> int:
         """Forward and backward: 4 × `forward_flops` (the forward, its recomputation, and twice it for two operands)."""
         return 4 * self.forward_flops
+
+    def fewest_bytes(self, itemsize: int, backward: bool) -> int:
+        """What has to be moved at least: every input read once and every result written once, in each of the passes.
+
+        The forward reads q, k, v, β and g and writes o; the backward reads them and the gradient of o, and writes
+        theirs. States stay where they are, and nothing is kept from one pass to the other.
+        """
+        inputs = self.head_dim * (1 + self.num_householder) + (self.values + 1) * self.num_householder + self.gate
+        per_head = inputs + self.values
+        if backward:
+            per_head += 2 * inputs + self.values
+        return self.tokens * self.num_heads * per_head * itemsize
 
 
 @dataclass(frozen=True)
@@ -82,12 +101,14 @@ class Row:
     """One backend or peer on one shape. What was not measured is None.
 
     `status` is "timed"; "wrong": its error is above the limit or no finite number, so it was not timed; or "failed": it
-    raised. `reason` says more in the last two cases.
+    raised. `reason` says more in the last two cases. Where only its backward raises it is timed, forward alone, and
+    `no_backward` says why.
     """
 
     backend: str
     status: str = "timed"
     reason: str | None = None
+    no_backward: str | None = None
     error: float | None = None  # largest of output's and gradients' max|x − x64| / max|x64|
     worst: str | None = None  # the tensor that has it: "o" or "d_" and an input's name
     forward: Timing | None = None  # forward alone, without recording for a backward
@@ -96,7 +117,10 @@ class Row:
     gflops: float | None = None  # GFLOP/s of forward and backward by `OpShape.training_flops`
     roofline_share: float | None = None  # of `gflops`, or of `forward_gflops` without a backward; medians of both
     best_roofline_share: float | None = None  # the same rate over the fastest product seen
+    forward_bandwidth_share: float | None = None  # `OpShape.fewest_bytes` in the forward's time, of a copy's rate
+    bandwidth_share: float | None = None  # the same of forward and backward
     speedup: dict[str, float] = field(default_factory=dict)  # {other row: its time over this one's}, same work
+    forward_speedup: dict[str, float] = field(default_factory=dict)  # the same of the forward alone
     peak_extra_bytes: int | None = None  # of one forward and backward (or forward), beyond the inputs
 
 
@@ -109,6 +133,7 @@ class ShapeResult:
     roofline: Roofline
     rows: list[Row]
     left_out: list[NotRun]
+    copy_gb_per_second: float | None = None  # read and written by a large copy in turn with the rows, on a GPU
 
 
 @dataclass

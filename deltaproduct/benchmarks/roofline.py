@@ -1,4 +1,4 @@
-"""What this machine can do at best: the rate of a plain matrix product, run in turn with what it is compared with.
+"""What this machine can do at best: a plain matrix product, and a copy, run in turn with what is compared with them.
 
 The recurrence, however it is arranged, is multiplications and additions, and a large square product is the best rate
 of them that PyTorch reaches here with the same threads. Data-sheet figures would be flattering or unfair, and so would
@@ -55,3 +55,22 @@ class MatrixProduct:
             threads=torch.get_num_threads(),
             precision=torch.get_float32_matmul_precision(),
         )
+
+
+COPY_BYTES = 1 << 30  # several times a GPU's second-level cache
+
+
+class MemoryCopy:
+    """A large copy to run in turn with the rows: what the memory gives, reading and writing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+        self._target = torch.empty_like(self._source)
+        self()
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+    def gb_per_second(self, timing: Timing) -> float:
+        """10⁹ bytes a second, at the median of its runs."""
+        return 2 * COPY_BYTES / timing.median_ms / 1e6

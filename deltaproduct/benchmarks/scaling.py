@@ -77,7 +77,7 @@ def bench_scaling(
         points = [ScalingPoint(t, times[t], us, us / first, memory[t]) for t, us in per_token.items()]
     return ScalingBenchmark(
         **settings.circumstances(),
-        error_limit=error_limit(settings.dtype),
+        error_limit=error_limit(settings.dtype, settings.device),
         backward=backward,
         backend=name,
         why_backend=why,

@@ -29,7 +29,7 @@ class Settings:
         cls,
         *,
         device: str = "auto",
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         repeats: int | None = None,
         backward: bool = True,
         seed: int = 0,
@@ -39,7 +39,7 @@ class Settings:
 
         Args:
             device: "auto", "cpu" or "cuda".
-            dtype: float64, float32, bfloat16 or float16, or its name.
+            dtype: float64, float32, bfloat16 or float16, or its name; None is float32 on a CPU, bfloat16 on a GPU.
             repeats: None is REPEATS, or QUICK_REPEATS when `quick`.
 
         Raises:
@@ -48,6 +48,8 @@ class Settings:
         where = choose_device(device)
         if where.type not in ("cpu", "cuda"):
             raise UsageError(f"Benchmarks run on cpu or cuda, not {device!r}: no other device's clock is known here.")
+        if dtype is None:
+            dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if found not in DTYPES:
             raise UsageError(f"dtype {dtype!r} cannot be benchmarked; choose float64, float32, bfloat16 or float16.")

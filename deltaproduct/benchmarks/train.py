@@ -68,7 +68,9 @@ def bench_train(
         say(f"checking {name}")
         try:
             trained = Training(config, name, settings.device)
-            row = TrainRow(name, **judge(trained.loss_and_gradients(), wanted, error_limit(settings.dtype)))
+            row = TrainRow(
+                name, **judge(trained.loss_and_gradients(), wanted, error_limit(settings.dtype, settings.device))
+            )
             parts: dict[str, Callable[[], object]] = {
                 "step": trained.step,
                 "forward": trained.forward,
@@ -99,7 +101,7 @@ def bench_train(
             row.speedup = {name: theirs.median_ms / row.step.median_ms for name, theirs in others.items() if theirs}
     return TrainBenchmark(
         **settings.circumstances(),
-        error_limit=error_limit(settings.dtype),
+        error_limit=error_limit(settings.dtype, settings.device),
         config=json.loads(json.dumps(config.to_dict())),  # lists where there are tuples
         batch_size=shape.batch,
         tokens=shape.length,

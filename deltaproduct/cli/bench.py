@@ -26,6 +26,8 @@ from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
 from deltaproduct.experiments.s3 import s3
 from deltaproduct.files import make_folder, write_json
+from deltaproduct.plots.benchmark import speedup_figure
+from deltaproduct.plots.style import pyplot
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig
 
@@ -61,7 +63,10 @@ class _Bench:
 
 @dataclass(kw_only=True)
 class _OperatorBench(_Bench):
-    dtype: Annotated[str, tyro.conf.arg(help="of the inputs: float64, float32, bfloat16 or float16")] = "float32"
+    dtype: Annotated[
+        str | None,
+        tyro.conf.arg(help="of the inputs: float64, float32, bfloat16 or float16; None: float32, bfloat16 on a GPU"),
+    ] = None
     backward: Annotated[bool, tyro.conf.arg(help="gradients too")] = True
 
 
@@ -70,14 +75,27 @@ class BenchOps(_OperatorBench):
     """Every backend of the operator and every peer: correctness first, then interleaved timings and the roofline."""
 
     shapes: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="such as 'B64 T128 H4 K32 N2', with ' gated' for a gate; none: the usual")
+        tuple[str, ...],
+        tyro.conf.arg(help="such as 'B64 T128 H4 K32 N2', with 'V64' where V is not K and ' gated'; none: the usual"),
     ] = ()
+    against: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="only this peer, such as fla on a GPU, and what is to beat it; --out then draws a figure too"
+        ),
+    ] = None
     backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run, peers too; none: all that can serve")] = ()
 
     def run(self) -> None:
         shapes = [OpShape.parse(s) for s in self.shapes]
-        options = self._options("dtype", "backward")
-        self._show(bench_ops(shapes or None, backends=self.backends or None, **options))
+        options = self._options("dtype", "backward", "against")
+        if self.against is not None and self.out is not None:
+            pyplot()  # where it is missing, better now than after all the work
+        report = bench_ops(shapes or None, backends=self.backends or None, **options)
+        self._show(report)
+        if self.against is not None and self.out is not None:
+            ours = report.shapes[0].rows[0].backend
+            speedup_figure(report.to_dict()["shapes"], ours, self.against, self.out.with_suffix(".png"))
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.ops import triton
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
 from deltaproduct.ops.cpu import cpu, cpu_step
 from deltaproduct.ops.cpu import obstacle as cpu_obstacle
@@ -24,14 +25,19 @@ from deltaproduct.ops.reference import reference, reference_states, token_step
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the operator. `obstacle(device, dtype)` is None if it can serve, else the reason why not."""
+    """An implementation of the operator.
+
+    `obstacle(device, dtype)` and `size_obstacle(N, K)` are None if it can serve, else the reason why not.
+    """
 
     name: str
     summary: str
-    run: Callable[..., tuple[Tensor, Tensor]] | None
-    states: Callable[..., Tensor] | None
+    run: Callable[..., tuple[Tensor, Tensor]]
+    states: Callable[..., Tensor]
     obstacle: Callable[[torch.device, torch.dtype], str | None]
+    size_obstacle: Callable[[int, int], str | None] = lambda steps, key_dim: None
     step: Callable[..., tuple[Tensor, Tensor]] | None = None  # one token; None: the reference's own loop body
+    step_inplace: Callable[..., Tensor] | None = None  # the same, into the given state; returns the output
     normalises: bool = False  # `run` takes qk_l2norm as a last argument, and does it more cheaply than PyTorch
 
 
@@ -39,18 +45,34 @@ def _never(device: torch.device, dtype: torch.dtype) -> None:
     return None
 
 
-def _no_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if not torch.cuda.is_available():
-        return "it needs a GPU and PyTorch sees none"
-    return "the Triton kernels are not part of this version"
-
-
-# Fastest first: `auto` takes the first that can serve.
+# Fastest first: `auto` takes the first that can serve. What serves a GPU and what serves a CPU do not compete, except
+# where Triton's kernels are interpreted, which is for tests.
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("triton", "GPU kernels", None, None, _no_triton),
-        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle, cpu_step, normalises=True),
+        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle, step=cpu_step, normalises=True),
+        Backend(
+            "triton",
+            "GPU kernels",
+            triton.fused,
+            chunkwise_states,
+            triton.obstacle,
+            triton.size_obstacle,
+            triton.decode,
+            triton.decode_inplace,
+            normalises=True,
+        ),
+        Backend(
+            "triton_precise",
+            "GPU kernels that keep all bits of every operand",
+            triton.fused_precise,
+            chunkwise_states,
+            triton.obstacle,
+            triton.size_obstacle,
+            triton.decode,
+            triton.decode_inplace,
+            normalises=True,
+        ),
         Backend("chunkwise", "chunks as matrix products, any device", chunkwise, chunkwise_states, _never),
         Backend("reference", "the plain loop: the specification", reference, reference_states, _never),
     )
@@ -58,22 +80,30 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve_backend(
-    backend: str = "auto", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    backend: str = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
-    """(name, reason) of the backend that serves `device` and `dtype`.
+    """(name, reason) of the backend that serves `device` and `dtype`, and N and K where `size` is given as (N, K).
 
     "auto" takes the fastest that can. Naming one that cannot, or that does not exist, raises `UsageError`.
     """
     device = torch.device(device)
+
+    def obstacle_of(b: Backend) -> str | None:
+        return b.obstacle(device, dtype) or (b.size_obstacle(*size) if size else None)
+
     if backend != "auto":
         if backend not in BACKENDS:
             raise UsageError(f"There is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}.")
-        if obstacle := BACKENDS[backend].obstacle(device, dtype):
+        if obstacle := obstacle_of(BACKENDS[backend]):
             raise UsageError(f"Backend {backend!r} cannot serve: {obstacle}.")
         return backend, "asked for by name"
     passed_over: list[tuple[str, str]] = []
     for name, b in BACKENDS.items():
-        obstacle = b.obstacle(device, dtype)
+        obstacle = obstacle_of(b)
         if obstacle is None:
             return name, "the fastest that can serve" + "".join(f"; not {other}: {why}" for other, why in passed_over)
         passed_over.append((name, obstacle))
@@ -111,7 +141,7 @@ def delta_product(
         output_final_state: also return the state after the last token.
         cu_seqlens: [S+1] ints from 0 to T: packed sequences (B = 1); empty ones are allowed.
         qk_l2norm: normalise q and k by √(Σx² + 1e-6) first.
-        backend: "auto", "reference", "chunkwise", "cpu" or "triton"; see `resolve_backend`.
+        backend: "auto", "reference", "chunkwise", "cpu", "triton" or "triton_precise"; see `resolve_backend`.
 
     Returns:
         (o, final_state): o [B,T,HV,V] in v's dtype; final_state float32 (float64 if an input is), or None. Both can
@@ -125,7 +155,8 @@ def delta_product(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)
     check_state(initial_state, k, v, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(q, k, v, beta))
+    size = (k.shape[2], k.shape[4])
+    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(q, k, v, beta), size=size)
     # The loop over nothing is nothing, and chunked layouts need at least one token.
     chosen = BACKENDS["reference" if 0 in k.shape[:2] else name]
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -149,11 +180,17 @@ def delta_product_step(
     state: Tensor,
     scale: float | None = None,
     qk_l2norm: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `delta_product`: the same tensors with T dropped, and the state carried in and out.
 
     q [B,H,K], k [B,N,H,K], v [B,N,HV,V], beta [B,N,HV], g [B,HV], state [B,HV,K,V] → (o [B,HV,V], state). The given
-    state is not changed.
+    state is not changed, or, `inplace`, overwritten and returned: on a GPU without a second one. There is no gradient
+    then.
+
+    Raises:
+        UsageError: shapes, dtypes or devices disagree, or a state to be overwritten is not of the dtype that states are
+            computed in.
     """
     k_t, v_t = k.unsqueeze(1), v.unsqueeze(1)
     check_step_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
@@ -161,11 +198,20 @@ def delta_product_step(
     check_state(state, k_t, v_t, k.shape[0])
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = resolve_backend(device=k.device, dtype=dtype)
+    name, _ = resolve_backend(device=k.device, dtype=dtype, size=(k.shape[1], k.shape[3]))
+    # An exported program runs where our engine is not.
+    step = None if torch.compiler.is_exporting() or k.shape[0] == 0 else BACKENDS[name].step
+    if inplace:
+        if state.dtype != dtype:
+            raise UsageError(f"A state of {state.dtype} cannot be overwritten by one of {dtype}.")
+        with torch.no_grad():
+            if (write := BACKENDS[name].step_inplace) is not None and step is not None and state.is_contiguous():
+                return write(q, k, v, beta, g, state, scale, qk_l2norm), state
+            o, found = delta_product_step(q, k, v, beta, g, state=state, scale=scale, qk_l2norm=qk_l2norm)
+            return o, state.copy_(found)
     with torch.autocast(k.device.type, enabled=False):
-        # An exported program runs where our engine is not.
-        if BACKENDS[name].step is not None and not torch.compiler.is_exporting() and k.shape[0] > 0:
-            return BACKENDS[name].step(q, k, v, beta, g, state, scale, qk_l2norm)
+        if step is not None:
+            return step(q, k, v, beta, g, state, scale, qk_l2norm)
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)
         q, k = (expand_heads(x.to(dtype), heads) for x in (q, k))
@@ -203,7 +249,8 @@ def delta_product_states(
     for p in positions:
         if not 0 <= p <= steps:
             raise UsageError(f"Position {p} is outside 0 … {steps}, the Householder steps of this sequence.")
-    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(k, v, beta))
+    size = (k.shape[2], k.shape[4])
+    name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(k, v, beta), size=size)
     run = reference_states if steps == 0 or k.shape[0] == 0 else BACKENDS[name].states
     with torch.autocast(k.device.type, enabled=False):
         return run(k, v, beta, g, initial_state, positions)

@@ -12,7 +12,9 @@ from deltaproduct.benchmarks import DEFAULT_SHAPES, OpShape, bench_ops, bench_sc
 from deltaproduct.benchmarks.render import _number
 from deltaproduct.benchmarks.settings import Settings
 from deltaproduct.benchmarks.timing import MIN_RUNS, Timing, interleaved, peak_extra_bytes
-from deltaproduct.ops import BACKENDS
+from deltaproduct.errors import UsageError
+from deltaproduct.ops import BACKENDS, resolve_backend
+from deltaproduct.ops.reference import reference
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,62 @@ def test_other_dtypes(dtype):
     assert report.dtype == dtype and {r.status for r in report.shapes[0].rows} == {"timed"}
     assert {"chunkwise", "reference", "textbook_loop"} <= set(rows_of(report))
     assert report.shapes[0].roofline.dtype == ("float64" if dtype == "float64" else "float32")
+
+
+def test_values_of_another_width_than_keys():
+    shape = OpShape.parse("B1 T8 H1 K4 V6 N2 gated")
+    assert shape == OpShape(1, 8, 1, 4, 2, gate=True, value_dim=6) and OpShape.parse(shape.label) == shape
+    assert shape.forward_flops == 8 * 2 * 4 * 6 * 5
+    # q and two k of 4, two v of 6, two β and a gate, per token, then o; and twice the former and d_o again.
+    assert shape.fewest_bytes(2, backward=False) == 8 * (12 + 12 + 2 + 1 + 6) * 2
+    assert shape.fewest_bytes(2, backward=True) == 8 * (3 * (12 + 12 + 2 + 1) + 2 * 6) * 2
+    report = bench_ops([shape], backends=["chunkwise", "textbook_loop"], device="cpu", repeats=1)
+    assert {row.status for row in report.shapes[0].rows} == {"timed"}
+
+
+def test_against_a_peer():
+    report = bench_ops([TINY], against="textbook_loop", device="cpu", repeats=1)
+    ours, theirs = report.shapes[0].rows
+    assert ours.backend == resolve_backend()[0] and theirs.backend == "textbook_loop"
+    with pytest.raises(UsageError, match="no peer 'nonesuch'"):
+        bench_ops([TINY], against="nonesuch", device="cpu")
+    with pytest.raises(UsageError, match="leave out --backends"):
+        bench_ops([TINY], against="textbook_loop", backends=["chunkwise"], device="cpu")
+    with pytest.raises(UsageError, match="fla cannot serve: its kernels need a GPU"):
+        bench_ops([TINY], against="fla", device="cpu")
+
+
+def test_a_peer_without_a_backward_is_timed_forwards(add_peer):
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, beta):
+            return reference(q, k, v, beta, None, None, None, q.shape[-1] ** -0.5)[0]
+
+        @staticmethod
+        def backward(ctx, d):
+            raise RuntimeError("not on this GPU")
+
+    add_peer("fake", lambda q, k, v, beta: NoBackward.apply(q, k, v, beta))
+    report = bench_ops([TINY], backends=["chunkwise", "fake"], device="cpu", repeats=1)
+    row = rows_of(report)["fake"]
+    assert row.status == "timed" and row.no_backward == "RuntimeError: not on this GPU"
+    assert row.forward and row.forward_backward is None and row.gflops is None
+    ours = rows_of(report)["chunkwise"]
+    assert "fake" not in ours.speedup and ours.forward_backward
+    assert row.speedup == {"chunkwise": pytest.approx(ours.forward.median_ms / row.forward.median_ms)}
+    assert "fake has no backward here, and was checked and timed forwards only: RuntimeError" in shown(report)
+
+
+def test_on_a_gpu_bytes_are_held_against_a_copy(monkeypatch):
+    monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 20)
+    copy = roofline.MemoryCopy(CPU)
+    assert copy.gb_per_second(Timing(0.5, 0.4, 0.6, 3)) == pytest.approx(2 * 2**20 / 0.5e-3 / 1e9)
+    settings = Settings.of(device="cpu", repeats=1)
+    product = roofline.MatrixProduct(CPU)
+    result = ops._bench_shape(TINY, ["chunkwise"], settings, product, copy, lambda line: None)
+    row = result.rows[0]
+    moved = TINY.fewest_bytes(4, backward=True) / (row.forward_backward.median_ms * 1e-3) / 1e9
+    assert row.bandwidth_share == pytest.approx(moved / result.copy_gb_per_second)
 
 
 # --- Correctness comes first ------------------------------------------------------------------------------------------
@@ -114,7 +172,7 @@ def test_a_wrong_backend_is_not_scaled(add_backend):
 
 
 def test_large_shapes_are_checked_on_a_prefix(monkeypatch):
-    monkeypatch.setattr(problem, "CHECK_BYTES", 3 * 8 * 2 * 2 * 1 * 4 * 4)  # float64 states of three tokens of TINY
+    monkeypatch.setitem(problem.CHECK_BYTES, "cpu", 3 * 8 * 2 * 2 * 1 * 4 * 4)  # float64 states of three tokens of TINY
     report = bench_ops([TINY], backends=["chunkwise"], device="cpu", repeats=1)
     assert report.shapes[0].checked_length == 3 and rows_of(report)["chunkwise"].status == "timed"
     assert rows_of(report)["chunkwise"].speedup == {}  # there is no other row to compare with

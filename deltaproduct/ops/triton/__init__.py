@@ -1,0 +1,60 @@
+"""The backend "triton": GPU kernels. Nothing here imports Triton before it is used."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MAX_STEPS, MAX_KEY_DIM = 32, 256  # of what a chunk's accumulators leave room for
+OLDEST = (8, 0)  # compute capability: bfloat16 on tensor cores
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the kernels can serve, else the reason why not. Triton's interpreter, for tests, needs no GPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted:
+        if not torch.cuda.is_available():
+            return "it needs a GPU and PyTorch sees none"
+        if device.type != "cuda":
+            return f"it computes on a GPU, not on {device.type}"
+        if (found := torch.cuda.get_device_capability(device)) < OLDEST:
+            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and this GPU has {found[0]}.{found[1]}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return "it computes in float32, not in float64" if dtype == torch.float64 else None
+
+
+def size_obstacle(steps: int, key_dim: int) -> str | None:
+    """The same, by N and K."""
+    if steps > MAX_STEPS:
+        return f"it takes at most {MAX_STEPS} Householder steps per token, not {steps}"
+    return f"it takes keys of at most {MAX_KEY_DIM}, not {key_dim}" if key_dim > MAX_KEY_DIM else None
+
+
+def fused(*inputs: object) -> tuple[Tensor, Tensor]:
+    """See `operator.fused`."""
+    from deltaproduct.ops.triton import operator
+
+    return operator.fused(*inputs)
+
+
+def fused_precise(*inputs: object) -> tuple[Tensor, Tensor]:
+    """The same with operands that keep all their bits."""
+    from deltaproduct.ops.triton import operator
+
+    return operator.fused(*inputs, precise=True)
+
+
+def decode(*inputs: object) -> tuple[Tensor, Tensor]:
+    """See `operator.decode`."""
+    from deltaproduct.ops.triton import operator
+
+    return operator.decode(*inputs)
+
+
+def decode_inplace(*inputs: object) -> Tensor:
+    """See `operator.triton_step_inplace`."""
+    from deltaproduct.ops.triton import operator
+
+    return operator.triton_step_inplace(*inputs)

@@ -1,0 +1,50 @@
+"""States at the borders of segments, from the segments' own S ↦ A S + B: a few small products for each."""
+
+import triton
+import triton.language as tl
+
+from deltaproduct.ops.triton.parts import product
+from deltaproduct.ops.triton.scan import state_tile
+from deltaproduct.ops.triton.tuning import tuned
+
+
+@tuned((32, 4, 1), (16, 4, 1), key=["REVERSE"])
+@triton.jit
+def segments_kernel(
+    summary, added, start, at_segments, final, starts, segments,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, START: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of V's columns × value heads × sequences. Forwards, from `start` [sequences,HV,K,V]:
+
+        at_segments[i] = S;  S ← A_i S + B_i            for every segment i;  final = S
+
+    where `summary` [segments,HV,K,V+K] holds B and A. REVERSE: the same with Aᵀ and `added` [segments,HV,K,V] in place
+    of B, from the last segment to the first.
+    """
+    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PACKED:
+        begin = tl.load(starts + 2 * sequence + 1)
+        count = tl.load(starts + 2 * sequence + 3) - begin
+    else:
+        begin, count = sequence * segments, segments
+    col = block * BV
+    row, cols = tl.arange(0, BK), col + tl.arange(0, BV)
+    here = (row < K)[:, None] & (cols < V)[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if START:
+        at, mask = state_tile(start, sequence, head, HV, col, K, V, BK, BV)
+        state = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for i in range(count):
+        segment = begin + (count - 1 - i if REVERSE else i)
+        at, mask = state_tile(at_segments, segment, head, HV, col, K, V, BK, BV)
+        tl.store(at, state, mask=mask)
+        base = summary + (segment.to(tl.int64) * HV + head) * K * (V + K) + row[:, None] * (V + K)
+        through = tl.load(base + V + row[None, :], mask=(row < K)[:, None] & (row < K)[None, :], other=0.0)
+        if REVERSE:
+            at, mask = state_tile(added, segment, head, HV, col, K, V, BK, BV)
+            state = tl.load(at, mask=mask, other=0.0) + product(tl.trans(through), state, MODE)
+        else:
+            state = tl.load(base + cols[None, :], mask=here, other=0.0) + product(through, state, MODE)
+    at, mask = state_tile(final, sequence, head, HV, col, K, V, BK, BV)
+    tl.store(at, state, mask=mask)

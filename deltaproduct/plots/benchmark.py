@@ -1,0 +1,58 @@
+"""Figures of benchmarks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct.plots.style import COLOURS, MARKERS, RC, legend, pyplot, save
+
+PANEL = (3.4, 2.7)  # inches
+PHASES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+
+def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, path: Path) -> None:
+    """How many times as fast as a peer a backend is, against the Householder steps per token, a panel for each size.
+
+    Args:
+        shapes: the "shapes" of a report of `bench ops`, as plain data.
+        ours, peer: names of rows. Where one of them was not timed there is no point.
+    """
+    panels: dict[str, dict[tuple[str, bool], dict[int, float]]] = {}
+    for result in shapes:
+        rows = {row["backend"]: row for row in result["rows"]}
+        shape = result["shape"]
+        size = re.sub(r" N\d+.*", "", result["label"])
+        for phase in PHASES:
+            mine, theirs = (rows.get(name, {}).get(phase) for name in (ours, peer))
+            if mine and theirs:
+                curve = panels.setdefault(size, {}).setdefault((phase, shape["gate"]), {})
+                curve[shape["num_householder"]] = theirs["median_ms"] / mine["median_ms"]
+    plt = pyplot()
+    with plt.rc_context(RC):
+        columns = min(2, max(1, len(panels)))
+        rows_of_panels = -(-max(1, len(panels)) // columns)
+        figure, grid = plt.subplots(
+            rows_of_panels, columns, squeeze=False, layout="constrained", sharey=True,
+            figsize=(PANEL[0] * columns, PANEL[1] * rows_of_panels),
+        )  # fmt: skip
+        for axes, (size, curves) in zip(grid.flat, panels.items(), strict=False):
+            for (phase, gated), curve in sorted(curves.items()):
+                i = list(PHASES).index(phase)
+                axes.plot(
+                    list(curve), list(curve.values()), color=COLOURS[i], marker=MARKERS[i],
+                    linestyle="--" if gated else "-", label=PHASES[phase] + (", gated" if gated else ""),
+                )  # fmt: skip
+            axes.axhline(1, color="black", linewidth=1)
+            axes.set_title(size, loc="left", fontsize=9.5)
+            axes.set_xticks(sorted({n for curve in curves.values() for n in curve}))
+            axes.set_ylim(bottom=0)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[-1]:
+            axes.set_xlabel("Householder steps per token")
+        for row in grid:
+            row[0].set_ylabel(f"× as fast as {peer}")
+        legend(grid)
+        save(figure, path)
+        plt.close(figure)
