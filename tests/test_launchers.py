@@ -25,6 +25,8 @@ from deltaproduct.training import RunConfig, TrainConfig
 pytestmark = pytest.mark.timeout(170)  # under heavy load; each takes seconds where nothing else runs
 CURVE = {"length": list(range(200)), "accuracy": [i / 7 for i in range(200)]}
 HERE = {"local": {}, "slurm": {"cluster": "local"}, "ray": {}}  # options with which each serves on one machine
+# Ray takes ten seconds where the others take one: `make test` sees it once, `make test-all` everywhere.
+MOSTLY_QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in LAUNCHERS]
 
 
 class Odd(Exception):
@@ -139,7 +141,7 @@ def numbers(results):
     return [{key: value for key, value in result.items() if key != "wall_seconds"} for result in results]
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", MOSTLY_QUICK)
 def test_a_stopped_sweep_continues_and_gives_the_same_numbers(launch, tmp_path, monkeypatch, name):
     launch(name, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -175,7 +177,7 @@ def children():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", MOSTLY_QUICK)
 def test_an_interrupt_leaves_nothing_running(launch, tmp_path, name):
     launcher = launch(name, tmp_path, workers=1)
 

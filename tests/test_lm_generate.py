@@ -1,7 +1,9 @@
 """`deltaproduct lm generate`: text as it comes, conversations that go on, and one clear line for every mistake."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -121,6 +123,29 @@ SAMPLES = [
     b"\x80" * 20,
     "a � in the text itself �",
 ]
+
+
+def test_an_interrupted_conversation_is_saved(run_folder, tmp_path, monkeypatch):
+    step = Stream._step
+
+    def interrupted(stream, token):
+        step(stream, token)
+        if stream.position == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Stream, "_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    command = LmGenerate(source=run_folder, prompt="Wie schön", max_tokens=30, save_state=tmp_path / "saved")
+    with pytest.raises(KeyboardInterrupt):
+        command.run()
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    saved = Stream.load(tmp_path / "saved", build())
+    assert saved.position == 14  # 11 of the prompt and three more
+    whole = Stream(build(), Sampling())
+    whole.read([256, *"Wie schön".encode()])
+    list(whole.write(3))
+    assert torch.equal(saved.logits, whole.logits) and list(saved.write(5)) == list(whole.write(5))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=ascii)

@@ -1,10 +1,15 @@
 """`deltaproduct lm generate`: a language model goes on with a prompt, or with a conversation that was saved."""
 
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from types import FrameType
 from typing import Annotated, Any
 
 import tyro
@@ -53,7 +58,7 @@ class LmGenerate:
     """Let a language model write: token by token, from a state of constant size, until a document ends.
 
     Text goes to standard output, figures to standard error. The sampling of a conversation that is loaded is kept but
-    for what is given here.
+    for what is given here. Ctrl-C ends the text early; with --save-state, the conversation up to there is saved.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a run's folder, or a checkpoint's that has a "
@@ -83,15 +88,20 @@ class LmGenerate:
 
         text, pieces, tokens = TextStream(tokenizer), [], []
         started = perf_counter()
-        for token in stream.write(self.max_tokens, stop=(tokenizer.document_token,)):
-            tokens.append(token)
-            pieces.append(text.add(token))
-            self._show(pieces[-1])
-        writing = perf_counter() - started
-        pieces.append(text.rest())
-        self._show(pieces[-1] + "\n")
-        if self.save_state is not None:
-            stream.save(self.save_state)
+        with _interrupts_counted() as interrupts:
+            for token in stream.write(self.max_tokens, stop=(tokenizer.document_token,)):
+                tokens.append(token)
+                pieces.append(text.add(token))
+                self._show(pieces[-1])
+                if interrupts:
+                    break
+            writing = perf_counter() - started
+            pieces.append(text.rest())
+            self._show(pieces[-1] + "\n")
+            if self.save_state is not None:
+                stream.save(self.save_state)
+        if interrupts:
+            raise KeyboardInterrupt
         figures = {
             "prompt_tokens": len(read),
             "written_tokens": len(tokens),
@@ -134,6 +144,27 @@ class LmGenerate:
     def _show(self, text: str) -> None:
         if not self.json:
             print(text, end="", flush=True)
+
+
+@contextmanager
+def _interrupts_counted() -> Iterator[list[int]]:
+    """Ctrl-C ends the text after the token that is being written, so that what was read and written can be saved; a
+    second one ends the program at once."""
+    found: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield found
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if found:
+            raise KeyboardInterrupt
+        found.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceModel, Tokenizer]:

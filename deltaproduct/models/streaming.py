@@ -46,7 +46,9 @@ class ModelDecoder:
 
 
 def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
-    """The native decoder where it can serve, and otherwise the model itself."""
+    """The native decoder where it can serve and no other backend was asked for, and otherwise the model itself."""
+    if any(mixer.backend not in ("auto", "cpu") for mixer in model.mixers()):
+        return ModelDecoder(model)
     try:
         return Decoder(model)
     except UsageError:
