@@ -54,6 +54,7 @@ def bench_ops(
     repeats: int | None = None,
     backward: bool = True,
     quick: bool = False,
+    hard: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> OpsBenchmark:
@@ -70,6 +71,7 @@ def bench_ops(
             has taken 20 s stops after three.
         backward: also check and time gradients.
         quick: a few seconds in all.
+        hard: inputs of state tracking, where chunked algorithms lose most: keys with a cosine of .99, β in (1.9,2).
         seed: of the inputs: unit keys, β uniform in (0,2), g (where gated) the logarithm of gates near 1.
         progress: called with a line before each stage.
 
@@ -77,7 +79,9 @@ def bench_ops(
         UsageError: an unknown backend, device or dtype, one that cannot serve and was named, fewer than one repeat.
     """
     say = progress or (lambda line: None)
-    settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick)
+    settings = Settings.of(
+        device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick, hard=hard
+    )
     if shapes is None:
         usual = GPU_SHAPES if settings.device.type == "cuda" else DEFAULT_SHAPES
         shapes = QUICK_SHAPES if quick else usual
@@ -98,6 +102,7 @@ def bench_ops(
         **settings.circumstances(),
         error_limit=error_limit(settings.dtype, settings.device),
         backward=backward,
+        hard=hard,
         shapes=results,
         unavailable=unavailable,
         versions={name: version for name in names if name in PEERS and (version := PEERS[name].version)},

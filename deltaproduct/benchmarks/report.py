@@ -158,6 +158,7 @@ class OpsBenchmark(Report):
     """What `bench_ops` found."""
 
     backward: bool
+    hard: bool  # inputs of state tracking
     shapes: list[ShapeResult]
     unavailable: list[NotRun]  # backends and peers that cannot serve here
     versions: dict[str, str]  # of the peers' packages

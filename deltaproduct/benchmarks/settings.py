@@ -23,6 +23,7 @@ class Settings:
     repeats: int  # timed runs of each row
     backward: bool  # gradients too
     seed: int  # of the inputs
+    hard: bool = False  # almost parallel keys and β near 2, in place of keys of any direction and any β
 
     @classmethod
     def of(
@@ -34,6 +35,7 @@ class Settings:
         backward: bool = True,
         seed: int = 0,
         quick: bool = False,
+        hard: bool = False,
     ) -> "Settings":
         """Check what a user asked for.
 
@@ -57,7 +59,7 @@ class Settings:
             repeats = QUICK_REPEATS if quick else REPEATS
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise UsageError(f"repeats must be a whole number of at least 1, not {repeats!r}.")
-        return cls(where, found, repeats, backward, seed)
+        return cls(where, found, repeats, backward, seed, hard)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -85,10 +85,11 @@ class BenchOps(_OperatorBench):
         ),
     ] = None
     backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run, peers too; none: all that can serve")] = ()
+    hard: Annotated[bool, tyro.conf.arg(help="almost parallel keys and β near 2: how large are the errors?")] = False
 
     def run(self) -> None:
         shapes = [OpShape.parse(s) for s in self.shapes]
-        options = self._options("dtype", "backward", "against")
+        options = self._options("dtype", "backward", "against", "hard")
         if self.against is not None and self.out is not None:
             pyplot()  # where it is missing, better now than after all the work
         report = bench_ops(shapes or None, backends=self.backends or None, **options)

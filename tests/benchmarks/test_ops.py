@@ -89,6 +89,17 @@ def test_against_a_peer():
         bench_ops([TINY], against="fla", device="cpu")
 
 
+def test_hard_inputs_are_almost_parallel():
+    settings = Settings.of(device="cpu", hard=True)
+    x = problem.Problem(OpShape(1, 64, 1, 64, 2), settings).x
+    k = x["k"].detach().flatten(0, -2)
+    cosines = (k @ k.mT)[~torch.eye(len(k), dtype=bool)]
+    assert cosines.mean() == pytest.approx(0.99, abs=2e-3) and cosines.min() > 0.97
+    assert 1.9 <= x["beta"].min() and x["beta"].max() <= 2
+    report = bench_ops([TINY], backends=["chunkwise"], device="cpu", repeats=1, hard=True)
+    assert report.hard and rows_of(report)["chunkwise"].error < 1e-4
+
+
 def test_a_peer_without_a_backward_is_timed_forwards(add_peer):
     class NoBackward(torch.autograd.Function):
         @staticmethod
