@@ -1,8 +1,8 @@
 """Every Triton kernel, compiled for a GPU that need not be there: what the interpreter does not see.
 
 A program of its own, because Triton decides once per process whether it compiles or interprets:
-`python compile_kernels.py CAPABILITY [MODE]` prints one JSON list, an object for each kernel, purpose and candidate.
-MODE is bfloat16 (the default), float32 or precise.
+`python compile_kernels.py CAPABILITY MODE [first]` prints a JSON list, an object for each kernel, purpose and
+candidate, or first candidate. MODE is bfloat16, float32 or precise.
 """
 
 import json
@@ -91,7 +91,7 @@ def compile_for(capability: int, kernel, args, constants: dict, config) -> dict:
 
 
 def main() -> None:
-    capability, mode = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "bfloat16"
+    capability, mode, first = int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["first"]
     found, seen = [], set()
     for kernel, args, constants in launches(mode):
         meta = dict(zip(kernel.fn.arg_names, args, strict=False)) | constants
@@ -100,7 +100,8 @@ def main() -> None:
         if key in seen:
             continue
         seen.add(key)
-        for config in kernel.early_config_prune(kernel.configs, {}, **constants):
+        configs = kernel.early_config_prune(kernel.configs, {}, **constants)
+        for config in configs[:1] if first else configs:
             found.append(compile_for(capability, kernel, args, constants, config))
             print(found[-1], file=sys.stderr, flush=True)
     print(json.dumps(found))

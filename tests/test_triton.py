@@ -4,6 +4,12 @@ The interpreter multiplies in float32 whatever precision is asked for, so that f
 compute the right thing; how far tensor cores are from it is for a GPU to show. It cuts bfloat16 off, a GPU rounds.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -347,3 +353,37 @@ def test_what_it_cannot_serve(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(UsageError, match="it needs a GPU and PyTorch sees none"):
             resolve_backend("triton", device="cpu")
+
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("capability", "mode", "which"),
+    [
+        (90, "bfloat16", ["first"]),
+        pytest.param(90, "bfloat16", [], marks=pytest.mark.slow),
+        pytest.param(90, "float32", [], marks=pytest.mark.slow),
+        pytest.param(90, "precise", [], marks=pytest.mark.slow),
+        pytest.param(80, "bfloat16", [], marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles_and_fits(capability, mode, which, tmp_path):
+    program = Path(__file__).parent / "compile_kernels.py"
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, program, str(capability), mode, *which], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert {r["kernel"] for r in found} == {
+        f"{name}_kernel" for name in ("prepare", "scan", "reverse", "segments", "gradients", "decode")
+    }
+    best: dict[str, int] = {}  # of what each kernel is compiled for, the candidate with the fewest spills that fits
+    for r in found:
+        if r["shared"] <= SHARED_MEMORY[capability]:
+            purpose = f"{r['kernel']} {r['purpose']}"
+            best[purpose] = min(best.get(purpose, r["stack"]), r["stack"])
+    assert best.keys() == {f"{r['kernel']} {r['purpose']}" for r in found}
+    assert max(best.values()) <= 256, best

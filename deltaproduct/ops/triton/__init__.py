@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,28 +33,28 @@ def size_obstacle(steps: int, key_dim: int) -> str | None:
     return f"it takes keys of at most {MAX_KEY_DIM}, not {key_dim}" if key_dim > MAX_KEY_DIM else None
 
 
-def fused(*inputs: object) -> tuple[Tensor, Tensor]:
+def fused(*inputs: Any) -> tuple[Tensor, Tensor]:
     """See `operator.fused`."""
     from deltaproduct.ops.triton import operator
 
     return operator.fused(*inputs)
 
 
-def fused_precise(*inputs: object) -> tuple[Tensor, Tensor]:
+def fused_precise(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The same with operands that keep all their bits."""
     from deltaproduct.ops.triton import operator
 
     return operator.fused(*inputs, precise=True)
 
 
-def decode(*inputs: object) -> tuple[Tensor, Tensor]:
+def decode(*inputs: Any) -> tuple[Tensor, Tensor]:
     """See `operator.decode`."""
     from deltaproduct.ops.triton import operator
 
     return operator.decode(*inputs)
 
 
-def decode_inplace(*inputs: object) -> Tensor:
+def decode_inplace(*inputs: Any) -> Tensor:
     """See `operator.triton_step_inplace`."""
     from deltaproduct.ops.triton import operator
 
