@@ -55,7 +55,9 @@ def draw(runs: Runs, path: Path) -> None:
         source = task.split(",")[0]
         target = path if task == runs[0]["task"] else path.with_stem(f"{path.stem}-{source}")
         trained = mine[0]["training_length"]
-        loss_by_position_figure(curves, target, trained_at=trained, title=f"Loss by position: {source}")
+        closer = [label for label in curves if label != LABELS["transformer"]]
+        closer = closer if len(closer) < len(curves) else []
+        loss_by_position_figure(curves, target, trained_at=trained, title=f"Loss by position: {source}", closer=closer)
 
 
 def _labels(runs: Runs) -> list[str]:

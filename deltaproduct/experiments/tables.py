@@ -46,22 +46,23 @@ def accuracy_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def loss_table(runs: Sequence[dict[str, Any]], *, title: str) -> Table:
-    """Loss by position: for each label and corpus the median over its runs, and the smallest and largest beside it."""
+    """Loss by position: for each label and corpus the median over its runs, and below it the smallest and largest."""
     kinds = list(dict.fromkeys((run["task"], run["label"]) for run in runs))
     ends = list(runs[0]["loss"])
-    table = _table(title)
+    several = len({run["seed"] for run in runs}) > 1
+    table = _table(title + (": median, smallest and largest of each model's runs" if several else ""))
     table.add_column("model", no_wrap=True)
     for end in ends:
         table.add_column(f"{int(end):,}", justify="right", no_wrap=True)
     table.add_column("s", justify="right")
     for task in dict.fromkeys(task for task, _ in kinds):
-        table.add_row(f"on {task}", style="bold")
+        table.add_row(task, style="bold")
         for label in (label for of, label in kinds if of == task):
             mine = [run for run in runs if run["label"] == label and run["task"] == task]
             cells = []
             for end in ends:
                 values = [run["loss"][end] for run in mine]
-                spread = f"\n{min(values):.3f}–{max(values):.3f}" if len(values) > 1 else ""
+                spread = f"\n{min(values):.3f}\n{max(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.median(values):.3f}{spread}")
             table.add_row(escape(label), *cells, f"{statistics.median(r['wall_seconds'] for r in mine):.0f}")
     return table

@@ -21,6 +21,7 @@ def loss_by_position_figure(
     *,
     trained_at: int | None = None,
     title: str = "Loss by position",
+    closer: Sequence[str] = (),
 ) -> None:
     """Loss against how much of the text has been read, one colour per label: the median over runs, and each run thinly.
 
@@ -28,28 +29,37 @@ def loss_by_position_figure(
         curves: by label the curves of its runs, each with "position" (tokens read) and "loss" (nats, smoothed), as
             `lm evaluate` writes them; the runs of a label have the same positions.
         trained_at: the training context, which gets a line.
+        closer: labels that a second panel shows by themselves, where another label's losses would press them together.
     """
     plt = pyplot()
+    colours = dict(zip(curves, cycle(COLOURS, list(curves)), strict=True))
     with plt.rc_context(RC):
-        figure, grid = plt.subplots(1, 1, squeeze=False, layout="constrained")
-        axes = grid[0][0]
-        for (label, runs), colour in zip(curves.items(), cycle(COLOURS, list(curves)), strict=True):
-            positions = runs[0]["position"]
-            if len(runs) > 1:
-                for run in runs:
-                    axes.plot(positions, run["loss"], color=colour, alpha=0.35, linewidth=0.7)
-            median = np.median([run["loss"] for run in runs], axis=0)
-            axes.plot(positions, median, color=colour, linewidth=1.8, label=subscript(label))
-        _limit_to_the_settled_part(axes, curves, trained_at)
-        if trained_at is not None:
-            axes.axvline(trained_at, **TRAINED_AT)
-            offset = {"xytext": (0, 4), "textcoords": "offset points"}
-            axes.annotate(f"trained at {trained_at:,}", (trained_at, 1.0), xycoords=("data", "axes fraction"), **offset,
-                          fontsize=9)  # fmt: skip
-        axes.set_xlabel("tokens read")
-        axes.set_ylabel("cross-entropy (nats per token)")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set_title(title, loc="left", pad=18)
+        panels = [list(curves), *([list(closer)] if closer else [])]
+        width, height = RC["figure.figsize"]
+        figure, grid = plt.subplots(
+            1, len(panels), squeeze=False, layout="constrained", figsize=(width * (0.4 + 0.6 * len(panels)), height)
+        )
+        for axes, labels in zip(grid[0], panels, strict=True):
+            shown = {label: curves[label] for label in labels}
+            for label, runs in shown.items():
+                positions = runs[0]["position"]
+                if len(runs) > 1:
+                    for run in runs:
+                        axes.plot(positions, run["loss"], color=colours[label], alpha=0.35, linewidth=0.7)
+                median = np.median([run["loss"] for run in runs], axis=0)
+                axes.plot(positions, median, color=colours[label], linewidth=1.8, label=subscript(label))
+            _limit_to_the_settled_part(axes, shown, trained_at)
+            if trained_at is not None:
+                axes.axvline(trained_at, **TRAINED_AT)
+                offset = {"xytext": (0, 4), "textcoords": "offset points"}
+                axes.annotate(f"trained at {trained_at:,}", (trained_at, 1.0), xycoords=("data", "axes fraction"),
+                              **offset, fontsize=9)  # fmt: skip
+            axes.set_xlabel("tokens read")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        grid[0][0].set_ylabel("cross-entropy (nats per token)")
+        grid[0][0].set_title(title, loc="left", pad=18)
+        if closer:
+            grid[0][1].set_title("closer", loc="left", pad=18)
         most = max(len(runs) for runs in curves.values())
         legend(grid, title=f"median of {most} seeds" if most > 1 else None, alignment="left")
         save(figure, path)
