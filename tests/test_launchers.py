@@ -25,8 +25,8 @@ from deltaproduct.training import RunConfig, TrainConfig
 pytestmark = pytest.mark.timeout(170)  # under heavy load; each takes seconds where nothing else runs
 CURVE = {"length": list(range(200)), "accuracy": [i / 7 for i in range(200)]}
 HERE = {"local": {}, "slurm": {"cluster": "local"}, "ray": {}}  # options with which each serves on one machine
-# Ray takes ten seconds where the others take one: `make test` sees it once, `make test-all` everywhere.
-MOSTLY_QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in LAUNCHERS]
+# Ray takes ten seconds and more where the others take one.
+WITH_SLOW_RAY = [pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in LAUNCHERS]
 
 
 class Odd(Exception):
@@ -105,7 +105,7 @@ def outcomes(launcher, calls):
     return ends, len(ticks)
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_every_call_is_settled_once_and_stops_no_other(launch, tmp_path, capfd, name):
     calls = {"mistaken": mistaken, "killed": killed, "broken": broken, "whole": partial(whole, tmp_path)}
     launcher = launch(name, tmp_path)
@@ -141,7 +141,7 @@ def numbers(results):
     return [{key: value for key, value in result.items() if key != "wall_seconds"} for result in results]
 
 
-@pytest.mark.parametrize("name", MOSTLY_QUICK)
+@pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_a_stopped_sweep_continues_and_gives_the_same_numbers(launch, tmp_path, monkeypatch, name):
     launch(name, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -177,7 +177,7 @@ def children():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", MOSTLY_QUICK)
+@pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_an_interrupt_leaves_nothing_running(launch, tmp_path, name):
     launcher = launch(name, tmp_path, workers=1)
 
@@ -281,6 +281,7 @@ def test_a_slurm_job_that_is_over_goes_back_into_the_queue():
     assert again.result() == Resumable(partial(dict, a=1), 1)()
 
 
+@pytest.mark.slow
 def test_more_than_ray_has_is_refused(launch, tmp_path, ray_here):
     with pytest.raises(UsageError, match="cpu=400"):
         launch("ray", tmp_path, cpu=400).run({"a": mistaken}, lambda *_: None, lambda: None)

@@ -567,7 +567,10 @@ def test_a_backend_that_cannot_serve_says_why(name):
     assert "\n" not in str(refusal.value)
 
 
-def test_auto_says_what_it_passed_over():
-    name, reason = resolve_backend()
-    assert name == serving()[0]
-    assert all(other in reason for other in BACKENDS if other not in serving())
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_says_what_it_passed_over(device):
+    name, reason = resolve_backend(device=device)
+    assert name == (serving()[0] if device == "cpu" else "chunkwise")
+    faster = list(BACKENDS)[: list(BACKENDS).index(name)]
+    assert all(f"not {other}: " in reason for other in faster) and reason.count("; not ") == len(faster)
+    assert device == "cpu" or {"cpu", "triton"} <= set(faster)

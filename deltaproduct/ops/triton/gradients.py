@@ -38,7 +38,7 @@ def _of_raw(d_unit, x, norm, NORMALISE: tl.constexpr):
         return d_unit
 
 
-@tuned((64, 8, 1), (64, 8, 2), key=["GATED", "NORMALISE"])
+@tuned((64, 8, 2), (64, 8, 1), key=["GATED", "NORMALISE"])
 @triton.jit
 def gradients_kernel(
     q, k, beta, g, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, table, scale, T, chunks,
