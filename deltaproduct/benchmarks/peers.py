@@ -193,11 +193,10 @@ def _fla_kernels() -> Operator:
     return run
 
 
-FLA = "fla"
 PEERS: dict[str, Peer] = {
     p.name: p
     for p in (
-        Peer(FLA, "flash-linear-attention's Triton kernels", _fla_kernels, "fla-core", gpu=True),
+        Peer("fla", "flash-linear-attention's Triton kernels", _fla_kernels, "fla-core", gpu=True),
         Peer("transformers", "Qwen3-Next's chunked rule in PyTorch", _transformers, "transformers"),
         Peer("fla_chunkwise", "flash-linear-attention's naive chunked rule", _fla_chunkwise, "fla-core"),
         Peer("fla_loop", "flash-linear-attention's naive loop", _fla_loop, "fla-core", loop=True),

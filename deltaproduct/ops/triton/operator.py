@@ -73,7 +73,7 @@ class _Run:
         q, k, v = (x.to(self.precision.dtype).contiguous() for x in (q, k, v))
         self.q, self.k, self.v, self.beta = q, k, v, beta.contiguous()
         self.g = None if g is None else g.contiguous()
-        self.scale, self.normalise = scale, qk_l2norm
+        self.scale = scale
         self.layout = layout = Layout.of(k, v, cu_seqlens, processors(k.device))
         self.table, self.starts, self.owners = layout.tables(cu_seqlens)
         self.heads, (self.key_dim, self.value_dim) = v.shape[3], (k.shape[4], v.shape[4])
@@ -178,9 +178,8 @@ def triton_forward(
         kept = run.chain(summary, start, final)
         run.scan(segmented=True, start=kept, o=o)
     else:
-        summary = run.empty(0)
-        kept = run.states(layout.all_segments if keep else 0)
-        run.scan(segmented=False, start=start, o=o, final=final, kept=kept if keep else None)
+        summary, kept = run.empty(0), run.states(layout.all_segments) if keep else None
+        run.scan(segmented=False, start=start, o=o, final=final, kept=kept)
     if not keep:
         kept, summary = run.empty(0), run.empty(0)
     return o, final, kept, summary

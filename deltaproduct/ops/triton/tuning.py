@@ -1,7 +1,7 @@
 """Which block sizes and how many warps a kernel is compiled with: measured once per shape, and remembered on disk.
 
-The candidates are those that keep everything in registers on compute capability 9.0; how that was found is in
-`docs/LOG.md`.
+The candidates are those that keep most or all in registers on compute capability 9.0, the best of them first; what each
+was compiled to is in `docs/LOG.md`. None has been timed on a GPU yet.
 """
 
 from collections.abc import Callable, Sequence
