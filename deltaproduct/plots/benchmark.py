@@ -41,6 +41,7 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, pa
                 i = list(PHASES).index(phase)
                 axes.plot(
                     list(curve), list(curve.values()), color=COLOURS[i], marker=MARKERS[i],
+                    markerfacecolor="white" if gated else None,
                     linestyle="--" if gated else "-", label=PHASES[phase] + (", gated" if gated else ""),
                 )  # fmt: skip
             axes.axhline(1, color="black", linewidth=1)
@@ -49,8 +50,7 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, pa
             axes.set_ylim(bottom=0)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes in grid[-1]:
-            axes.set_xlabel("Householder steps per token")
+        figure.supxlabel("Householder steps per token", fontsize=RC["font.size"])
         for row in grid:
             row[0].set_ylabel(f"× as fast as {peer}")
         legend(grid)
