@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from deltaproduct.ops.triton import operator
 
-KERNELS = ("prepare_kernel", "scan_kernel", "reverse_kernel", "segments_kernel", "gradients_kernel", "decode_kernel")
+KERNELS = tuple(f"{n}_kernel" for n in ("gates", "prepare", "scan", "reverse", "segments", "gradients", "decode"))
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -1,7 +1,7 @@
 """The Triton kernels against the oracle: on a GPU where there is one, otherwise in Triton's interpreter, in NumPy.
 
-The interpreter multiplies in float32 whatever precision is asked for, so that float32 here says that the kernels
-compute the right thing; how far tensor cores are from it is for a GPU to show. It cuts bfloat16 off, a GPU rounds.
+The interpreter multiplies in float32 where tf32×3 is asked for. Operands of bfloat16 and tf32 are rounded as on a GPU,
+so that what these cost in accuracy is seen here too, but for the order of sums.
 """
 
 import json
@@ -28,8 +28,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 FLOAT32 = 2e-5 if GPU else 1e-5  # tf32×3 has two bits fewer than float32
 BFLOAT16 = 0.03  # operands of 8 bits: 4e-3 each, many of them
+TF32 = 2e-3  # of 11 bits
 PRECISE = 1e-3
-LAST_BIT = 2**-8 if GPU else 2**-7  # of a bfloat16 result, rounded or cut off
+LAST_BIT = 2**-8  # of a bfloat16 result
 NAMES = ("triton", "triton_precise")
 
 
@@ -142,7 +143,7 @@ def test_float16_keeps_its_own_bits():
     inputs = leaves(x, torch.float16)
     rounded = x | {n: a.detach().double() for n, a in inputs.items()} | {"d_o": x["d_o"].half().double()}
     got, want = outcome(p, rounded, torch.float16), solve(p, rounded)
-    assert_within(errors(got, want), 2**-11 + (5e-3 if GPU else 1e-5))
+    assert_within(errors(got, want), 2**-11 + TF32)
 
 
 def test_mixed_dtypes():
@@ -355,6 +356,7 @@ def test_what_it_cannot_serve(monkeypatch):
             resolve_backend("triton", device="cpu")
 
 
+SPILLED = 200
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
 
 
@@ -378,7 +380,7 @@ def test_every_kernel_compiles_and_fits(capability, mode, which, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert {r["kernel"] for r in found} == {
-        f"{name}_kernel" for name in ("prepare", "scan", "reverse", "segments", "gradients", "decode")
+        f"{name}_kernel" for name in ("gates", "prepare", "scan", "reverse", "segments", "gradients", "decode")
     }
     best: dict[str, int] = {}  # of what each kernel is compiled for, the candidate with the fewest spills that fits
     for r in found:
@@ -386,6 +388,7 @@ def test_every_kernel_compiles_and_fits(capability, mode, which, tmp_path):
             purpose = f"{r['kernel']} {r['purpose']}"
             best[purpose] = min(best.get(purpose, r["stack"]), r["stack"])
     assert best.keys() == {f"{r['kernel']} {r['purpose']}" for r in found}
-    # Bytes that a thread keeps outside its registers, as measured: the gradients with gates still do (docs/LOG.md).
-    for purpose, stack in best.items():
-        assert stack <= (400 if purpose.startswith("gradients_kernel") else 128), best
+    if (capability, mode) == (90, "bfloat16"):  # what the candidates were chosen for
+        # Bytes that a thread keeps outside its registers, as measured: the gradients with gates still do (docs/LOG.md).
+        for purpose, stack in best.items():
+            assert stack <= (SPILLED if purpose.startswith("gradients_kernel") else 0), best

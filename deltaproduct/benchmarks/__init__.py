@@ -1,9 +1,11 @@
 """What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
 
+from deltaproduct.benchmarks.decode import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
 from deltaproduct.benchmarks.mixers import bench_mixers
 from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, bench_ops, row_names
 from deltaproduct.benchmarks.peers import PEERS, textbook_loop
 from deltaproduct.benchmarks.report import (
+    DecodeBenchmark,
     MixersBenchmark,
     OpsBenchmark,
     OpShape,
@@ -16,19 +18,23 @@ from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_ste
 from deltaproduct.benchmarks.train import bench_train
 
 __all__ = [
+    "DECODE_SHAPE",
     "DEFAULT_SHAPES",
     "GPU_SHAPES",
     "PEERS",
+    "QUICK_DECODE_SHAPE",
     "QUICK_SHAPES",
     "QUICK_STEP_MODEL",
     "SCALING_LENGTHS",
     "STEP_MODEL",
+    "DecodeBenchmark",
     "MixersBenchmark",
     "OpShape",
     "OpsBenchmark",
     "ScalingBenchmark",
     "StepBenchmark",
     "TrainBenchmark",
+    "bench_decode",
     "bench_mixers",
     "bench_ops",
     "bench_scaling",

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltaproduct.benchmarks.report import (
+    DecodeBenchmark,
     MixerRow,
     MixersBenchmark,
     OpsBenchmark,
@@ -37,6 +38,8 @@ def render(report: Report, console: Console) -> None:
             _scaling(report, page)
         case StepBenchmark():
             _step(report, page)
+        case DecodeBenchmark():
+            _decode(report, page)
         case TrainBenchmark():
             _train(report, page)
         case MixersBenchmark():
@@ -193,6 +196,32 @@ def _step(report: StepBenchmark, page: _Page) -> None:
         )
 
 
+def _decode(report: DecodeBenchmark, page: _Page) -> None:
+    shape = report.shape
+    title = f"One token, {re.sub('^B[0-9]+ T[0-9]+ ', '', shape.label)}, {report.backend}, µs"
+    launches = any(row.launch for row in report.rows)
+    rows = [
+        (
+            f"B{row.batch_size}",
+            "–" if row.error is None else f"{row.error:.0e}",
+            _us(row.step) if row.status == "timed" else row.status.upper(),
+            _us(row.copy),
+            _number(row.ratio),
+            *((_us(row.launch), _number(row.launch_ratio)) if launches else ()),
+        )
+        for row in report.rows
+    ]
+    last = ("empty kernel", "× empty") if launches else ()
+    page.table(title, ("", "error", "step", "copy of states", "× copy", *last), rows)
+    for row in report.rows:
+        if row.status != "timed":
+            page.note(f"B{row.batch_size} is {row.status} and was not timed: {row.reason}.")
+    page.note(f"A layer's step, its state overwritten; {report.layers} layers in turn, each with its own state.")
+    page.note(f"µs: median of {report.repeats}, and below it the range{', in CUDA graphs' if launches else ''}.")
+    page.note("copy: the state read once and written once, into another.")
+    page.note("error: max|x − x64| / max|x64| over output and state.")
+
+
 def _train(report: TrainBenchmark, page: _Page) -> None:
     rows = []
     for row in report.rows:
@@ -247,6 +276,10 @@ def _mixers(report: MixersBenchmark, page: _Page) -> None:
 
 def _ms(t: Timing | None) -> str:
     return "–" if t is None else f"{_number(t.median_ms)}\n{_number(t.min_ms)}–{_number(t.max_ms)}"
+
+
+def _us(t: Timing | None) -> str:
+    return "–" if t is None else f"{_number(1e3 * t.median_ms)}\n{_number(1e3 * t.min_ms)}–{_number(1e3 * t.max_ms)}"
 
 
 def _number(x: float | None) -> str:

@@ -224,6 +224,35 @@ class StepBenchmark(Report):
 
 
 @dataclass
+class DecodeRow:
+    """One batch size; `status` and `reason` as in `Row`. Times are those of one layer's step. What was not measured is
+    None."""
+
+    batch_size: int
+    state_bytes: int  # of one layer
+    status: str = "timed"
+    reason: str | None = None
+    error: float | None = None  # largest of the output's and the state's max|x − x64| / max|x64|
+    step: Timing | None = None  # `delta_product_step(inplace=True)`
+    copy: Timing | None = None  # of the state into another: read once, written once
+    launch: Timing | None = None  # of an empty kernel; on a GPU
+    ratio: float | None = None  # step over copy
+    launch_ratio: float | None = None  # step over launch
+
+
+@dataclass
+class DecodeBenchmark(Report):
+    """What `bench_decode` found."""
+
+    shape: OpShape  # B and T do not count
+    layers: int  # whose states were stepped in turn
+    backend: str
+    why_backend: str
+    rows: list[DecodeRow]
+    benchmark: str = field(default="decode", init=False)
+
+
+@dataclass
 class TrainRow:
     """Training with one backend; `status`, `reason` and `worst` as in `Row`. What was not measured is None.
 

@@ -10,9 +10,12 @@ import tyro
 from rich.console import Console
 
 from deltaproduct.benchmarks import (
+    DECODE_SHAPE,
+    QUICK_DECODE_SHAPE,
     QUICK_STEP_MODEL,
     STEP_MODEL,
     OpShape,
+    bench_decode,
     bench_mixers,
     bench_ops,
     bench_scaling,
@@ -108,6 +111,27 @@ class BenchScaling(_OperatorBench):
 
     def run(self) -> None:
         self._show(bench_scaling(self.lengths, backend=self.backend, **self._options("dtype", "backward")))
+
+
+@dataclass(kw_only=True)
+class BenchDecode(_Bench):
+    """One token of the operator alone, beside copying its states and, on a GPU, beside an empty kernel."""
+
+    batches: Annotated[IntList | None, tyro.conf.arg(help="sequences decoded at once; None: 1,64,256")] = None
+    num_heads: Annotated[int | None, tyro.conf.arg(help="None: 8, or 2 with --quick")] = None
+    head_dim: Annotated[int | None, tyro.conf.arg(help="None: 128, or 16 with --quick")] = None
+    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token")] = 2
+    gate: Annotated[bool, tyro.conf.arg(help="with a forget gate")] = False
+    dtype: Annotated[
+        str | None,
+        tyro.conf.arg(help="of queries, keys and values: float32, bfloat16 or float16; None: as in bench ops"),
+    ] = None
+
+    def run(self) -> None:
+        names = ("num_heads", "head_dim", "num_householder", "gate")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        shape = dataclasses.replace(QUICK_DECODE_SHAPE if self.quick else DECODE_SHAPE, **given)
+        self._show(bench_decode(shape, **self._options("batches", "dtype")))
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str]) -> Any:
     """The command that the arguments describe, as an object with a `run` method."""
-    from deltaproduct.cli.bench import BenchOps, BenchScaling, BenchStep, BenchTrain
+    from deltaproduct.cli.bench import BenchDecode, BenchOps, BenchScaling, BenchStep, BenchTrain
     from deltaproduct.cli.compile import Compile
     from deltaproduct.cli.doctor import Doctor
     from deltaproduct.cli.evaluate import Evaluate
@@ -67,6 +67,7 @@ def _parse(arguments: list[str]) -> Any:
     bench = (
         Annotated[BenchOps, sub("ops")]
         | Annotated[BenchScaling, sub("scaling")]
+        | Annotated[BenchDecode, sub("decode")]
         | Annotated[BenchStep, sub("step")]
         | Annotated[BenchTrain, sub("train")]
     )

@@ -12,6 +12,8 @@ from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling, bench_ste
 from deltaproduct.cli import bench as cli
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS
+from deltaproduct.plots import benchmark
+from deltaproduct.plots.benchmark import speedup_figure
 
 # --- Reports ----------------------------------------------------------------------------------------------------------
 
@@ -71,6 +73,56 @@ def test_commands_print_and_write_json(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert [row["backend"] for row in printed["shapes"][0]["rows"]] == ["textbook_loop", "chunkwise"]
     assert list(printed["shapes"][0]["rows"][0]["speedup"]) == ["chunkwise"]
+    decode = ["--batches", "2", "--num-heads", "1", "--head-dim", "8", "--num-householder", "3", "--gate"]
+    command(cli.BenchDecode, *decode, *common, str(tmp_path / "decode.json"))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "decode.json").read_text())
+    assert [row["batch_size"] for row in printed["rows"]] == [2]
+    assert printed["shape"]["num_householder"] == 3 and printed["shape"]["gate"]
+
+
+def test_against_a_peer_draws_how_many_times_as_fast(capsys, tmp_path, monkeypatch):
+    drawn = []
+
+    def figure(shapes, ours, peer, path):
+        drawn.append((ours, peer, [s["label"] for s in shapes]))
+        speedup_figure(shapes, ours, peer, path)
+
+    monkeypatch.setattr(cli, "speedup_figure", figure)
+    shapes = [TINY.label, f"{TINY.label} gated", "B1 T4 H1 K4 V8 N3"]
+    common = ["--quick", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "ops.json")]
+    command(cli.BenchOps, "--against", "textbook_loop", "--shapes", *shapes, *common)
+    report = json.loads((tmp_path / "ops.json").read_text())
+    ours = report["shapes"][0]["rows"][0]["backend"]
+    assert drawn == [(ours, "textbook_loop", shapes)] and ours in BACKENDS
+    assert [len(s["rows"]) for s in report["shapes"]] == [2, 2, 2]
+    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_speed_ups_shows_their_ratio(tmp_path, monkeypatch):
+    def row(backend, forward, both):
+        ms = {"forward": forward, "forward_backward": both}
+        return {"backend": backend} | {n: t and {"median_ms": t} for n, t in ms.items()}
+
+    def result(n, gate, ours, theirs):
+        label = f"B1 T4 H1 K4 N{n}" + (" gated" if gate else "")
+        return {
+            "label": label,
+            "shape": {"num_householder": n, "gate": gate},
+            "rows": [row("a", *ours), row("b", *theirs)],
+        }
+
+    shapes = [result(1, False, (1, 2), (3, 8)), result(2, False, (2, 2), (3, 2)), result(2, True, (1, 2), (5, None))]
+    found = {}
+
+    def look(figure, path):
+        for line in figure.axes[0].lines:
+            found[line.get_label()] = list(zip(*line.get_data(), strict=True))
+
+    monkeypatch.setattr(benchmark, "save", look)
+    benchmark.speedup_figure(shapes, "a", "b", tmp_path / "x.png")
+    assert found["forward"] == [(1, 3), (2, 1.5)] and found["forward and backward"] == [(1, 4), (2, 1)]
+    assert found["forward, gated"] == [(2, 5)] and "forward and backward, gated" not in found
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from deltaproduct.ops.triton.parts import inverse_norm
+from deltaproduct.ops.triton.parts import inverse_norm, rounded
 from deltaproduct.ops.triton.scan import state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
 
-@tuned((32, 4, 1), (64, 4, 1), (16, 2, 1), key=["GATED", "NORMALISE"], restore=["new_state"])
+@tuned([(32, 4, 1), (64, 4, 1), (16, 2, 1)], key=["GATED", "NORMALISE"], restore=["new_state"])
 @triton.jit
 def decode_kernel(
     q, k, v, beta, g, state, new_state, o, scale,
@@ -36,6 +36,6 @@ def decode_kernel(
     query = tl.load(q + (sequence * H + key_head) * K + row, mask=row < K, other=0.0).to(tl.float32)
     query *= tl.sum(inverse_norm(query[None, :], NORMALISE, EPS), axis=0)
     out = scale * tl.sum(x * query[:, None], axis=0)
-    tl.store(o + item * V + cols, out.to(o.dtype.element_ty), mask=cols < V)
+    tl.store(o + item * V + cols, rounded(out, o.dtype.element_ty), mask=cols < V)
     at, mask = state_tile(new_state, sequence, head, HV, col, K, V, BK, BV)
     tl.store(at, x, mask=mask)

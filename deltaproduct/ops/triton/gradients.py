@@ -7,7 +7,7 @@ With dL = −strict_tril(dV Eᵀ) and dP = causal(dO Eᵀ), and S, dS the states
     dQ̂ = scale ((D ⊙ dP) Ŵ + exp(G) dO Sᵀ)
 
 where Ŵ = β K̂. The gates' gradient is the sum, over all that decays from before a gate to after it, of value times
-gradient, over the rectangle as it stands (`ops/README.md`).
+gradient.
 """
 
 import triton
@@ -20,6 +20,7 @@ from deltaproduct.ops.triton.parts import (
     load_rows,
     log_decays,
     product,
+    rounded,
     store_rows,
     whole_log_decay,
 )
@@ -38,10 +39,10 @@ def _of_raw(d_unit, x, norm, NORMALISE: tl.constexpr):
         return d_unit
 
 
-@tuned((64, 8, 2), (64, 8, 1), key=["GATED", "NORMALISE"])
+@tuned([(64, 8, 1), (32, 8, 1)], [(16, 8, 1), (32, 8, 1)], key=["GATED", "NORMALISE"])
 @triton.jit
 def gradients_kernel(
-    q, k, beta, g, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, table, scale, T, chunks,
+    q, k, beta, decays, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, table, scale, T, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     TOKENS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
     NORMALISE: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, MODE: tl.constexpr,
@@ -86,31 +87,32 @@ def gradients_kernel(
 
         d_lower, d_attend = tl.where(later, d_lower, 0.0), tl.where(causal, d_attend, 0.0)
         if GATED:
-            high, low = log_decays(g, first, tokens, head, HV, C, N, True)
-            q_high, q_low = log_decays(g, first, tokens, head, HV, BT, 1, True)
-            end_high, end_low = whole_log_decay(g, first, tokens, head, HV, BT, True)
+            high, low = log_decays(decays, place, row // N, row_valid, BT)
+            q_high, q_low = log_decays(decays, place, token, token_valid, BT)
+            end_high, end_low = whole_log_decay(decays, place, BT)
             pair = between(high[:, None], low[:, None], high[None, :], low[None, :])
             q_pair = between(q_high[:, None], q_low[:, None], high[None, :], low[None, :])
             from_start, q_from_start = tl.exp(high), tl.exp(q_high)
             to_end = between(end_high, end_low, high, low)
-            # Value times gradient of everything that decays: pairs, from the start, to the end, and all the way.
-            lower = product(keys, tl.trans(keys), MODE) * norm[:, None] * (norm * rate)[None, :] * pair * d_lower
-            pairs = tl.load(attend + place * BT * C + token[:, None] * C + row[None, :]).to(tl.float32) * d_attend
+            # Value times gradient of everything that decays: pairs, from the start, to the end, and all the way. Pairs
+            # within a token span no gate: they would cancel below, but for their rounding.
+            of, by = (row // N)[:, None], (row // N)[None, :]
+            lower = product(keys, tl.trans(keys), MODE) * norm[:, None] * (norm * rate)[None, :] * pair
+            lower = tl.where(of > by, lower * d_lower, 0.0)
+            pairs = tl.load(attend + place * BT * C + (token[:, None] * C + row[None, :])).to(tl.float32)
+            pairs = tl.where(token[:, None] > by, pairs * d_attend, 0.0)
             wide = keys.to(tl.float32)
             from_first = from_start * norm * tl.sum(d_seen * wide, axis=1)
             to_last = to_end * norm * rate * tl.sum(d_write * wide, axis=1)
             q_from_first = scale * q_from_start * q_norm * tl.sum(d_read * queries.to(tl.float32), axis=1)
-            d_gate = tl.sum(tl.where(later, tl.cumsum(lower, axis=0, reverse=True), 0.0), axis=1)
-            d_gate += tl.cumsum(from_first, axis=0, reverse=True)
-            d_gate += tl.sum(tl.where(later, to_last[None, :], 0.0), axis=1)
+            # A pair spans the gates that are in one G and not in the other: those up to its later row less those up to
+            # its earlier one.
+            of_row = tl.sum(lower, axis=1) - tl.sum(lower, axis=0) - tl.sum(pairs, axis=0) + from_first
+            of_token = tl.sum(pairs, axis=1) + q_from_first
+            d_gate = tl.sum(tl.where(by >= token[:, None], of_row[None, :], to_last[None, :]), axis=1)
+            d_gate += tl.sum(tl.where(token[None, :] >= token[:, None], of_token[None, :], 0.0), axis=1)
             d_gate += tl.sum(through, axis=0) * tl.exp(end_high)
-            earlier = (row // N)[None, :] < token[:, None]
-            of_token = tl.sum(tl.where(earlier, tl.cumsum(pairs, axis=0, reverse=True), 0.0), axis=1)
-            of_token += tl.cumsum(q_from_first, axis=0, reverse=True)
-            mine = (row // N)[:, None] == token[None, :]
-            d_gate += tl.sum(tl.where(mine, of_token[None, :], 0.0), axis=1)
-            at = d_g + (first + row // N) * HV + head
-            tl.store(at, d_gate.to(d_g.dtype.element_ty), mask=row_valid & (row % N == 0))
+            tl.store(d_g + (first + token) * HV + head, rounded(d_gate, d_g.dtype.element_ty), mask=token_valid)
             d_lower, d_attend = d_lower * pair, d_attend * q_pair
             d_seen, d_write, d_read = (
                 d_seen * from_start[:, None],
@@ -122,7 +124,7 @@ def gradients_kernel(
         d_write += product(tl.trans(d_attend * (scale * q_norm)[:, None]), queries, MODE)
         d_rate = norm * tl.sum(d_write * keys.to(tl.float32), axis=1)
         at = d_beta + (first * N + row) * HV + head
-        tl.store(at, d_rate.to(d_beta.dtype.element_ty), mask=row_valid)
+        tl.store(at, rounded(d_rate, d_beta.dtype.element_ty), mask=row_valid)
         weight = (norm * rate)[None, :]
         d_keys += product(d_lower * weight, keys, MODE) + d_seen + rate[:, None] * d_write
         d_queries += scale * (product(d_attend * weight, keys, MODE) + d_read)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltaproduct.ops.inputs import NORM_EPS
 from deltaproduct.ops.triton.decode import decode_kernel
+from deltaproduct.ops.triton.gates import gates_kernel
 from deltaproduct.ops.triton.gradients import gradients_kernel
 from deltaproduct.ops.triton.layout import Layout, tile
 from deltaproduct.ops.triton.prepare import prepare_kernel
@@ -32,13 +33,12 @@ class Precision:
     Attributes:
         dtype: of the inputs as the kernels read them, and of what one kernel leaves to the next where that only enters
             products again.
-        mode: see `parts.product`. solve: the same for the products that make the inverse.
+        mode: see `parts.product`.
     """
 
     dtype: torch.dtype
     work: torch.dtype
     mode: str
-    solve: str
 
     @classmethod
     def of(cls, precise: bool, *inputs: Tensor) -> "Precision":
@@ -46,13 +46,13 @@ class Precision:
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if dtype == torch.bfloat16:
             if precise:
-                return cls(dtype, torch.float32, "split", "tf32x3")
-            return cls(dtype, torch.bfloat16, "fast", "tf32x3")
+                return cls(dtype, torch.float32, "split")
+            return cls(dtype, torch.bfloat16, "fast")
         if dtype == torch.float16 and not precise:
-            return cls(dtype, torch.float32, "tf32", "tf32x3")
+            return cls(dtype, torch.float32, "tf32")
         if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not precise:
-            return cls(dtype, torch.float32, "tf32", "tf32x3")
-        return cls(dtype, torch.float32, "tf32x3", "tf32x3")
+            return cls(dtype, torch.float32, "tf32")
+        return cls(dtype, torch.float32, "tf32x3")
 
 
 @cache
@@ -83,6 +83,7 @@ class _Run:
             "MODE": self.precision.mode,
         }  # fmt: skip
         self.norm = {"EPS": NORM_EPS, "NORMALISE": qk_l2norm, "GATED": g is not None}
+        self.decays: Tensor | None = None
         self.prepared: tuple[Tensor, ...] = ()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,9 +101,15 @@ class _Run:
         seen, writes = (self.empty(count, self.heads, rows) for _ in range(2))
         reads, whole = self.empty(count, self.heads, token_rows), self.empty(count, self.heads)
         self.prepared = inverse, attend, seen, writes, reads, whole
+        places = self.table, layout.length, layout.chunks
+        if self.g is not None:
+            self.decays = self.empty(count, self.heads, 2, token_rows)
+            gates_kernel[count, self.heads](
+                self.g, self.decays, *places, HV=self.heads, TOKENS=layout.tokens, BT=token_rows, PACKED=layout.packed,
+            )  # fmt: skip
         prepare_kernel[count, self.heads](
-            self.q, self.k, self.beta, self.g, *self.prepared, self.table, self.scale, layout.length, layout.chunks,
-            **self.sizes, **self.norm, ATTEND=True, SOLVE=self.precision.solve,
+            self.q, self.k, self.beta, self.decays, *self.prepared, self.table, self.scale, *places[1:],
+            **self.sizes, **self.norm,
         )  # fmt: skip
 
     def scan(
@@ -242,7 +249,7 @@ def triton_backward(
     if exact_d_v is not d_v:
         d_v.copy_(exact_d_v)
     gradients_kernel[layout.all_chunks, k.shape[3]](
-        run.q, run.k, run.beta, run.g, d_o, run.prepared[1], errors, states, d_states, exact_d_v,
+        run.q, run.k, run.beta, run.decays, d_o, run.prepared[1], errors, states, d_states, exact_d_v,
         d_q, d_k, d_beta, d_g, run.table, scale, layout.length, layout.chunks,
         **run.sizes, **run.norm, V=run.value_dim,
     )  # fmt: skip

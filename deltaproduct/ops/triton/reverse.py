@@ -11,7 +11,7 @@ from deltaproduct.ops.triton.scan import run_place, state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
 
-@tuned((64, 8, 2), (64, 4, 2), (32, 4, 2), key=["STORE", "SEGMENTED"])
+@tuned([(64, 4, 2), (32, 4, 2)], [(16, 4, 2), (32, 8, 2)], key=["STORE", "SEGMENTED"])
 @triton.jit
 def reverse_kernel(
     q, k, d_o, inverse, attend, seen, writes, reads, whole, d_end, d_v, d_states, d_start, table, starts, owners,
@@ -49,11 +49,11 @@ def reverse_kernel(
         keys = load_rows(k + key_head * K, first * N, row, row_valid, H * K, 0, K, BK)
         queries = load_rows(q + key_head * K, first, token, token_valid, H * K, 0, K, BK)
         d_out = load_rows(d_o + head * V, first, token, token_valid, HV * V, col, V, BV)
-        pairs = tl.load(attend + place * BT * C + token[:, None] * C + row[None, :])
-        solve = tl.load(inverse + place * C * C + row[:, None] * C + row[None, :])
+        pairs = tl.load(attend + place * BT * C + (token[:, None] * C + row[None, :]))
+        solve = tl.load(inverse + place * C * C + (row[:, None] * C + row[None, :]))
         d_error = product(keys, d_state, MODE) * tl.load(writes + place * C + row)[:, None]
         d_error += product(tl.trans(pairs), d_out, MODE)
-        d_value = product(tl.trans(solve), d_error, MODE)
+        d_value = product(tl.trans(solve), d_error, MODE, ROUNDED=1)
         if STORE:
             store_rows(d_v + head * V, d_value, first * N, row, row_valid, HV * V, col, V, BV)
         read = d_out.to(tl.float32) * tl.load(reads + place * BT + token)[:, None]

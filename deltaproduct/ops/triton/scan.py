@@ -9,7 +9,7 @@ columns go side by side. Per chunk, with what `prepare.py` has found,
 import triton
 import triton.language as tl
 
-from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, store_rows
+from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, rounded, store_rows
 from deltaproduct.ops.triton.tuning import tuned
 
 
@@ -36,11 +36,11 @@ def run_place(run, starts, owners, chunks, segments, SPAN: tl.constexpr, SEGMENT
 def state_tile(x, slot, head, heads, col, K, V, BK: tl.constexpr, BV: tl.constexpr):
     """(addresses, mask) of the columns from `col` on of state `slot` in x [slots,HV,K,V]."""
     row, cols = tl.arange(0, BK), col + tl.arange(0, BV)
-    at = x + (slot.to(tl.int64) * heads + head) * K * V + row[:, None] * V + cols[None, :]
+    at = x + (slot.to(tl.int64) * heads + head) * K * V + (row[:, None] * V + cols[None, :])
     return at, (row < K)[:, None] & (cols < V)[None, :]
 
 
-@tuned((64, 8, 2), (64, 4, 2), (32, 4, 2), key=["OUTPUT", "REPLAY", "SUMMARY", "SEGMENTED"])
+@tuned([(64, 4, 2), (32, 4, 2)], [(16, 4, 2), (32, 8, 2)], key=["OUTPUT", "REPLAY", "SUMMARY", "SEGMENTED"])
 @triton.jit
 def scan_kernel(
     q, k, v, inverse, attend, seen, writes, reads, whole, start, o, final, kept, states, errors, summary,
@@ -76,23 +76,26 @@ def scan_kernel(
         first, tokens = chunk_place(chunk, table, T, chunks, TOKENS, PACKED)
         place = chunk.to(tl.int64) * HV + head
         row_valid = row < tokens * N
-        if KEEP:
-            border, mask = state_tile(kept, segment + i // SPAN, head, HV, col, K, V, BK, BV)
-            tl.store(border, state, mask=mask & (i % SPAN == 0))
+        if KEEP:  # noqa: SIM102 - without it, there is nothing to compile below
+            if i % SPAN == 0:
+                border, mask = state_tile(kept, segment + i // SPAN, head, HV, col, K, V, BK, BV)
+                tl.store(border, state, mask=mask)
         if REPLAY:
             at, mask = state_tile(states, chunk, head, HV, col, K, V, BK, BV)
-            tl.store(at, state.to(states.dtype.element_ty), mask=mask)
+            tl.store(at, rounded(state, states.dtype.element_ty), mask=mask)
 
         keys = load_rows(k + key_head * K, first * N, row, row_valid, H * K, 0, K, BK)
         value = load_rows(v + head * V, first * N, row, row_valid, HV * V, col, values, BV).to(tl.float32)
-        solve = tl.load(inverse + place * C * C + row[:, None] * C + row[None, :])
-        error = product(solve, value - product(keys, state, MODE) * tl.load(seen + place * C + row)[:, None], MODE)
+        solve = tl.load(inverse + place * C * C + (row[:, None] * C + row[None, :]))
+        error = product(
+            solve, value - product(keys, state, MODE) * tl.load(seen + place * C + row)[:, None], MODE, ROUNDED=1
+        )
         if REPLAY:
             store_rows(errors + head * V, error, first * N, row, row_valid, HV * V, col, V, BV)
         if OUTPUT:
             token_valid = token < tokens
             queries = load_rows(q + key_head * K, first, token, token_valid, H * K, 0, K, BK)
-            pairs = tl.load(attend + place * BT * C + token[:, None] * C + row[None, :])
+            pairs = tl.load(attend + place * BT * C + (token[:, None] * C + row[None, :]))
             out = product(queries, state, MODE) * tl.load(reads + place * BT + token)[:, None]
             out += product(pairs, error, MODE)
             store_rows(o + head * V, out, first, token, token_valid, HV * V, col, V, BV)

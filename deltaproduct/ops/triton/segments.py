@@ -8,7 +8,7 @@ from deltaproduct.ops.triton.scan import state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
 
-@tuned((32, 4, 1), (16, 4, 1), key=["REVERSE"])
+@tuned([(16, 4, 1), (32, 4, 1)], key=["REVERSE"])
 @triton.jit
 def segments_kernel(
     summary, added, start, at_segments, final, starts, segments,
