@@ -8,7 +8,21 @@ from deltaproduct.ops.triton.scan import state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
 
-@tuned([(32, 4, 1), (64, 4, 1), (16, 2, 1)], key=["GATED", "NORMALISE"], restore=["new_state"])
+@triton.jit
+def _step(k, v, beta, row, cols, at_key, at_value, K, V):
+    """One step's key, values and rate, as they are given."""
+    key = tl.load(k + at_key * K + row, mask=row < K, other=0.0)
+    value = tl.load(v + at_value * V + cols, mask=cols < V, other=0.0)
+    return key, value, tl.load(beta + at_value)
+
+
+@triton.jit
+def _unit(x, NORMALISE: tl.constexpr, EPS: tl.constexpr):
+    x = x.to(tl.float32)
+    return x * tl.sum(inverse_norm(x[None, :], NORMALISE, EPS), axis=0)
+
+
+@tuned([(16, 1, 1), (32, 2, 1), (32, 4, 1)], key=["GATED", "NORMALISE"], restore=["new_state"])
 @triton.jit
 def decode_kernel(
     q, k, v, beta, g, state, new_state, o, scale,
@@ -21,21 +35,23 @@ def decode_kernel(
     key_head = head // (HV // H)
     col = block * BV
     row, cols = tl.arange(0, BK), col + tl.arange(0, BV)
+    at_key, at_value = sequence * N * H + key_head, sequence * N * HV + head
     at, mask = state_tile(state, sequence, head, HV, col, K, V, BK, BV)
     x = tl.load(at, mask=mask, other=0.0)
-    if GATED:
-        x *= tl.exp(tl.load(g + item).to(tl.float32))
+    query = tl.load(q + (sequence * H + key_head) * K + row, mask=row < K, other=0.0)
+    key, value, rate = _step(k, v, beta, row, cols, at_key, at_value, K, V)
+    x *= tl.exp(tl.load(g + item).to(tl.float32)) if GATED else 1.0
     for step in tl.static_range(N):
-        at = (sequence * N + step) * H + key_head
-        key = tl.load(k + at * K + row, mask=row < K, other=0.0).to(tl.float32)
-        key *= tl.sum(inverse_norm(key[None, :], NORMALISE, EPS), axis=0)
-        at = (sequence * N + step) * HV + head
-        value = tl.load(v + at * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-        error = value - tl.sum(x * key[:, None], axis=0)
-        x += key[:, None] * (tl.load(beta + at).to(tl.float32) * error)[None, :]
-    query = tl.load(q + (sequence * H + key_head) * K + row, mask=row < K, other=0.0).to(tl.float32)
-    query *= tl.sum(inverse_norm(query[None, :], NORMALISE, EPS), axis=0)
-    out = scale * tl.sum(x * query[:, None], axis=0)
+        # Asked for before this step waits for its sum: one latency for two steps, and not one for each.
+        following = min(step + 1, N - 1)
+        next_key, next_value, next_rate = _step(
+            k, v, beta, row, cols, at_key + following * H, at_value + following * HV, K, V
+        )
+        key = _unit(key, NORMALISE, EPS)
+        error = value.to(tl.float32) - tl.sum(x * key[:, None], axis=0)
+        x += key[:, None] * (rate.to(tl.float32) * error)[None, :]
+        key, value, rate = next_key, next_value, next_rate
+    out = scale * tl.sum(x * _unit(query, NORMALISE, EPS)[:, None], axis=0)
     tl.store(o + item * V + cols, rounded(out, o.dtype.element_ty), mask=cols < V)
     at, mask = state_tile(new_state, sequence, head, HV, col, K, V, BK, BV)
     tl.store(at, x, mask=mask)
