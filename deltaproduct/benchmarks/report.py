@@ -23,8 +23,8 @@ class OpShape:
     value_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length", "num_heads", "head_dim", "num_householder", "values"):
-            value = getattr(self, name)
+        for name in ("batch", "length", "num_heads", "head_dim", "num_householder", "value_dim"):
+            value = self.values if name == "value_dim" else getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} of a benchmark's shape must be a whole number of at least 1, not {value!r}.")
 

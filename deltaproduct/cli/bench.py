@@ -24,7 +24,7 @@ from deltaproduct.benchmarks import (
 )
 from deltaproduct.benchmarks.render import render
 from deltaproduct.benchmarks.report import Report
-from deltaproduct.cli.flags import IntList
+from deltaproduct.cli.flags import BackendName, IntList
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
 from deltaproduct.experiments.s3 import s3
@@ -106,7 +106,7 @@ class BenchOps(_OperatorBench):
 class BenchScaling(_OperatorBench):
     """One backend at growing sequence length: the time per token, which stays the same where cost is linear."""
 
-    backend: Annotated[str, tyro.conf.arg(help="auto, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     lengths: Annotated[IntList | None, tyro.conf.arg(help="None: 4096 to 65536")] = None
 
     def run(self) -> None:

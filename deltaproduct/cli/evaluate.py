@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deltaproduct.cli.flags import IntList, check_lengths
+from deltaproduct.cli.flags import BackendName, IntList, check_lengths
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import RangeResult, evaluate_lengths, evaluate_range, scores
 from deltaproduct.machine import choose_device
@@ -34,7 +34,7 @@ class Evaluate:
     seed: Annotated[int, tyro.conf.arg(help="of the evaluation data")] = 0
     task: Annotated[str | None, tyro.conf.arg(help="for a checkpoint that does not say what it was trained on")] = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:

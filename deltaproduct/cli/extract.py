@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from deltaproduct.analysis import Extraction, compare_with_group, extract, monoid_size, vocabulary
+from deltaproduct.cli.flags import BackendName
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, write_json, write_text
 from deltaproduct.machine import choose_device, command_line, describe_machine
@@ -42,7 +43,7 @@ class Extract:
     seed: Annotated[int, tyro.conf.arg(help="of the words")] = 0
     task: Annotated[str | None, tyro.conf.arg(help="for a checkpoint that does not say what it was trained on")] = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     json: Annotated[bool, tyro.conf.arg(help="print extract.json and nothing else")] = False
 
     def run(self) -> None:

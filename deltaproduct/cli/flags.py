@@ -9,8 +9,13 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS, get_mixer
+from deltaproduct.ops import BACKENDS
 
 _OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
+
+
+# A backend of the operator.
+BackendName = Annotated[str, tyro.conf.arg(help=f"auto, {', '.join(list(BACKENDS)[:-1])} or {list(BACKENDS)[-1]}")]
 
 
 def _parse_ints(words: list[str]) -> tuple[int, ...]:

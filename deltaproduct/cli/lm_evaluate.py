@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from deltaproduct.analysis.effective_rank import PAPERS_LENGTH, effective_ranks
+from deltaproduct.cli.flags import BackendName
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import (
     Bucket,
@@ -92,7 +93,7 @@ class LmEvaluate:
     limit: Annotated[int | None, tyro.conf.arg(help="examples of each task; None: all")] = None
     out: Annotated[Path | None, tyro.conf.arg(help="the folder to write, which must not exist yet")] = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from deltaproduct.cli.flags import config_flags, value_of, values_of
+from deltaproduct.cli.flags import BackendName, config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers import get_rank_launcher
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
@@ -40,7 +40,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     out: Annotated[Path, tyro.conf.arg(help="folder of the run; created")]
     resume: Annotated[bool, tyro.conf.arg(help="continue the run in --out; other flags default to its own")] = False
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
     spans: Annotated[int, tyro.conf.arg(help="processes that each sequence is divided over")] = 1
     recompute: Annotated[bool, tyro.conf.arg(help="run blocks again in the backward pass, which saves memory")] = False

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from deltaproduct.cli.flags import config_flags, value_of, values_of
+from deltaproduct.cli.flags import BackendName, config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import STATE_TRACKING
 from deltaproduct.files import read_json
@@ -29,7 +29,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         bool, tyro.conf.arg(help="continue the run in --out, exactly; other flags default to its own")
     ] = False
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     log_every: Annotated[int, tyro.conf.arg(help="steps between metric lines")] = 10
     checkpoint_every: Annotated[int, tyro.conf.arg(help="steps between checkpoints")] = 100
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from deltaproduct.cli.flags import BackendName
 from deltaproduct.machine import choose_device
 from deltaproduct.theory.verification import guaranteed_length, load, verify
 
@@ -24,7 +25,7 @@ class Verify:
     words: Annotated[int, tyro.conf.arg(help="words; every second one avoids states that nothing leaves")] = 4
     seed: Annotated[int, tyro.conf.arg(help="of the words")] = 0
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
-    backend: Annotated[str, tyro.conf.arg(help="auto, reference, chunkwise, cpu or triton")] = "auto"
+    backend: BackendName = "auto"
     dtype: Annotated[Dtype, tyro.conf.arg(help="of weights and activations")] = "float32"
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 

@@ -6,7 +6,7 @@ dE = Pᵀ dO + W̃ dS         dV = (I + L)⁻ᵀ dE         dS ← exp(G_C) dS +
 import triton
 import triton.language as tl
 
-from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, store_rows
+from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, rounded, store_rows
 from deltaproduct.ops.triton.scan import run_place, state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
@@ -44,7 +44,7 @@ def reverse_kernel(
         row_valid, token_valid = row < tokens * N, token < tokens
         if STORE:
             at, mask = state_tile(d_states, chunk, head, HV, col, K, V, BK, BV)
-            tl.store(at, d_state.to(d_states.dtype.element_ty), mask=mask)
+            tl.store(at, rounded(d_state, d_states.dtype.element_ty), mask=mask)
 
         keys = load_rows(k + key_head * K, first * N, row, row_valid, H * K, 0, K, BK)
         queries = load_rows(q + key_head * K, first, token, token_valid, H * K, 0, K, BK)
