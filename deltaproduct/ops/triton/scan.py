@@ -96,9 +96,10 @@ def scan_kernel(
             token_valid = token < tokens
             queries = load_rows(q + key_head * K, first, token, token_valid, H * K, 0, K, BK)
             pairs = tl.load(attend + place * BT * C + (token[:, None] * C + row[None, :]))
-            out = product(queries, state, MODE) * tl.load(reads + place * BT + token)[:, None]
-            out += product(pairs, error, MODE)
-            store_rows(o + head * V, out, first, token, token_valid, HV * V, col, V, BV)
+            # Transposed: V's columns are as many rows as tensor cores take at once, a chunk's tokens may be fewer.
+            out = product(tl.trans(state), tl.trans(queries), MODE) * tl.load(reads + place * BT + token)[None, :]
+            out += product(tl.trans(error), tl.trans(pairs), MODE)
+            store_rows(o + head * V, tl.trans(out), first, token, token_valid, HV * V, col, V, BV)
         written = error * tl.load(writes + place * C + row)[:, None]
         state = state * tl.load(whole + place) + product(tl.trans(keys), written, MODE)
 
