@@ -83,6 +83,7 @@ PROBLEMS = [
     Problem(T=21, N=8, B=1, H=1, HV=1, K=3, V=1),
     Problem(T=4, N=30, B=1, H=1, HV=1, K=4, V=5),
     Problem(T=40, N=1, B=1, H=1, HV=1, K=130, V=20),  # chunks of 32 rows
+    Problem(T=20, N=2, B=1, H=1, HV=1, K=256, V=70, gate=False),
     Problem(T=75, N=2, B=1, cu=CU, H=1, HV=2),
     Problem(T=75, N=1, B=1, cu=CU, gate=False, initial=False, H=1, HV=1),
     Problem(T=75, N=3, B=1, cu=CU, initial=False, K=5, V=3, H=1, HV=1),
@@ -144,6 +145,36 @@ def test_float16_keeps_its_own_bits():
     rounded = x | {n: a.detach().double() for n, a in inputs.items()} | {"d_o": x["d_o"].half().double()}
     got, want = outcome(p, rounded, torch.float16), solve(p, rounded)
     assert_within(errors(got, want), 2**-11 + TF32)
+
+
+@pytest.fixture
+def tf32_allowed():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_is_multiplied_in_tf32_where_pytorch_is_allowed_to(tf32_allowed):
+    p = Problem(T=45, N=3, B=1, H=1, HV=2)
+    found = errors(outcome(p, draw(p)), solved(p))
+    assert_within(found, TF32)
+    assert all(error >= 1e-4 for error in found.values())
+    assert_within(errors(outcome(p, draw(p), backend="triton_precise"), solved(p)), FLOAT32)
+
+
+def test_tf32_can_be_asked_for_in_either_way():
+    program = """
+import torch
+from deltaproduct.ops.triton import operator
+assert not operator._tf32_allowed()
+torch.backends.cuda.matmul.{} = {}
+assert operator._tf32_allowed()
+"""
+    ways = [("allow_tf32", True)]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        ways.append(("fp32_precision", "'tf32'"))
+    for way in ways:  # PyTorch does not let one process use both
+        subprocess.run([sys.executable, "-c", program.format(*way)], check=True, timeout=120)
 
 
 def test_mixed_dtypes():
@@ -325,7 +356,8 @@ def test_real_sizes(size, steps, gate):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-def test_one_token(gate, inplace):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_one_token(steps, gate, inplace):
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -333,9 +365,9 @@ def test_one_token(gate, inplace):
 
     x = {
         "q": normal(2, 2, 20),
-        "k": normal(2, 3, 2, 20),
-        "v": normal(2, 3, 4, 24),
-        "beta": 2 * normal(2, 3, 4).sigmoid(),
+        "k": normal(2, steps, 2, 20),
+        "v": normal(2, steps, 4, 24),
+        "beta": 2 * normal(2, steps, 4).sigmoid(),
         "g": -normal(2, 4).exp() if gate else None,
     }
     state = normal(2, 4, 20, 24)

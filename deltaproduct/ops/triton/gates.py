@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from deltaproduct.ops.triton.parts import chunk_place
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 MIN_LOG_DECAY = tl.constexpr(-1000.0)  # as in chunkwise.py: exp of it is 0, and without a floor −inf − (−inf) is NaN
 
 
 @tuned([(None, 1, 1)])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gates_kernel(
     g, decays, table, T, chunks, HV: tl.constexpr, TOKENS: tl.constexpr, BT: tl.constexpr, PACKED: tl.constexpr
 ):

@@ -25,7 +25,7 @@ from deltaproduct.ops.triton.parts import (
     whole_log_decay,
 )
 from deltaproduct.ops.triton.scan import state_tile
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _of_raw(d_unit, x, norm, NORMALISE: tl.constexpr):
 
 
 @tuned([(64, 8, 1), (32, 8, 1)], [(16, 8, 1), (32, 8, 1)], key=["GATED", "NORMALISE"])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
     q, k, beta, decays, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, table, scale, T, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr,

@@ -50,9 +50,17 @@ class Precision:
             return cls(dtype, torch.bfloat16, "fast")
         if dtype == torch.float16 and not precise:
             return cls(dtype, torch.float32, "tf32")
-        if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not precise:
+        if dtype == torch.float32 and _tf32_allowed() and not precise:
             return cls(dtype, torch.float32, "tf32")
         return cls(dtype, torch.float32, "tf32x3")
+
+
+def _tf32_allowed() -> bool:
+    """Whether PyTorch itself would use tf32, by whichever of its two ways of asking for that."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # where it was set this way, PyTorch refuses to answer by the older name
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 @cache

@@ -24,7 +24,7 @@ from deltaproduct.ops.triton.parts import (
     rounded,
     whole_log_decay,
 )
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def invert_unit_lower(x, lower, C: tl.constexpr, MODE: tl.constexpr):
 
 
 @tuned([(None, 2, 1), (None, 4, 1)], [(None, 8, 1), (None, 4, 1)], key=["GATED", "NORMALISE"])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prepare_kernel(
     q, k, beta, decays, inverse, attend, seen, writes, reads, whole, table, scale, T, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,

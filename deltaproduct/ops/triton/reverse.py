@@ -8,11 +8,11 @@ import triton.language as tl
 
 from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, rounded, store_rows
 from deltaproduct.ops.triton.scan import run_place, state_tile
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @tuned([(64, 4, 2), (32, 4, 2)], [(16, 4, 2), (32, 8, 2)], key=["STORE", "SEGMENTED"])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def reverse_kernel(
     q, k, d_o, inverse, attend, seen, writes, reads, whole, d_end, d_v, d_states, d_start, table, starts, owners,
     T, chunks, segments,

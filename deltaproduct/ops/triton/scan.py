@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, rounded, store_rows
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def state_tile(x, slot, head, heads, col, K, V, BK: tl.constexpr, BV: tl.constex
 
 
 @tuned([(64, 4, 2), (32, 4, 2)], [(16, 4, 2), (32, 8, 2)], key=["OUTPUT", "REPLAY", "SUMMARY", "SEGMENTED"])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
     q, k, v, inverse, attend, seen, writes, reads, whole, start, o, final, kept, states, errors, summary,
     table, starts, owners, T, chunks, segments,

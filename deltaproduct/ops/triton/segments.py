@@ -5,11 +5,11 @@ import triton.language as tl
 
 from deltaproduct.ops.triton.parts import product
 from deltaproduct.ops.triton.scan import state_tile
-from deltaproduct.ops.triton.tuning import tuned
+from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @tuned([(16, 4, 1), (32, 4, 1)], key=["REVERSE"])
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def segments_kernel(
     summary, added, start, at_segments, final, starts, segments,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, START: tl.constexpr,

@@ -15,6 +15,9 @@ from deltaproduct.ops.triton.parts import INTERPRETED
 # What decides which candidate is the best, or comes close: not how many steps or heads there are.
 SHAPE = ["K", "V", "C", "MODE"]
 
+# Arguments that change from batch to batch: a kernel is the same for all of their values.
+LENGTHS = ["T", "chunks", "segments"]
+
 Candidates = Sequence[tuple[int | None, int, int]]
 
 
