@@ -1,20 +1,15 @@
 """The backend "triton": GPU kernels. Nothing here imports Triton before it is used."""
 
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+INSTALLED = find_spec("triton") is not None  # asked once: it is too slow for every token
 MAX_STEPS, MAX_KEY_DIM = 32, 256  # of what a chunk's accumulators leave room for
 OLDEST = (8, 0)  # compute capability: bfloat16 on tensor cores
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None  # too slow to ask for every token
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -27,7 +22,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             return f"it computes on a GPU, not on {device.type}"
         if (found := torch.cuda.get_device_capability(device)) < OLDEST:
             return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and this GPU has {found[0]}.{found[1]}"
-    if not _installed():
+    if not INSTALLED:
         return "Triton is not installed"
     return "it computes in float32, not in float64" if dtype == torch.float64 else None
 

@@ -7,8 +7,8 @@ chunks at once. Kept in between: the inputs, and the state at every segment's st
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,20 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+Result = TypeVar("Result")
+
+
+def _on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Launch kernels where the first argument is, which need not be the current device."""
+
+    @wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Result:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+
+    return run
 
 
 class _Run:
@@ -167,6 +181,7 @@ class _Run:
 
 
 @torch.library.custom_op("deltaproduct::triton_forward", mutates_args=())
+@_on_its_device
 def triton_forward(
     q: Tensor,
     k: Tensor,
@@ -218,6 +233,7 @@ def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False,
 
 
 @torch.library.custom_op("deltaproduct::triton_backward", mutates_args=())
+@_on_its_device
 def triton_backward(
     d_o: Tensor,
     d_final: Tensor | None,
@@ -342,6 +358,7 @@ def _(q, k, v, beta, g, state, scale, qk_l2norm):
     return torch.empty_like(v[:, 0], memory_format=torch.contiguous_format)
 
 
+@_on_its_device
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, new_state: Tensor, scale: float,
     qk_l2norm: bool,
