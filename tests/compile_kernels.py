@@ -1,10 +1,11 @@
 """Every Triton kernel, compiled for a GPU that need not be there: what the interpreter does not see.
 
 A program of its own, because Triton decides once per process whether it compiles or interprets:
-`python compile_kernels.py CAPABILITY MODE [first]` prints a JSON list, an object for each kernel, purpose and
-candidate, or first candidate. MODE is bfloat16, float32 or precise.
+`python compile_kernels.py CAPABILITY MODE [--size K] [--steps N] [--first]` prints a JSON list, an object for each
+kernel, purpose and candidate, or first candidate. MODE is a dtype, or precise: bfloat16 with all bits. V is K.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -34,20 +35,20 @@ class Recorder:
         return lambda *args, **constants: self.launches.append((self.kernel, args, constants))
 
 
-def launches(mode: str) -> list:
+def launches(mode: str, size: int = 128, steps: int = 2) -> list:
     """All that the operator and its backward launch, dense and gated, packed and not, undivided and in segments."""
     found: list = []
     for name in KERNELS:
         setattr(operator, name, Recorder(getattr(operator, name), found))
-    dtype = torch.float32 if mode == "float32" else torch.bfloat16
-    tokens, size = 4096, 128
+    dtype = torch.bfloat16 if mode == "precise" else getattr(torch, mode)
+    tokens = 4096
 
     def call(gate: bool, packed: bool, processors: int) -> None:
         operator.processors = lambda device: processors
-        q, v = torch.empty(1, tokens, 1, size, dtype=dtype), torch.empty(1, tokens, 2, 1, size, dtype=dtype)
+        q, v = torch.empty(1, tokens, 1, size, dtype=dtype), torch.empty(1, tokens, steps, 1, size, dtype=dtype)
         g = torch.empty(1, tokens, 1) if gate else None
         cu = torch.tensor([0, 5, tokens]) if packed else None
-        x = (q, v.clone(), v, torch.empty(1, tokens, 2, 1, dtype=dtype), g)
+        x = (q, v.clone(), v, torch.empty(1, tokens, steps, 1, dtype=dtype), g)
         precise = mode == "precise"
         o, _, kept, summary = operator.triton_forward(*x, None, cu, 1.0, True, gate, precise)
         operator.triton_backward(o, None, *x, kept, summary, cu, 1.0, gate, precise)
@@ -55,8 +56,8 @@ def launches(mode: str) -> list:
     call(gate=False, packed=False, processors=1)
     call(gate=True, packed=True, processors=1)
     call(gate=False, packed=False, processors=16)
-    x = (torch.empty(1, 1, size, dtype=dtype), *(torch.empty(1, 2, 1, size, dtype=dtype) for _ in range(2)))
-    operator.triton_step(*x, torch.empty(1, 2, 1), None, torch.empty(1, 1, size, size), 1.0, True)
+    x = (torch.empty(1, 1, size, dtype=dtype), *(torch.empty(1, steps, 1, size, dtype=dtype) for _ in range(2)))
+    operator.triton_step(*x, torch.empty(1, steps, 1), None, torch.empty(1, 1, size, size), 1.0, True)
     return found
 
 
@@ -91,9 +92,15 @@ def compile_for(capability: int, kernel, args, constants: dict, config) -> dict:
 
 
 def main() -> None:
-    capability, mode, first = int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["first"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("mode", choices=("bfloat16", "precise", "float16", "float32"))
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--first", action="store_true")
+    asked = parser.parse_args()
     found, seen = [], set()
-    for kernel, args, constants in launches(mode):
+    for kernel, args, constants in launches(asked.mode, asked.size, asked.steps):
         meta = dict(zip(kernel.fn.arg_names, args, strict=False)) | constants
         tensors = [name for name, value in meta.items() if isinstance(value, torch.Tensor)]
         key = (kernel.fn.__name__, str(tensors), str(sorted((n, str(v)) for n, v in constants.items())))
@@ -101,8 +108,8 @@ def main() -> None:
             continue
         seen.add(key)
         configs = kernel.early_config_prune(kernel.configs, {}, **constants)
-        for config in configs[:1] if first else configs:
-            found.append(compile_for(capability, kernel, args, constants, config))
+        for config in configs[:1] if asked.first else configs:
+            found.append(compile_for(asked.capability, kernel, args, constants, config))
             print(found[-1], file=sys.stderr, flush=True)
     print(json.dumps(found))
 

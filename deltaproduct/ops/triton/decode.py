@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from deltaproduct.ops.triton.parts import inverse_norm, rounded
-from deltaproduct.ops.triton.scan import state_tile
+from deltaproduct.ops.triton.scan import program_place, state_tile
 from deltaproduct.ops.triton.tuning import tuned
 
 
@@ -29,9 +29,10 @@ def decode_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, EPS: tl.constexpr, NORMALISE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of V's columns × sequences·value heads. `new_state` may be `state` itself."""
-    block, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    sequence, head = item // HV, item % HV
+    """Grid: sequences · value heads · blocks of V's columns. `new_state` may be `state` itself."""
+    block, head, sequence = program_place(HV, (V + BV - 1) // BV)
+    sequence = sequence.to(tl.int64)
+    item = sequence * HV + head
     key_head = head // (HV // H)
     col = block * BV
     row, cols = tl.arange(0, BK), col + tl.arange(0, BV)

@@ -170,10 +170,10 @@ class _Run:
         )  # fmt: skip
         return found
 
-    def _side_by_side(self, segmented: bool, *widths: int) -> Callable[[dict[str, Any]], tuple[int, int, int]]:
-        """The grid of a scan over blocks of so many columns."""
+    def _side_by_side(self, segmented: bool, *widths: int) -> Callable[[dict[str, Any]], tuple[int]]:
+        """The grid of a scan over blocks of so many columns: see `scan.program_place`."""
         runs = self.layout.all_segments if segmented else self.layout.sequences
-        return lambda meta: (sum(-(-width // meta["BV"]) for width in widths), self.heads, runs)
+        return lambda meta: (sum(-(-width // meta["BV"]) for width in widths) * self.heads * runs,)
 
     def _places(self) -> tuple[Any, ...]:
         layout = self.layout
@@ -368,7 +368,7 @@ def _decode(
     o = torch.empty_like(v[:, 0], memory_format=torch.contiguous_format)
     q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
     g = None if g is None else g.contiguous()
-    decode_kernel[lambda meta: (-(-value_dim // meta["BV"]), batch * heads)](
+    decode_kernel[lambda meta: (-(-value_dim // meta["BV"]) * heads * batch,)](
         q, k, v, beta, g, state, new_state, o, scale,
         H=k.shape[2], HV=heads, K=key_dim, V=value_dim, N=steps, BK=tile(key_dim), EPS=NORM_EPS,
         NORMALISE=qk_l2norm, GATED=g is not None,

@@ -46,7 +46,9 @@ def _join(x, C: tl.constexpr, b: tl.constexpr, MODE: tl.constexpr):
     below, second = first + b * C, first + b * C + b
     lower, before, after = for_product(tl.load(below), MODE), tl.load(first), tl.load(second)
     left = for_product(product(after, lower, MODE, ROUNDED=2), MODE)
-    tl.store(below, for_product(-product(left, before, MODE, ROUNDED=2), MODE))
+    corner = for_product(-product(left, before, MODE, ROUNDED=2), MODE)
+    tl.debug_barrier()  # whoever reads L has read it
+    tl.store(below, corner)
 
 
 @triton.jit
@@ -69,6 +71,7 @@ def invert_unit_lower(x, lower, C: tl.constexpr, MODE: tl.constexpr):
     inverse = _doubled(inverse, blocks, 2, MODE)
     inverse = _doubled(inverse, blocks, 4, MODE)
     inverse = _doubled(inverse, blocks, 8, MODE)
+    tl.debug_barrier()
     tl.store(at, inverse)
     if C >= 32:
         tl.debug_barrier()

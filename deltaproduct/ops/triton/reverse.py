@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from deltaproduct.ops.triton.parts import chunk_place, load_rows, product, rounded, store_rows
-from deltaproduct.ops.triton.scan import run_place, state_tile
+from deltaproduct.ops.triton.scan import program_place, run_place, state_tile
 from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
@@ -21,12 +21,12 @@ def reverse_kernel(
     END: tl.constexpr, STORE: tl.constexpr, DONE: tl.constexpr, SEGMENTED: tl.constexpr, PACKED: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of V's columns × value heads × runs.
+    """Grid: runs · value heads · blocks of V's columns.
 
     END: the gradient of a run's last state is given, otherwise zero. STORE: write dV, and the gradient of the state at
     every chunk's end. DONE: write that of the run's first state, per segment or per sequence as runs are.
     """
-    block, head, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head, run = program_place(HV, (V + BV - 1) // BV)
     sequence, first_chunk, count, segment = run_place(run, starts, owners, chunks, segments, SPAN, SEGMENTED, PACKED)
     key_head = head // (HV // H)
     row, token = tl.arange(0, C), tl.arange(0, BT)

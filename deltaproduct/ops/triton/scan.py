@@ -14,6 +14,13 @@ from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
 @triton.jit
+def program_place(HV: tl.constexpr, BLOCKS: tl.constexpr):
+    """(block of columns, value head, run) of a program. All are on one axis of the grid, since the others are short."""
+    number = tl.program_id(0)
+    return number % BLOCKS, number // BLOCKS % HV, number // (BLOCKS * HV)
+
+
+@triton.jit
 def run_place(run, starts, owners, chunks, segments, SPAN: tl.constexpr, SEGMENTED: tl.constexpr, PACKED: tl.constexpr):
     """(the run's sequence, its first chunk, how many it has, its first segment); see `layout.Layout`."""
     if PACKED:
@@ -50,20 +57,21 @@ def scan_kernel(
     START: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr, KEEP: tl.constexpr, REPLAY: tl.constexpr,
     SUMMARY: tl.constexpr, SEGMENTED: tl.constexpr, PACKED: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of columns × value heads × runs. What it writes:
+    """Grid: runs · value heads · blocks of columns. What it writes:
 
     OUTPUT: o. FINAL: the state after each sequence. KEEP: the state at the start of every segment. REPLAY: the state at
     the start of every chunk, and E, for the backward. SUMMARY: a segment's B and A in S ↦ A S + B, side by side
     [K,V+K]: the blocks after V's start from the identity's columns, with values of zero.
     """
-    block, head, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    value_blocks: tl.constexpr = (V + BV - 1) // BV
+    key_blocks: tl.constexpr = (K + BV - 1) // BV if SUMMARY else 0
+    block, head, run = program_place(HV, value_blocks + key_blocks)
     sequence, first_chunk, count, segment = run_place(run, starts, owners, chunks, segments, SPAN, SEGMENTED, PACKED)
     key_head = head // (HV // H)
     row, token, state_row = tl.arange(0, C), tl.arange(0, BT), tl.arange(0, BK)
     col, values = block * BV, V
     state = tl.zeros([BK, BV], tl.float32)
     if SUMMARY:
-        value_blocks: tl.constexpr = (V + BV - 1) // BV
         if block >= value_blocks:
             col, values = (block - value_blocks) * BV, 0
             state = tl.where(state_row[:, None] == (col + tl.arange(0, BV))[None, :], 1.0, 0.0)

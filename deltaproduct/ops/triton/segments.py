@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from deltaproduct.ops.triton.parts import product
-from deltaproduct.ops.triton.scan import state_tile
+from deltaproduct.ops.triton.scan import program_place, state_tile
 from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
 
@@ -15,14 +15,14 @@ def segments_kernel(
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, START: tl.constexpr,
     REVERSE: tl.constexpr, PACKED: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of V's columns × value heads × sequences. Forwards, from `start` [sequences,HV,K,V]:
+    """Grid: sequences · value heads · blocks of V's columns. Forwards, from `start` [sequences,HV,K,V]:
 
         at_segments[i] = S;  S ← A_i S + B_i            for every segment i;  final = S
 
     where `summary` [segments,HV,K,V+K] holds B and A. REVERSE: the same with Aᵀ and `added` [segments,HV,K,V] in place
     of B, from the last segment to the first.
     """
-    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head, sequence = program_place(HV, (V + BV - 1) // BV)
     if PACKED:
         begin = tl.load(starts + 2 * sequence + 1)
         count = tl.load(starts + 2 * sequence + 3) - begin
