@@ -21,7 +21,7 @@ from deltaproduct.ops import BACKENDS, delta_product, delta_product_step, resolv
 
 pytest.importorskip("triton")
 
-from deltaproduct.ops.triton import layout, operator
+from deltaproduct.ops.triton import layout
 from deltaproduct.ops.triton.layout import Layout
 
 GPU = torch.cuda.is_available()
@@ -103,6 +103,7 @@ def test_outputs_and_gradients(p):
 LONG = [  # in chunks of 64 rows
     Problem(T=300, N=1, B=2, H=1, HV=1, K=4, V=20),
     Problem(T=300, N=2, B=1, H=1, HV=1, K=4, V=3, cu=(0, 0, 1, 38, 38, 200, 201, 300, 300)),
+    Problem(T=150, N=1, B=1, H=1, HV=1, K=130, V=3),  # in chunks of 32; a summary's product takes three parts of K
 ]
 
 
@@ -398,6 +399,8 @@ def test_one_token_can_be_differentiated():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_sequences_than_an_axis_of_the_grid_is_long(packed, monkeypatch):
+    from deltaproduct.ops.triton import operator  # whether kernels are interpreted is decided here
+
     launched = {}
 
     class Kernel:
@@ -470,6 +473,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
 ALL_COMPILED = [
     *((90, mode, size) for mode in ("bfloat16", "precise", "float16", "float32") for size in ((128, 2),)),
     *((90, "bfloat16", size) for size in ((16, 4), (64, 1), (64, 8), (128, 1), (128, 4), (256, 2))),
+    *((90, mode, (256, 2)) for mode in ("precise", "float32")),
     (80, "bfloat16", (128, 2)),
 ]
 

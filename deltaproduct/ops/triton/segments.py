@@ -1,4 +1,4 @@
-"""States at the borders of segments, from the segments' own S ↦ A S + B: a few small products for each."""
+"""States at the borders of segments, from the segments' own S ↦ A S + B: a small product for each."""
 
 import triton
 import triton.language as tl
@@ -35,16 +35,29 @@ def segments_kernel(
     if START:
         at, mask = state_tile(start, sequence, head, HV, col, K, V, BK, BV)
         state = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    PART: tl.constexpr = min(BK, 64)  # of K at a time: all of A does not fit where tensor cores take it from
     for i in range(count):
         segment = begin + (count - 1 - i if REVERSE else i)
         at, mask = state_tile(at_segments, segment, head, HV, col, K, V, BK, BV)
         tl.store(at, state, mask=mask)
-        base = summary + (segment.to(tl.int64) * HV + head) * K * (V + K) + row[:, None] * (V + K)
-        through = tl.load(base + V + row[None, :], mask=(row < K)[:, None] & (row < K)[None, :], other=0.0)
+        tl.debug_barrier()  # it is read again, part by part
+        slot = segment.to(tl.int64) * HV + head
+        base = summary + slot * K * (V + K)
         if REVERSE:
             at, mask = state_tile(added, segment, head, HV, col, K, V, BK, BV)
-            state = tl.load(at, mask=mask, other=0.0) + product(tl.trans(through), state, MODE)
+            state = tl.load(at, mask=mask, other=0.0)
         else:
-            state = tl.load(base + cols[None, :], mask=here, other=0.0) + product(through, state, MODE)
+            state = tl.load(base + (row[:, None] * (V + K) + cols[None, :]), mask=here, other=0.0)
+        for part in tl.static_range(BK // PART):
+            some = part * PART + tl.arange(0, PART)
+            if REVERSE:
+                at, inside = some[:, None] * (V + K) + V + row[None, :], (some < K)[:, None] & (row < K)[None, :]
+                through = tl.trans(tl.load(base + at, mask=inside, other=0.0))
+            else:
+                at, inside = row[:, None] * (V + K) + V + some[None, :], (row < K)[:, None] & (some < K)[None, :]
+                through = tl.load(base + at, mask=inside, other=0.0)
+            at, inside = some[:, None] * V + cols[None, :], (some < K)[:, None] & (cols < V)[None, :]
+            before = tl.load(at_segments + slot * K * V + at, mask=inside, other=0.0)
+            state += product(through, before, MODE)
     at, mask = state_tile(final, sequence, head, HV, col, K, V, BK, BV)
     tl.store(at, state, mask=mask)
