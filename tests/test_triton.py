@@ -37,6 +37,16 @@ def interpreted(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def float32_precision():
+    """float32, whatever libraries that other tests import have asked PyTorch for (accelerate asks for tf32)."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    yield matmul
+    matmul.allow_tf32 = before
+
+
 @pytest.fixture(params=[False, True], ids=["one after the other", "side by side"])
 def short_segments(request, monkeypatch):
     """Sequences are cut into segments of two chunks."""
@@ -145,14 +155,8 @@ def test_float16_keeps_its_own_bits():
     assert_within(errors(got, want), 2**-11 + TF32)
 
 
-@pytest.fixture
-def tf32_allowed():
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
-def test_float32_is_multiplied_in_tf32_where_pytorch_is_allowed_to(tf32_allowed):
+def test_float32_is_multiplied_in_tf32_where_pytorch_is_allowed_to(float32_precision):
+    float32_precision.allow_tf32 = True
     p = Problem(T=45, N=3, B=1, H=1, HV=2)
     found = errors(outcome(p, draw(p)), solved(p))
     assert_within(found, TF32)
