@@ -77,10 +77,9 @@ def bench_decode(
 
 
 def _row(shape: OpShape, batch: int, settings: Settings) -> DecodeRow:
-    inputs = [_inputs(shape, batch, settings, layer) for layer in range(LAYERS)]
-    state_bytes = 4 * batch * shape.num_heads * shape.head_dim * shape.values
-    row = DecodeRow(batch, state_bytes)
-    try:
+    row = DecodeRow(batch, STATE.itemsize * batch * shape.num_heads * shape.head_dim * shape.values)
+    try:  # a batch may be too large for the memory
+        inputs = [_inputs(shape, batch, settings, layer) for layer in range(LAYERS)]
         found = _check(inputs[0], settings)
         row.status, row.reason, row.error = found["status"], found["reason"], found.get("error")
         if row.status == "timed":

@@ -274,12 +274,15 @@ def _mixers(report: MixersBenchmark, page: _Page) -> None:
     page.note(f"sequences checked: {report.checked_batch}.")
 
 
-def _ms(t: Timing | None) -> str:
-    return "–" if t is None else f"{_number(t.median_ms)}\n{_number(t.min_ms)}–{_number(t.max_ms)}"
+def _ms(t: Timing | None, factor: float = 1) -> str:
+    """Milliseconds, or what `factor` makes of them: the median, and below it the range."""
+    if t is None:
+        return "–"
+    return f"{_number(factor * t.median_ms)}\n{_number(factor * t.min_ms)}–{_number(factor * t.max_ms)}"
 
 
 def _us(t: Timing | None) -> str:
-    return "–" if t is None else f"{_number(1e3 * t.median_ms)}\n{_number(1e3 * t.min_ms)}–{_number(1e3 * t.max_ms)}"
+    return _ms(t, 1e3)
 
 
 def _number(x: float | None) -> str:
