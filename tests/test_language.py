@@ -141,7 +141,7 @@ def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     steps, draw = 60, random.Random(0)
     on_ranks(2, stubborn, corpus.folder, tmp_path / "whole", steps)
     out = tmp_path / "killed"
-    for moment in sorted(draw.sample(range(2, steps - 3), 5)):
+    for moment in sorted(draw.sample(range(2, steps // 2), 5)):
         ranks, _ = start_ranks(2, stubborn, corpus.folder, out, steps)
         until = time.monotonic() + 60
         while time.monotonic() < until and steps_done(out) < moment:

@@ -422,12 +422,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED, ids=lambda name: repr(name[:30]))
 def test_bad_names(name):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UsageError) as error:
         get_task(name)
     assert REFUSED[name] in str(error.value)
     assert "\n" not in str(error.value)
-    assert time.perf_counter() - start < 1.0  # refused before anything is built
+    assert time.process_time() - start < 1.0  # refused before anything is built
 
 
 def test_largest_group_is_allowed():
