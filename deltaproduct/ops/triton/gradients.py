@@ -42,7 +42,7 @@ def _of_raw(d_unit, x, norm, NORMALISE: tl.constexpr):
 @tuned([(64, 8, 1), (32, 8, 1)], [(16, 8, 1), (32, 8, 1)], key=["GATED", "NORMALISE"])
 @triton.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
-    q, k, beta, decays, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, table, scale, T, chunks,
+    q, k, beta, decays, d_o, attend, errors, states, d_states, d_v, d_q, d_k, d_beta, d_g, scale, table, T, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     TOKENS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
     NORMALISE: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, MODE: tl.constexpr,

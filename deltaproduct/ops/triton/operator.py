@@ -97,7 +97,10 @@ class _Run:
         self.g = None if g is None else g.contiguous()
         self.scale = scale
         self.layout = layout = Layout.of(k, v, cu_seqlens, processors(k.device))
-        self.table, self.starts, self.owners = layout.tables(cu_seqlens)
+        table, self.starts, owners = layout.tables(cu_seqlens)
+        # Where chunks lie, and segments.
+        self.chunk_places = table, layout.length, layout.chunks
+        self.places = table, self.starts, owners, layout.length, layout.chunks, layout.segments
         self.heads, (self.key_dim, self.value_dim) = v.shape[3], (k.shape[4], v.shape[4])
         self.sizes = {
             "H": k.shape[3], "HV": v.shape[3], "K": self.key_dim, "N": k.shape[2], "C": layout.rows,
@@ -123,14 +126,14 @@ class _Run:
         seen, writes = (self.empty(count, self.heads, rows) for _ in range(2))
         reads, whole = self.empty(count, self.heads, token_rows), self.empty(count, self.heads)
         self.prepared = inverse, attend, seen, writes, reads, whole
-        places = self.table, layout.length, layout.chunks
         if self.g is not None:
             self.decays = self.empty(count, self.heads, 2, token_rows)
             gates_kernel[count, self.heads](
-                self.g, self.decays, *places, HV=self.heads, TOKENS=layout.tokens, BT=token_rows, PACKED=layout.packed,
+                self.g, self.decays, *self.chunk_places,
+                HV=self.heads, TOKENS=layout.tokens, BT=token_rows, PACKED=layout.packed,
             )  # fmt: skip
         prepare_kernel[count, self.heads](
-            self.q, self.k, self.beta, self.decays, *self.prepared, self.table, self.scale, *places[1:],
+            self.q, self.k, self.beta, self.decays, *self.prepared, self.scale, *self.chunk_places,
             **self.sizes, **self.norm,
         )  # fmt: skip
 
@@ -143,7 +146,7 @@ class _Run:
         widths = (self.value_dim,) if summary is None else (self.value_dim, self.key_dim)
         scan_kernel[self._side_by_side(segmented, *widths)](
             self.q, self.k, self.v, *self.prepared, start, o, final, kept, states, errors, summary,
-            *self._places(), **self.sizes, V=self.value_dim, SPAN=layout.span,
+            *self.places, **self.sizes, V=self.value_dim, SPAN=layout.span,
             START=start is not None, OUTPUT=o is not None, FINAL=final is not None, KEEP=kept is not None,
             REPLAY=states is not None, SUMMARY=summary is not None, SEGMENTED=segmented,
         )  # fmt: skip
@@ -155,7 +158,7 @@ class _Run:
         layout = self.layout
         reverse_kernel[self._side_by_side(segmented, self.value_dim)](
             self.q, self.k, d_o, *self.prepared, d_end, d_v, d_states, d_start,
-            *self._places(), **self.sizes, V=self.value_dim, SPAN=layout.span,
+            *self.places, **self.sizes, V=self.value_dim, SPAN=layout.span,
             END=d_end is not None, STORE=d_v is not None, DONE=d_start is not None, SEGMENTED=segmented,
         )  # fmt: skip
 
@@ -174,10 +177,6 @@ class _Run:
         """The grid of a scan over blocks of so many columns: see `scan.program_place`."""
         runs = self.layout.all_segments if segmented else self.layout.sequences
         return lambda meta: (sum(-(-width // meta["BV"]) for width in widths) * self.heads * runs,)
-
-    def _places(self) -> tuple[Any, ...]:
-        layout = self.layout
-        return self.table, self.starts, self.owners, layout.length, layout.chunks, layout.segments
 
 
 @torch.library.custom_op("deltaproduct::triton_forward", mutates_args=())
@@ -274,7 +273,7 @@ def triton_backward(
         d_v.copy_(exact_d_v)
     gradients_kernel[layout.all_chunks, k.shape[3]](
         run.q, run.k, run.beta, run.decays, d_o, run.prepared[1], errors, states, d_states, exact_d_v,
-        d_q, d_k, d_beta, d_g, run.table, scale, layout.length, layout.chunks,
+        d_q, d_k, d_beta, d_g, run.scale, *run.chunk_places,
         **run.sizes, **run.norm, V=run.value_dim,
     )  # fmt: skip
     return d_q, d_k, d_v, d_beta, d_g, d_initial

@@ -84,7 +84,7 @@ def invert_unit_lower(x, lower, C: tl.constexpr, MODE: tl.constexpr):
 @tuned([(None, 2, 1), (None, 4, 1)], [(None, 8, 1), (None, 4, 1)], key=["GATED", "NORMALISE"])
 @triton.jit(do_not_specialize=LENGTHS)
 def prepare_kernel(
-    q, k, beta, decays, inverse, attend, seen, writes, reads, whole, table, scale, T, chunks,
+    q, k, beta, decays, inverse, attend, seen, writes, reads, whole, scale, table, T, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr, NORMALISE: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, MODE: tl.constexpr,
