@@ -137,6 +137,7 @@ def stubborn(folder: Path, out: Path, steps: int) -> None:
     run(folder, out, {"steps": steps}, checkpoint_every=3, resume=True)
 
 
+@pytest.mark.timeout(300)  # seven starts of two processes: 20 s where nothing else runs
 def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     steps, draw = 60, random.Random(0)
     on_ranks(2, stubborn, corpus.folder, tmp_path / "whole", steps)
