@@ -1,6 +1,5 @@
 """Training of language models: on one process, on several, and what goes wrong."""
 
-import json
 import math
 import random
 import re
@@ -13,6 +12,7 @@ import pytest
 import torch
 from corpora import corpus_of_words
 from ranks import on_ranks, start_ranks
+from run_folder import metrics, steps_done
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -47,10 +47,6 @@ def run(folder: Path, out: Path, changed: dict | None = None, spans: int = 1, **
     with Ranks.started("cpu", spans=spans) as ranks:
         train_language(settings(corpus, changed), corpus, out, ranks, log_every=1, show=False, **options)
     return [line["loss"] for line in metrics(out)]
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -157,11 +153,6 @@ def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     whole, killed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(x, killed[name]) for name, x in whole.items())
     assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
-
-
-def steps_done(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def refusal(corpus: Corpus, out: Path, changed: dict | None = None, ranks: Ranks | None = None, **options) -> str:

@@ -17,6 +17,7 @@ import torch
 from commands import run as command
 from corpora import corpus_of_words
 from ranks import on_ranks
+from run_folder import metrics, steps_done
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers import get_rank_launcher
@@ -86,12 +87,7 @@ def train(capsys, corpus: Path, out: Path, launcher: str, *more: str, options: s
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps_done(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return [line["loss"] for line in metrics(out)]
 
 
 def plainly(corpus: Path, out: Path, run: Path) -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from run_folder import metrics
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.recipes import state_tracking_model
@@ -57,8 +58,7 @@ def test_resuming_reproduces_the_uninterrupted_run_bit_for_bit(tmp_path, monkeyp
     assert optimizers[0] == optimizers[1]
     lines = []
     for run in ("whole", "cut"):
-        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        lines.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+        lines.append([{k: v for k, v in row.items() if k != "seconds"} for row in metrics(tmp_path / run)])
     assert lines[0] == lines[1] and [row["step"] for row in lines[0]] == list(range(1, 13))
 
 
@@ -68,6 +68,7 @@ KILLED = """
     import torch
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
+    from run_folder import steps_done
     from test_training import run_config
     from deltaproduct.training import train
     config = run_config(steps=120)
@@ -75,19 +76,18 @@ KILLED = """
     import json, os, random, signal, time
     from deltaproduct.files import recover_folder, verified_folder
     chance = random.Random(0)
-    checkpoint = Path(sys.argv[2]) / "run" / "checkpoint"
-    metrics = Path(sys.argv[2]) / "run" / "metrics.jsonl"
-    logged = lambda: metrics.read_text().count("\\n") if metrics.exists() else 0
+    run = Path(sys.argv[2]) / "run"
+    checkpoint = run / "checkpoint"
     kills, reached = 0, 0
     while True:
         child = os.fork()
         if child == 0:
-            train(config, Path(sys.argv[2]) / "run", resume=True, checkpoint_every=1, log_every=1, show=False)
+            train(config, run, resume=True, checkpoint_every=1, log_every=1, show=False)
             os._exit(0)
         if kills < 20:
             # At most two steps and a part of one: however fast the machine, the run must not end before the last kill.
-            moment = logged() + chance.randrange(3)
-            while logged() < moment and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            moment = steps_done(run) + chance.randrange(3)
+            while steps_done(run) < moment and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 time.sleep(0.0005)
             time.sleep(chance.uniform(0.0, 0.01))
             os.kill(child, signal.SIGKILL)
@@ -120,8 +120,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     kills, reached = map(int, done.stdout.split())
     assert kills == 20 and 10 <= reached < 120
     assert same(weights(tmp_path / "warm"), weights(tmp_path / "run"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 121))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 121))
     leftovers = [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".") and p.is_dir()]
     assert leftovers == []
 
