@@ -14,17 +14,29 @@ if not torch.cuda.is_available():
         import triton.language  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
 
-# The shapes of tests are too small for a second thread to help, and test processes share the cores.
-torch.set_num_threads(1)
+# The shapes of tests are too small for a second thread to help, and test processes share the cores. tests/portable.py
+# asks for two, to have sums divided in another way.
+THREADS = int(os.environ.get("DELTAPRODUCT_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
+
+
+def pytest_report_header() -> str:
+    from deltaproduct.ops.native.library import ENGINE  # not before Triton is imported
+
+    kernels = "none" if ENGINE is None else ENGINE.kernels
+    return f"numerics: ATen {torch.backends.cpu.get_cpu_capability()}, engine {kernels}, threads {THREADS}"
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
 def one_thread():
     # On a shared machine torch's threads wait for each other's cores, and a run of 4 ms can take 80.
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from deltaproduct.theory.exploration import explore, operator_inputs, transition
 from deltaproduct.theory.validate import Limits
 from deltaproduct.theory.verification import draw_words, verify
 
+pytestmark = pytest.mark.numerical
+
 CASCADE = compile_automaton(random_automaton(random.Random(5), 5, 3))
 MODELS = {
     "S3": compile_group("S3"),

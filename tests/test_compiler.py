@@ -15,6 +15,8 @@ from deltaproduct.tasks.automata import Automaton, from_regex
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.representations import representations, simplex
 
+pytestmark = pytest.mark.numerical
+
 # Name, Householder factors per token (P1: n − 1 for S_n, 2 for subgroups of SO(3) and for Z_m, D_m), heads
 GROUPS = {
     "Z2": (1, 1), "Z3": (2, 2), "Z8": (2, 2), "Z60": (2, 6), "D3": (2, 2), "D12": (2, 4), "S2": (1, 1), "S3": (2, 2),

@@ -37,8 +37,6 @@ def kernels(request):
 @pytest.fixture
 def two_threads():
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def build(**changes) -> SequenceModel:

@@ -20,6 +20,8 @@ from deltaproduct.theory import (
 )
 from deltaproduct.theory.householder import no_factors
 
+pytestmark = pytest.mark.numerical
+
 EXACT = 1e-12  # a few dozen products of float64 matrices of size ≤ 9
 
 
@@ -121,6 +123,30 @@ def test_spectrum_of_a_rotation():
     assert sorted(values.imag.tolist()) == pytest.approx([-math.sin(0.7), math.sin(0.7)])
     shrunk = spectrum(from_contraction(torch.diag(torch.tensor([0.5, -1.0, 0.1]))))
     assert shrunk.real.tolist() == pytest.approx([-1, 0.5, 0.1])
+
+
+def test_spectrum_of_many_equal_eigenvalues():
+    """One direction many times, and one of two opposite ones: what LAPACK sees has no eigenvalue twice."""
+    rng = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(2, 40, generator=rng, dtype=torch.float64), dim=-1)
+    same = Factors(directions[:1].expand(7, -1), torch.full((7,), 2.0, dtype=torch.float64))
+    assert_spectrum(same, [-1] + [1] * 39)
+    shrinking = Factors(torch.cat((directions[:1], -directions[:1])), torch.tensor([1.5, 1.5], dtype=torch.float64))
+    assert_spectrum(shrinking, [1] * 39 + [0.25])
+    turn = Factors(directions, torch.full((2,), 2.0, dtype=torch.float64))
+    angle = 2 * math.acos(float(directions[0] @ directions[1]))
+    values = spectrum(turn)
+    assert (values == 1).sum() == 38
+    assert sorted(values[values != 1].angle().abs().tolist()) == pytest.approx([2 * math.pi - angle] * 2, abs=1e-9)
+    assert_spectrum(no_factors(3), [1] * 3)
+    assert_spectrum(no_factors(3).padded(2), [1] * 3)
+
+
+def assert_spectrum(factors, wanted):
+    values = spectrum(factors)
+    assert values.dtype == torch.complex128 and len(values) == len(wanted)
+    assert sorted(values.real.tolist()) == pytest.approx(sorted(wanted), abs=1e-12)
+    assert values.imag.abs().max() < 1e-12
 
 
 def test_a_pair_is_complex_exactly_where_the_condition_says():

@@ -13,6 +13,8 @@ from torch.nn.functional import softplus
 
 from deltaproduct.layers import get_mixer
 
+pytestmark = pytest.mark.numerical
+
 PEER, EXACT = 1e-4, 1e-11
 B, T, D = 2, 70, 32
 

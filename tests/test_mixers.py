@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS, AttentionState, DeltaNet, DeltaProduct, GatedDeltaNet, get_mixer
 
+pytestmark = pytest.mark.numerical
+
 EXACT = 1e-11
 B, T = 3, 23
 OPTIONS = [

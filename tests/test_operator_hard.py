@@ -16,6 +16,8 @@ from test_operator import BACKEND, run
 
 from deltaproduct.ops import delta_product
 
+pytestmark = pytest.mark.numerical
+
 T, H = 4096, 2
 TOLERANCE = 1e-3
 KEYS = ("2 directions", "12 directions", "cosine .99")  # one a batch row, so that one loop serves all three

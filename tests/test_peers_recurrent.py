@@ -18,6 +18,8 @@ from deltaproduct.layers.dense_rnn import matrix_scan, norm_bound
 from deltaproduct.layers.slstm import EMPTY
 from deltaproduct.models import ModelConfig, SequenceModel
 
+pytestmark = pytest.mark.numerical
+
 EXACT = 1e-12  # a few hundred float64 roundings of numbers near 1, times up to 1/√norm_eps where a norm enlarges them
 B, T = 2, 21
 PEERS = [Attention, LSTM, GRU, SLSTM, DenseLinearRNN, RWKV7]

@@ -12,6 +12,8 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.scan import diagonal_scan, gated_linear_attention, running_max
 
+pytestmark = pytest.mark.numerical
+
 EXACT, SINGLE = 1e-12, 1e-5
 # Decays: near 1, near 0 (whose cumulative products underflow within a chunk), 0 itself, of both signs, and all at once.
 RANGES = {

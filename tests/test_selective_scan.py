@@ -20,6 +20,8 @@ from deltaproduct.layers import get_mixer
 from deltaproduct.ops import cpu
 from deltaproduct.ops.selective_scan import scan_backward, scan_forward, selective_scan
 
+pytestmark = pytest.mark.numerical
+
 needs_engine = pytest.mark.skipif(not NATIVE, reason="needs the native engine")
 LIMITS = {"pytorch": 1e-5} | dict.fromkeys(KERNELS, 5e-6)
 NAMES = ("x", "dt", "A", "B", "C", "initial_state")
@@ -212,13 +214,10 @@ def test_threads_change_no_bit(size):
     tensors = draw(*size)
     options = {"d_y": tensors["x"].flip(1), "d_final": torch.ones_like(tensors["initial_state"])}
     want = results(selective_scan, tensors, **options)
-    try:
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            got = results(selective_scan, tensors, **options)
-            assert all(torch.equal(got[n], want[n]) for n in want)
-    finally:
-        torch.set_num_threads(1)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        got = results(selective_scan, tensors, **options)
+        assert all(torch.equal(got[n], want[n]) for n in want)
 
 
 @needs_engine

@@ -12,6 +12,8 @@ from deltaproduct.tasks.groups import build_group, running_product
 from deltaproduct.theory.householder import Factors, from_rotation, spectrum
 from deltaproduct.theory.theorems.group_facts import generated, group_facts
 
+pytestmark = pytest.mark.numerical
+
 ROUNDING = 1e-9  # float64 eigenvalues of products of a few factors, some of them close to each other
 
 

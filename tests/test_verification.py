@@ -18,6 +18,8 @@ from deltaproduct.theory import verification
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.verification import draw_words, guaranteed_length, load, verify
 
+pytestmark = pytest.mark.numerical
+
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
 

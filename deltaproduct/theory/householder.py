@@ -154,8 +154,16 @@ def from_contraction(matrix: Tensor) -> Factors:
 
 
 def spectrum(factors: Factors) -> Tensor:
-    """The eigenvalues [n] of the product, complex128, the largest modulus first."""
-    values = torch.linalg.eigvals(factors.matrix())
+    """The eigenvalues [n] of the product, complex128, the largest modulus first.
+
+    The product moves vectors within the span of its keys only: 1 is an eigenvalue once for every dimension outside, and
+    the others are those of the product inside. LAPACK is asked for these alone, since whether its iteration converges
+    on an eigenvalue that is there many times depends on the processor's order of summation.
+    """
+    directions, sizes, _ = torch.linalg.svd(factors.keys[factors.betas != 0].mT, full_matrices=False)
+    inside = directions[:, sizes > TOLERANCE]  # [n,r], orthonormal
+    outside = torch.ones(factors.keys.shape[1] - inside.shape[1], dtype=torch.complex128)
+    values = torch.cat((torch.linalg.eigvals(inside.mT @ factors.matrix() @ inside), outside))
     return values[values.abs().argsort(descending=True)]
 
 
