@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 # Each worker would start a thread per core; two workers on two cores would then fight over them.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-all sanitize lint bench clean
+.PHONY: help setup demo test test-all test-portable test-neighbours sanitize lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -44,8 +44,16 @@ demo: setup  ## learn S3 from two seeds and draw the accuracy by length, in demo
 test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows them
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: setup  ## run all tests
+test-all: setup  ## run all tests, in every way
 	$(PYTEST) -m "" $(PYTEST_ARGS)
+	$(VENV)/bin/python tests/portable.py -m numerical
+	$(VENV)/bin/python tests/neighbours.py
+
+test-portable: setup  ## run the numerical tests with the instructions of other processors, one way after another
+	$(VENV)/bin/python tests/portable.py $(PYTEST_ARGS)
+
+test-neighbours: setup  ## run the tests that other packages could change, with some beside and with some left out
+	$(VENV)/bin/python tests/neighbours.py $(PYTEST_ARGS)
 
 # Nothing that the address sanitizer sees anyway, nor alignment, which vectors declare: they double the build. With
 # -fexpensive-optimizations, products and sums are fused as in the real build, which tests of accuracy count on.
