@@ -271,7 +271,7 @@ def fused_recurrent_gated_delta_rule(
     """
     _refuse(gk=gk, gv=gv)
     if "transpose_state_layout" in kwargs:
-        _warn("transpose_state_layout is deprecated and has been renamed to state_v_first.", DeprecationWarning)
+        _warn("transpose_state_layout is deprecated and has been renamed to state_v_first.", deprecated=True)
         if state_v_first:
             raise UsageError("transpose_state_layout is the older name of state_v_first; give only one of them.")
         state_v_first = bool(kwargs.pop("transpose_state_layout"))
@@ -417,14 +417,14 @@ def _hints(**hints: Any) -> None:
             _warn(f"{name} changes nothing in this library's operators.")
 
 
-def _warn(message: str, category: type[Warning] = UserWarning) -> None:
+def _warn(message: str, *, deprecated: bool = False) -> None:
     if not torch.compiler.is_compiling():  # a warning would break the graph
-        _warn_once(message, category)
+        _warn_once(message, deprecated)
 
 
 @functools.cache
-def _warn_once(message: str, category: type[Warning]) -> None:
-    warnings.warn(message, category, stacklevel=6)
+def _warn_once(message: str, deprecated: bool) -> None:
+    warnings.warn(message, DeprecationWarning if deprecated else UserWarning, stacklevel=6)
 
 
 def _check_chunk_size(options: dict[str, Any]) -> None:
