@@ -10,7 +10,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, recover_folder, verified_folder
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
-from deltaproduct.models.fla_config import Layout
+from deltaproduct.models.fla_config import USES_NEG_EIGVAL, Layout
 from deltaproduct.training.loop import CHECKPOINT
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
@@ -58,6 +58,10 @@ class LmConvert:
               f"parameters: {model.num_parameters:,}")  # fmt: skip
         if wanted == "fla":
             written = to_fla_config(config, LAYOUTS[self.to])
+            since = USES_NEG_EIGVAL.get(written["model_type"])
+            if since and written["allow_neg_eigval"]:
+                print(f"It has allow_neg_eigval. flash-linear-attention uses that in {written['model_type']} since "
+                      f"version {since}; an older one will load this and compute something else.")  # fmt: skip
             if written["model_type"] == "gated_deltaproduct" and "num_v_heads" in written:
                 print("Its value heads are grouped. flash-linear-attention 0.6.0 has that in its layer of this kind, "
                       "but its model does not hand num_v_heads on and will not load this.")  # fmt: skip

@@ -89,9 +89,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_beta_conv1d": (False,),
 }
 
-# By kind, the release that first used allow_neg_eigval, and a field that its configuration class has had since then
-# (for delta_net since the next release). A class writes all its fields; each of them has fuse_swiglu.
-_SINCE_NEG_EIGVAL = {"delta_net": ("0.5.0", "attnres_block_size"), "gated_deltanet": ("0.3.0", "use_l2warp")}
+# The release whose model of a kind first uses allow_neg_eigval, and a field that the configuration class of this kind
+# has had since then (delta_net's since the next release). A class writes all its fields; each of them has fuse_swiglu.
+USES_NEG_EIGVAL = {"delta_net": "0.5.0", "gated_deltanet": "0.3.0"}
+_NEG_EIGVAL_MARK = {"delta_net": "attnres_block_size", "gated_deltanet": "use_l2warp"}
 
 
 def from_fla_config(values: Any) -> ModelConfig:
@@ -122,12 +123,12 @@ def from_fla_config(values: Any) -> ModelConfig:
 
 def _check_neg_eigval(kind: str, values: Mapping[str, Any]) -> None:
     """`UsageError` where a release may have written allow_neg_eigval=True that did not use it."""
-    since, field = _SINCE_NEG_EIGVAL.get(kind, ("", ""))
-    if values.get("allow_neg_eigval") and since and "fuse_swiglu" in values and field not in values:
+    field = _NEG_EIGVAL_MARK.get(kind)
+    if values.get("allow_neg_eigval") and field and "fuse_swiglu" in values and field not in values:
         raise UsageError(
-            f"The {kind} configuration has allow_neg_eigval=True and no {field}, as if written before version {since} "
-            "of flash-linear-attention, which did not use it. Set it to false in config.json if such a version trained "
-            f"the model; otherwise add {field}."
+            f"The {kind} configuration has allow_neg_eigval=True and no {field}, as if written before version "
+            f"{USES_NEG_EIGVAL[kind]} of flash-linear-attention, which did not use it. Set it to false in config.json if "
+            f"such a version trained the model; otherwise add {field}."
         )
 
 

@@ -280,6 +280,7 @@ def test_there_and_back_through_every_layout(tmp_path):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))} {to}"
         LmConvert(source=source, to=to, out=folder).run()
         again = SequenceModel.from_pretrained(folder) if to == "ours" else read_fla(folder)
+        assert any("q_conv1ds.2" in name for name in tensors(folder)) == (to == "fla-0.2.1")
         assert torch.equal(logits(again), want)
         assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
         source = folder
@@ -320,3 +321,15 @@ def test_an_unknown_layout_names_the_choices(tmp_path, capsys):
         LmConvert(source=tmp_path, to="per-step", out=tmp_path / "out").run()
     assert len(str(error.value).splitlines()) == 1 + len(TARGETS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("neg", [False, True])
+@pytest.mark.parametrize(
+    ("mixer", "since"), [("deltanet", "0.5.0"), ("gated_deltanet", "0.3.0"), ("deltaproduct", None)]
+)
+def test_convert_says_which_releases_compute_something_else(mixer, since, neg, tmp_path, capsys):
+    ours(mixer=mixer, num_householder=1, num_v_heads=2, allow_neg_eigval=neg).save_pretrained(tmp_path / "ours")
+    LmConvert(source=tmp_path / "ours", to="fla", out=tmp_path / "out").run()
+    assert (f"since version {since}; an older one" in capsys.readouterr().out) == (neg and since is not None)
+    LmConvert(source=tmp_path / "ours", to="fla-0.2.1", out=tmp_path / "steps").run()
+    assert "since version" not in capsys.readouterr().out  # Gated DeltaProduct has always used it
