@@ -492,6 +492,7 @@ def refused(match: str, function, *arguments) -> None:
         (PRODUCT | {"attn": ATTENTION | {"layers": [2]}}, r"names layer 2 wrongly or twice; layers are 0 … 1"),
         (PRODUCT | {"attn": [ATTENTION, ATTENTION]}, "names layer 1 wrongly or twice"),
         (PRODUCT | {"attn": ATTENTION | {"rope_theta": None}}, "rope_theta=None, which should be a number"),
+        (PRODUCT | {"attn": ATTENTION | {"rope_theta": float("inf")}}, "rope_theta=inf, which should be a number"),
         (PRODUCT | {"attn": "flash"}, "does not say in which layers"),
     ],
 )

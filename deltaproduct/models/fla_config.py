@@ -127,8 +127,8 @@ def _check_neg_eigval(kind: str, values: Mapping[str, Any]) -> None:
     if values.get("allow_neg_eigval") and field and "fuse_swiglu" in values and field not in values:
         raise UsageError(
             f"The {kind} configuration has allow_neg_eigval=True and no {field}, as if written before version "
-            f"{USES_NEG_EIGVAL[kind]} of flash-linear-attention, which did not use it. Set it to false in config.json if "
-            f"such a version trained the model; otherwise add {field}."
+            f"{USES_NEG_EIGVAL[kind]} of flash-linear-attention, which did not use it. Set it to false in config.json "
+            f"if such a version trained the model; otherwise add {field}."
         )
 
 
@@ -191,7 +191,7 @@ def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[str,
         heads, theta = spec.get("num_heads"), spec.get("rope_theta", 10_000.0)
         if type(heads) is not int or heads < 1 or hidden_size % heads:
             raise UsageError(f"attn has num_heads={heads!r}, which should divide hidden_size={hidden_size}.")
-        if type(theta) not in (int, float):
+        if type(theta) not in (int, float) or not math.isfinite(theta):
             raise UsageError(f"attn has rope_theta={theta!r}, which should be a number.")
         kv_heads = heads if spec.get("num_kv_heads") is None else spec["num_kv_heads"]
         if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
