@@ -1,7 +1,8 @@
 """flash-linear-attention's checkpoints: its names and shapes, its configurations, and what its layers compute.
 
-`outline` and `fla_logits` are written from its source (0.6.0; for the per-step layout 0.2.2) and share nothing with the
-code under test. Where the package and Triton are installed, its own model classes are asked as well.
+`outline` and `fla_logits` are written from its source (0.6.0; for the per-step layout 0.2.2, for that with `q_convs`
+0.2.1) and share nothing with the code under test. Where the package and Triton are installed, its own model classes are
+asked as well. What each of its releases writes: tests/models/test_fla_releases.py.
 """
 
 import ast
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +57,12 @@ CASES = {
     "with attention": PRODUCT | {"attn": ATTENTION, "norm_eps": 1e-3},
     "per step": STEPS | {"allow_neg_eigval": True},
     "per step, gates": STEPS | GATES | {"use_gate": True, "conv_size": 2, "tie_word_embeddings": True},
+    "0.2.1": STEPS | {"allow_neg_eigval": True, "q_convs": True},
+    "0.2.1, gates": STEPS | GATES | {"use_gate": True, "conv_size": 2, "tie_word_embeddings": True, "q_convs": True},
+    "0.2.1, attention": STEPS | {"num_householder": 2, "attn": ATTENTION, "q_convs": True},
     "per step, one step, attention": STEPS | {"num_householder": 1, "use_short_conv": False, "attn": ATTENTION},
 }
+MARKS = ("per_step", "q_convs")
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 Shapes = dict[str, tuple[int, ...]]
 
@@ -99,7 +105,8 @@ def outline(case: dict[str, Any]) -> Shapes:
             convolved = ("k", "v") if case.get("use_short_conv", True) else ()
             width = case.get("conv_size", 4)
             if convolved:
-                layer["attn.q_conv1d.weight"] = (h * k, 1, width)
+                names = [f"q_conv1ds.{j}" for j in range(n)] if case.get("q_convs") else ["q_conv1d"]
+                layer |= {f"attn.{name}.weight": (h * k, 1, width) for name in names}
             if case.get("per_step"):
                 for j in range(n):
                     layer |= {f"attn.{x}_projs.{j}.weight": (size, d) for x, size in rows.items()}
@@ -128,10 +135,10 @@ def random_tensors(case: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, case: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Path:
-    """A checkpoint as transformers saves it; `per_step` is this file's own mark, and no field."""
+    """A checkpoint as transformers saves it; `MARKS` are this file's own, and no fields."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(random_tensors(case) if tensors is None else tensors, folder / "model.safetensors", {"format": "pt"})
-    fields = {name: value for name, value in case.items() if name != "per_step"}
+    fields = {name: value for name, value in case.items() if name not in MARKS}
     kind = ARCHITECTURES[case["model_type"]]
     extra = {"architectures": [kind], "dtype": "float32", "fuse_norm": True, "attn_mode": "chunk", "bos_token_id": 1}
     (folder / "config.json").write_text(json.dumps(fields | extra))
@@ -160,7 +167,8 @@ def short_conv(x: Tensor, weight: Tensor | None) -> Tensor:
 def fla_recurrent(case: dict[str, Any], w: dict[str, Tensor], x: Tensor) -> Tensor:
     """The recurrent layer on x [T,D], one token, head and Householder step after the other; w without its prefix."""
     n, heads, value_heads, key, value = sizes(case)
-    q = short_conv(x @ w["q_proj.weight"].T, w.get("q_conv1d.weight"))
+    # 0.2.1 has a convolution of the queries for each step, and takes the first
+    q = short_conv(x @ w["q_proj.weight"].T, w.get("q_conv1ds.0.weight" if case.get("q_convs") else "q_conv1d.weight"))
     ks, vs, betas = [], [], []
     for j in range(n):
         if case.get("per_step"):
@@ -251,19 +259,20 @@ def test_the_model_computes_what_its_layers_compute(case, tmp_path):
 @EACH
 def test_there_and_back(case, tmp_path):
     model = read_fla(write(tmp_path / "theirs", case))
-    layout = "per-step" if case.get("per_step") else "fused"
+    layout = "0.2.1" if case.get("q_convs") else "per-step" if case.get("per_step") else "fused"
     write_fla(model, tmp_path / "again", layout)
     written = read_json(tmp_path / "again" / "config.json")
     assert {name: tuple(x.shape) for name, x in to_fla_state(model.state_dict(), model.config, layout).items()} == (
         outline(case)
     )
     for name, value in case.items():
-        if name not in ("per_step", "expand_k", "expand_v"):
+        if name not in (*MARKS, "expand_k", "expand_v"):
             assert written.get(name) == value, name
     assert sizes(written | {"intermediate_size": 20}) == sizes(case)
     tensors = random_tensors(case)
     for name, x in to_fla_state(read_fla(tmp_path / "again").state_dict(), model.config, layout).items():
-        assert torch.equal(x, tensors[name]), name
+        used = re.sub(r"q_conv1ds\.\d", "q_conv1ds.0", name)  # the others are copies
+        assert torch.equal(x, tensors[used]), name
 
 
 OURS = {
@@ -297,8 +306,19 @@ def ours(changed: dict[str, Any]) -> SequenceModel:
     return SequenceModel(ModelConfig(**(plain | changed))).eval()
 
 
-@pytest.mark.parametrize("layout", ["fused", "per-step"])
-@pytest.mark.parametrize("changed", OURS.values(), ids=OURS)
+NOT_IN_0_2_1 = ("grouped values", "grouped values, gated, one step", "deltanet, grouped values", "gated_deltanet",
+                "attention, two kinds")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "layout"),
+    [
+        pytest.param(changed, layout, id=f"{name}-{layout}")
+        for name, changed in OURS.items()
+        for layout in ("fused", "per-step", "0.2.1")
+        if layout != "0.2.1" or name not in NOT_IN_0_2_1
+    ],
+)
 def test_ours_come_back_exactly(changed, layout, tmp_path):
     model = ours(changed)
     state = model.state_dict()
@@ -306,7 +326,7 @@ def test_ours_come_back_exactly(changed, layout, tmp_path):
     case = to_fla_config(model.config, layout)
     if not isinstance(case["attn"], list):  # which `outline` does not know
         shapes = {name: tuple(x.shape) for name, x in there.items()}
-        assert shapes == outline(case | {"per_step": layout == "per-step"})
+        assert shapes == outline(case | {"per_step": layout != "fused", "q_convs": layout == "0.2.1"})
     back = from_fla_state(there, model.config)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
@@ -472,6 +492,7 @@ def refused(match: str, function, *arguments) -> None:
         (PRODUCT | {"attn": ATTENTION | {"layers": [2]}}, r"names layer 2 wrongly or twice; layers are 0 … 1"),
         (PRODUCT | {"attn": [ATTENTION, ATTENTION]}, "names layer 1 wrongly or twice"),
         (PRODUCT | {"attn": ATTENTION | {"rope_theta": None}}, "rope_theta=None, which should be a number"),
+        (PRODUCT | {"attn": ATTENTION | {"rope_theta": float("inf")}}, "rope_theta=inf, which should be a number"),
         (PRODUCT | {"attn": "flash"}, "does not say in which layers"),
     ],
 )
@@ -495,14 +516,14 @@ def test_what_our_layers_cannot_compute(values, match):
         ({"beta_bias_init": 1.0}, "the projection of β has a bias"),
     ],
 )
-@pytest.mark.parametrize("layout", ["fused", "per-step"])
+@pytest.mark.parametrize("layout", ["fused", "per-step", "0.2.1"])
 def test_what_flash_linear_attention_cannot_hold(changed, match, layout, tmp_path):
     refused(match, write_fla, ours(changed), tmp_path / "out", layout)
     assert not any(tmp_path.iterdir())
 
 
 def test_an_unknown_layout():
-    refused("must be fused or per-step, not 'flat'", to_fla_config, ours({}).config, "flat")
+    refused("must be fused, per-step or 0.2.1, not 'flat'", to_fla_config, ours({}).config, "flat")
 
 
 # Weights that do not fit
@@ -658,7 +679,8 @@ def test_convert(theirs, tmp_path, capsys):
     assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
     (tmp_path / "run").mkdir()
     (tmp_path / "ours").rename(tmp_path / "run" / "checkpoint")  # a run's folder serves as well
-    for to, part in (("fla", "k_proj.weight"), ("fla-per-step", "k_projs.2.weight"), ("fla", "k_proj.weight")):
+    parts = {"fla": "k_proj.weight", "fla-per-step": "q_conv1d.weight", "fla-0.2.1": "q_conv1ds.2.weight"}
+    for to, part in [*parts.items(), ("fla", parts["fla"])]:
         LmConvert(source=tmp_path / "run", to=to, out=tmp_path / "out").run()  # each replaces the one before
         state = read_fla(tmp_path / "out").state_dict()
         assert all(torch.equal(x, want[name]) for name, x in state.items())

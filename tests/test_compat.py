@@ -1,9 +1,7 @@
-"""flash-linear-attention's call layout: its signatures, and the same results as `delta_product` on the same numbers."""
+"""flash-linear-attention's call layout gives what `delta_product` gives on the same numbers, in the hard regime.
 
-import ast
-import importlib.util
-import inspect
-from pathlib import Path
+Its signatures, release by release: tests/ops/test_fla_signatures.py.
+"""
 
 import pytest
 import torch
@@ -12,65 +10,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import compat, delta_product
 
-REQUIRED = inspect.Parameter.empty
-_STATE = {"scale": None, "initial_state": None, "output_final_state": False, "use_qk_l2norm_in_kernel": False}
-_BETA = {"use_beta_sigmoid_in_kernel": False, "allow_neg_eigval": False, "state_v_first": False}
-_QKV = dict.fromkeys("qkv", REQUIRED)
-# Arguments and defaults of version 0.6.0, in order; "**" stands for further ones.
-SIGNATURES = {
-    "chunk_gated_delta_product": _QKV
-    | dict.fromkeys(("g", "beta", "num_householder"), REQUIRED)
-    | _STATE
-    | dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "cp_context")),
-    "chunk_delta_rule": _QKV
-    | {"beta": REQUIRED}
-    | _STATE
-    | dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu"))
-    | {"**": REQUIRED},
-    "fused_recurrent_delta_rule": _QKV | {"beta": None} | _STATE | {"cu_seqlens": None},
-    "chunk_gated_delta_rule": _QKV
-    | dict.fromkeys(("g", "beta"), REQUIRED)
-    | _STATE
-    | _BETA
-    | dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "chunk_indices", "cp_context"))
-    | {"**": REQUIRED},
-    "fused_recurrent_gated_delta_rule": _QKV
-    | dict.fromkeys(("g", "gk", "gv", "beta"))
-    | _STATE
-    | {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None}
-    | _BETA
-    | {"cu_seqlens": None, "**": REQUIRED},
-}
-FILES = {
-    "chunk_gated_delta_product": "gated_delta_product/chunk.py",
-    "chunk_delta_rule": "delta_rule/chunk.py",
-    "fused_recurrent_delta_rule": "delta_rule/fused_recurrent.py",
-    "chunk_gated_delta_rule": "gated_delta_rule/chunk.py",
-    "fused_recurrent_gated_delta_rule": "gated_delta_rule/fused_recurrent.py",
-}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_the_signatures_are_those_of_0_6_0(name):
-    parameters = inspect.signature(getattr(compat, name)).parameters
-    ours = [("**" if p.kind is p.VAR_KEYWORD else p.name, p.default) for p in parameters.values()]
-    assert ours == list(SIGNATURES[name].items())
-    assert set(SIGNATURES) == set(compat.__all__)
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_the_table_is_what_flash_linear_attention_has(name):
-    package = importlib.util.find_spec("fla")
-    files = [Path(p, "ops", FILES[name]) for p in (package and package.submodule_search_locations) or ()]
-    if not any(file.is_file() for file in files):
-        pytest.skip("flash-linear-attention is not installed")
-    tree = ast.parse(next(file for file in files if file.is_file()).read_text())
-    found = next(x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == name).args
-    names = [a.arg for a in found.args]
-    defaults = [REQUIRED] * (len(names) - len(found.defaults)) + [ast.literal_eval(d) for d in found.defaults]
-    theirs = list(zip(names, defaults, strict=True)) + ([("**", REQUIRED)] if found.kwarg else [])
-    assert theirs == list(SIGNATURES[name].items())
-
+RULES = ("chunk_delta_rule", "fused_recurrent_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 
 # The same numbers. The regime of state tracking: keys from two directions, β in [1.9, 2], mostly no decay.
 
@@ -144,7 +84,7 @@ def test_delta_product(n, gate, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("name", [name for name in SIGNATURES if name.endswith("rule")])
+@pytest.mark.parametrize("name", RULES)
 def test_delta_rules(name, packed):
     x = hard(gate="gated" in name, packed=packed)
     cu_seqlens = torch.tensor(ENDS) if packed else None
@@ -201,24 +141,11 @@ def test_positional_calls_mean_what_they_mean_there():
     assert torch.equal(o, want[0]) and torch.equal(state, want[1])
 
 
-def test_hints_for_kernels_change_nothing():
-    x = hard(gate=True, packed=True)
-    k, v, beta = (x[name][:, :, 0] for name in ("k", "v", "beta"))
-    ends = torch.tensor(ENDS)
-    plain, _ = compat.chunk_gated_delta_rule(x["q"], k, v, x["g"], beta, cu_seqlens=ends)
-    hinted, _ = compat.chunk_gated_delta_rule(
-        x["q"], k, v, x["g"], beta, cu_seqlens=ends, cu_seqlens_cpu=ends, chunk_indices=ends, chunk_size=32
-    )
-    assert torch.equal(plain, hinted)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("chunk_delta_rule", {"head_first": False}, "head_first has been removed"),
+        ("chunk_delta_rule", {"head_first": True}, "head_first has been removed"),
         ("chunk_delta_rule", {"chunk_size": 48}, "chunk_size must be one of 16, 32, 64, not 48"),
-        ("chunk_delta_rule", {"nonsense": 1}, "no argument 'nonsense'"),
-        ("chunk_gated_delta_rule", {"transpose_state_layout": True}, "now called state_v_first"),
         ("chunk_gated_delta_rule", {"cp_context": object()}, "cp_context is not supported"),
         ("chunk_gated_delta_rule", {"allow_neg_eigval": True}, "needs use_beta_sigmoid_in_kernel"),
         ("chunk_gated_delta_rule", {"use_gate_in_kernel": True}, "needs both g and A_log"),

@@ -3,21 +3,25 @@
 The names and defaults are those of version 0.6.0's configuration classes (`fla/models/KIND/configuration_KIND.py`). Its
 layers have other defaults (Gated DeltaProduct's layer: two Householder steps, a forget gate, negative eigenvalues; its
 configuration: one, none, none), which never count in a checkpoint. Fields that only choose a kernel, a loss or a cache
-are left aside.
+are left aside. The releases from 0.1 on have the same defaults, but for initializer_range (0.006 until 0.2.1).
+
+A config.json does not say which release wrote it, and one field has changed its meaning: releases before 0.5.0
+(delta_net) and 0.3.0 (gated_deltanet) kept `allow_neg_eigval` without using it. It is read as 0.6.0 reads it, and
+refused where the other fields are those of such a release.
 
 D hidden size · H query/key heads · HV value heads · K, V sizes of a head.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import get_mixer
 from deltaproduct.layers.deltaproduct import DeltaProduct
 from deltaproduct.models.config import ModelConfig
 
-Layout = Literal["fused", "per-step"]
+Layout = Literal["fused", "per-step", "0.2.1"]
 
 ARCHITECTURES = {
     "delta_net": "DeltaNetForCausalLM",
@@ -79,7 +83,16 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_beta": (True,),
     "conv_bias": (False,),
     "attnres_block_size": (None,),
+    # In configurations of the paper's own repository, for code that was never released.
+    "norm_first": (False,),
+    "clamp_min": (None,),
+    "use_beta_conv1d": (False,),
 }
+
+# The release whose model of a kind first uses allow_neg_eigval, and a field that the configuration class of this kind
+# has had since then (delta_net's since the next release). A class writes all its fields; each of them has fuse_swiglu.
+USES_NEG_EIGVAL = {"delta_net": "0.5.0", "gated_deltanet": "0.3.0"}
+_NEG_EIGVAL_MARK = {"delta_net": "attnres_block_size", "gated_deltanet": "use_l2warp"}
 
 
 def from_fla_config(values: Any) -> ModelConfig:
@@ -95,6 +108,7 @@ def from_fla_config(values: Any) -> ModelConfig:
         if (value := values.get(name, served[0])) not in served:
             wanted = " or ".join(map(repr, served))
             raise UsageError(f"The {kind} configuration has {name}={value!r}; this library computes only {wanted}.")
+    _check_neg_eigval(kind, values)
     given = {name: _typed(kind, name, values.get(name, default), default) for name, default in DEFAULTS[kind].items()}
     shared = ("vocab_size", "hidden_size", "num_hidden_layers", "norm_eps", "initializer_range", "tie_word_embeddings",
               "num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")  # fmt: skip
@@ -105,6 +119,17 @@ def from_fla_config(values: Any) -> ModelConfig:
         **{name: given[name] for name in shared},
         **_recurrence(kind, given),
     )
+
+
+def _check_neg_eigval(kind: str, values: Mapping[str, Any]) -> None:
+    """`UsageError` where a release may have written allow_neg_eigval=True that did not use it."""
+    field = _NEG_EIGVAL_MARK.get(kind)
+    if values.get("allow_neg_eigval") and field and "fuse_swiglu" in values and field not in values:
+        raise UsageError(
+            f"The {kind} configuration has allow_neg_eigval=True and no {field}, as if written before version "
+            f"{USES_NEG_EIGVAL[kind]} of flash-linear-attention, which did not use it. Set it to false in config.json "
+            f"if such a version trained the model; otherwise add {field}."
+        )
 
 
 def _typed(kind: str, name: str, value: Any, default: Any) -> Any:
@@ -166,7 +191,7 @@ def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[str,
         heads, theta = spec.get("num_heads"), spec.get("rope_theta", 10_000.0)
         if type(heads) is not int or heads < 1 or hidden_size % heads:
             raise UsageError(f"attn has num_heads={heads!r}, which should divide hidden_size={hidden_size}.")
-        if type(theta) not in (int, float):
+        if type(theta) not in (int, float) or not math.isfinite(theta):
             raise UsageError(f"attn has rope_theta={theta!r}, which should be a number.")
         kv_heads = heads if spec.get("num_kv_heads") is None else spec["num_kv_heads"]
         if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
@@ -183,22 +208,30 @@ def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, An
     """The content of a config.json with which flash-linear-attention builds the same model.
 
     `deltanet` becomes delta_net, or gated_deltanet where it has a forget gate; `gated_deltanet` becomes gated_deltanet
-    and `deltaproduct` gated_deltaproduct, as everything does in the per-step layout, which no other kind ever had.
+    and `deltaproduct` gated_deltaproduct, as everything does in the other layouts, which no other kind ever had.
     Grouped value heads are written as num_v_heads; of version 0.6.0's models only gated_deltanet takes it, and a
-    gated_deltaproduct with it is refused there by the shapes of its weights. What only initialisation needs
+    gated_deltaproduct with it is refused there by the shapes of its weights. Layout 0.2.1 has no place for them, nor
+    for attention of two kinds. What only initialisation needs
     (embedding_init_std, an initializer_range of None) is left out.
 
     Raises:
         UsageError: flash-linear-attention has no field for what this model does.
     """
     if layout not in get_args(Layout):
-        raise UsageError(f"The layout must be {' or '.join(get_args(Layout))}, not {layout!r}.")
+        *others, last = get_args(Layout)
+        raise UsageError(f"The layout must be {', '.join(others)} or {last}, not {layout!r}.")
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
     _refuse_what_fla_lacks(config, layers)
     attention = {i: layer for i, layer in enumerate(layers) if layer.mixer == "attention"}
     recurrent = [layer for i, layer in enumerate(layers) if i not in attention]
     own = _settings(recurrent[0])
     kind = _kind(recurrent[0].mixer, own, layout)
+    attn = _attention_specs(attention)
+    if layout == "0.2.1":
+        if own["num_v_heads"] != own["num_heads"]:
+            _cannot_hold("its value heads are grouped, and version 0.2.1 has as many of them as of the others")
+        if isinstance(attn, list):
+            _cannot_hold("its attention layers differ from one another, and version 0.2.1 has one kind of them")
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -208,7 +241,7 @@ def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, An
         "intermediate_size": config.mlp_size,
         "norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attn": _attention_specs(attention),
+        "attn": attn,
         **{name: own[name] for name in ("num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")},
     }
     if config.initializer_range is not None:
@@ -216,15 +249,27 @@ def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, An
     if kind == "delta_net":
         key_size = own["num_heads"] * own["head_dim"]
         value_size = own["num_heads"] * round(own["head_dim"] * own["expand_v"])
-        return values | {"expand_k": key_size / config.hidden_size, "expand_v": value_size / config.hidden_size,
+        return values | {"expand_k": _ratio(key_size, config.hidden_size),
+                         "expand_v": _ratio(value_size, config.hidden_size),
                          "use_gate": own["use_output_gate"]}  # fmt: skip
-    values |= {"head_dim": own["head_dim"], "expand_v": own["expand_v"]}
+    value_size = round(own["head_dim"] * own["expand_v"])
+    values |= {"head_dim": own["head_dim"], "expand_v": _ratio(value_size, own["head_dim"], own["expand_v"])}
     if own["num_v_heads"] != own["num_heads"]:
         values["num_v_heads"] = own["num_v_heads"]
     if kind == "gated_deltanet":
         return values | {"use_gate": own["use_output_gate"]}
-    values["use_gate" if layout == "per-step" else "use_output_gate"] = own["use_output_gate"]
+    values["use_output_gate" if layout == "fused" else "use_gate"] = own["use_output_gate"]
     return values | {name: own[name] for name in ("use_forget_gate", "num_householder")}
+
+
+def _ratio(part: int, whole: int, near: float | None = None) -> float:
+    """part/whole, or the next float above: its product with `whole` is cut off to a whole number by most releases."""
+    ratio = part / whole if near is None else near
+    return ratio if int(whole * ratio) == part else math.nextafter(part / whole, math.inf)
+
+
+def _cannot_hold(why: str) -> NoReturn:
+    raise UsageError(f"flash-linear-attention cannot hold this model: {why}.")
 
 
 def _settings(layer: ModelConfig) -> dict[str, Any]:
@@ -236,7 +281,7 @@ def _settings(layer: ModelConfig) -> dict[str, Any]:
 
 def _kind(mixer: str, own: Mapping[str, Any], layout: Layout) -> str:
     grouped = own["num_v_heads"] != own["num_heads"]
-    if layout == "per-step":
+    if layout != "fused":
         return "gated_deltaproduct"
     if own["num_householder"] == 1 and own["use_forget_gate"] and (grouped or mixer != "deltaproduct"):
         return "gated_deltanet"
@@ -244,32 +289,29 @@ def _kind(mixer: str, own: Mapping[str, Any], layout: Layout) -> str:
 
 
 def _refuse_what_fla_lacks(config: ModelConfig, layers: list[ModelConfig]) -> None:
-    def refuse(why: str) -> None:
-        raise UsageError(f"flash-linear-attention cannot hold this model: {why}.")
-
     if config.vocab_size != config.num_labels:
-        refuse(f"it is no language model, with vocab_size={config.vocab_size} and num_labels={config.num_labels}")
+        _cannot_hold(f"it is no language model, with vocab_size={config.vocab_size} and num_labels={config.num_labels}")
     for i, layer in enumerate(layers):
         if layer.mlp_size == 0:
-            refuse(f"layer {i} has no MLP")
+            _cannot_hold(f"layer {i} has no MLP")
         if (layer.mlp_size, layer.norm_eps) != (config.mlp_size, config.norm_eps):
-            refuse(f"layer {i} has another intermediate_size or norm_eps than the model")
+            _cannot_hold(f"layer {i} has another intermediate_size or norm_eps than the model")
         if layer.mixer == "attention":
             if layer.num_heads * layer.head_dim != layer.hidden_size:
-                refuse(f"attention in layer {i} has num_heads · head_dim ≠ hidden_size")
+                _cannot_hold(f"attention in layer {i} has num_heads · head_dim ≠ hidden_size")
             if layer.rope_theta is None:
-                refuse(f"attention in layer {i} has no rotary positions")
+                _cannot_hold(f"attention in layer {i} has no rotary positions")
         elif not issubclass(get_mixer(layer.mixer), DeltaProduct):
-            refuse(f"layer {i} is {layer.mixer}")
+            _cannot_hold(f"layer {i} is {layer.mixer}")
     recurrent = [_settings(layer) for layer in layers if layer.mixer != "attention"]
     if not recurrent:
-        refuse("all its layers are attention")
+        _cannot_hold("all its layers are attention")
     if any(settings != recurrent[0] for settings in recurrent):
-        refuse("its recurrent layers differ from one another")
+        _cannot_hold("its recurrent layers differ from one another")
     if recurrent[0]["qkv_activation"] != "silu":
-        refuse(f"qkv_activation is {recurrent[0]['qkv_activation']!r} and has to be 'silu'")
+        _cannot_hold(f"qkv_activation is {recurrent[0]['qkv_activation']!r} and has to be 'silu'")
     if recurrent[0]["beta_bias_init"] is not None:
-        refuse("the projection of β has a bias")
+        _cannot_hold("the projection of β has a bias")
 
 
 def _attention_specs(layers: Mapping[int, ModelConfig]) -> dict[str, Any] | list[dict[str, Any]] | None:
