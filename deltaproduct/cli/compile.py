@@ -74,12 +74,14 @@ class Compile:
             },
         )
         config = model.config
-        print(f"{len(automaton.states):,} states, {len(automaton.alphabet):,} symbols → {self.out}")
+        print(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
               f"{config.num_householder}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
-        print(f"tried: {found[0].tried:,} symbols in {found[0].situations:,} situations, which are "
-              f"{'all' if found[0].complete else 'not all'} that there are; no label was wrong")  # fmt: skip
+        shared = found[0].tried > found[0].situations * len(automaton.alphabet)
+        print(f"tried: {_count(found[0].tried, 'symbol')} in {_count(found[0].situations, 'situation')}, which are "
+              f"{'all' if found[0].complete else 'not all'} that there are"
+              f"{', from every state that shares one' if shared else ''}; no label was wrong")  # fmt: skip
         for certificate, words in zip(found, held, strict=True):
             print(_in_words(certificate, words))
 
@@ -111,9 +113,16 @@ class Compile:
 
 
 def _in_words(certificate: Certificate, held: Verification) -> str:
-    guaranteed = "every length" if certificate.guaranteed is None else f"length {certificate.guaranteed:,}"
+    guaranteed = f"guaranteed to length {certificate.guaranteed:,}" if certificate.guaranteed else "nothing guaranteed"
+    if certificate.guaranteed is None:
+        guaranteed = "guaranteed to every length"
+    margin = "one label only" if certificate.margin is None else f"margin {certificate.margin:.3g}"
     practice = "all right" if not held.wrong else f"the first wrong label after {held.first_wrong:,} symbols"
     return (
-        f"{certificate.dtype}: guaranteed to {guaranteed} (margin {certificate.margin:.3g}, drift at most "
-        f"{certificate.drift:.2g} a token); in practice, {held.words} words of length {held.length:,}: {practice}"
+        f"{certificate.dtype}: {guaranteed} ({margin}, drift at most {certificate.drift:.2g} a token); in practice, "
+        f"{held.words} words of length {held.length:,}: {practice}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -80,10 +80,12 @@ class Certificate:
 
     Attributes:
         dtype: of weights and activations; states are float32 at least.
-        situations, tried, pairs: how many there are; symbols tried in them; different pairs of a state and a symbol.
+        situations: how many there are, whatever states of the automaton they go with.
+        tried: symbols that were tried: every one in every situation, for every state that it goes with.
+        pairs: different pairs of a state and a symbol among these.
         complete: whether that were all situations; otherwise nothing is guaranteed.
         wrong: labels that were wrong.
-        margin: the right label's logit above the next, at least.
+        margin: the right label's logit above the next, at least; None where there is but one label.
         drift: what a token can add to a state's distance from its code, at most, in units of the largest state.
         guaranteed: the length up to which every word is right; None means every length.
         heads: what bounds it, head by head.
@@ -95,7 +97,7 @@ class Certificate:
     pairs: int
     complete: bool
     wrong: int
-    margin: float
+    margin: float | None
     drift: float
     guaranteed: int | None
     heads: tuple[Head, ...]
@@ -117,16 +119,17 @@ def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration
     heads = evidence.heads()
     complete = exploration.complete and evidence.survives <= CLEARED
     wrong = exploration.wrong + evidence.wrong
+    one_label = model.config.num_labels == 1  # which is right whatever the state has come to
     return Certificate(
         dtype=str(evidence.dtype).removeprefix("torch."),
-        situations=len(exploration.state_of),
+        situations=exploration.situations,
         tried=len(exploration.before),
         pairs=exploration.pairs,
         complete=complete,
         wrong=wrong,
-        margin=evidence.margin,
+        margin=None if one_label else evidence.margin,
         drift=max((head.drift for head in heads), default=0.0),
-        guaranteed=_guaranteed(heads) if complete and not wrong else 0,
+        guaranteed=_guaranteed([] if one_label else heads) if complete and not wrong else 0,
         heads=tuple(heads),
     )
 
@@ -135,7 +138,9 @@ def _guaranteed(heads: list[Head]) -> int | None:
     """The largest number of tokens after which every head is as close to its code as it must be; BOS is one."""
 
     def fine(tokens: int) -> bool:
-        return all(head.distance(tokens) < head.tolerated for head in heads)
+        # On its code a head is as it was when all labels were tried, even where nothing else is tolerated: one that
+        # holds nothing reads nothing, and half of that.
+        return all((off := head.distance(tokens)) == 0 or off < head.tolerated for head in heads)
 
     if fine(LONGEST) and all(head.bound is not None or head.drift == 0 for head in heads):
         return None
