@@ -32,8 +32,8 @@ class Compile:
 
     out: Annotated[Path, tyro.conf.arg(help="the folder to write, which must not exist yet")]
     group: Annotated[str | None, tyro.conf.arg(help="such as S5, A5, Z60, D12, S3_x_Z2: one layer")] = None
-    regex: Annotated[str | None, tyro.conf.arg(help="of one-character symbols, such as '(ab)*'")] = None
-    alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols; None: those of the expression")] = None
+    regex: Annotated[str | None, tyro.conf.arg(help="symbols are single characters: '(ab)*', '[ab]{2,4}c'")] = None
+    alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols, as in abc; None: the expression's own")] = None
     automaton: Annotated[Path | None, tyro.conf.arg(help="JSON (alphabet, states, initial, accepting, transitions) "
                                                          "or Graphviz DOT")] = None  # fmt: skip
     from_run: Annotated[Path | None, tyro.conf.arg(help="a trained run: the automaton that `extract` finds")] = None

@@ -5,17 +5,30 @@ Letters: n states, s symbols.
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from deltaproduct.errors import UsageError
+from deltaproduct.tasks.expressions import (
+    EMPTY,
+    NOTHING,
+    Language,
+    NoExpression,
+    first_difference,
+    for_library,
+    language_of,
+    private,
+    symbols_of,
+    tokens_of,
+)
 
 MAX_STATES = 10_000
 MAX_ELEMENTS = 50_000  # of a transition monoid
-REGEX_ADVICE = "it may have letters, ( ), |, *, +, ?, & and {m,n}"
+REGEX_ADVICE = "it may have symbols of one character, ( ), |, *, +, ?, {m,n}, [a-c], . and &, as in '(a|b)*abb'"
+
+Step = Callable[[Any, str], Any]  # from a state by a symbol to the next state
 
 
 @dataclass(frozen=True)
@@ -197,48 +210,66 @@ class Automaton:
 
 
 def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
-    """The minimal automaton of a regular expression, in automata-lib's syntax.
+    """The minimal automaton of a regular expression (expressions.py has the syntax), by automata-lib.
 
     Args:
         regex: a symbol is one character.
-        alphabet: all symbols; None means those that the expression has.
+        alphabet: all symbols; None means those that the expression names.
 
-    Raises UsageError when the expression is malformed, has no symbols, or has one that is not in the alphabet; or when
-    automata-lib is not installed.
+    Raises UsageError when the expression is malformed or too large, has no symbols, or has one that is not in the
+    alphabet; when automata-lib is not installed, or its automaton is not the expression's.
     """
     try:
-        from automata.base.exceptions import AutomatonException, RegexException
+        tokens = tokens_of(regex)
+        letters = tuple(sorted(set(alphabet) if alphabet is not None else symbols_of(tokens)))
+        language = language_of(tokens, letters) if tokens else EMPTY
+    except NoExpression as e:
+        raise UsageError(f"{regex!r} is no regular expression that can be used ({e}); {REGEX_ADVICE}.") from e
+    if not letters:
+        raise UsageError(f"The regular expression {regex!r} has no symbols; an alphabet has to be given with it.")
+    return _numbered(*_by_library(regex, language, letters), letters).minimal()
+
+
+def _by_library(regex: str, language: Language, letters: tuple[str, ...]) -> tuple[Any, Step, Callable[[Any], bool]]:
+    """automata-lib's deterministic automaton of a language: the initial state, transitions (to None, where nothing
+    follows any more), and what accepts. Raises UsageError where it is wrong."""
+    try:
         from automata.fa.dfa import DFA
         from automata.fa.nfa import NFA
     except ImportError as e:
         raise UsageError("Regular expressions need automata-lib: pip install 'deltaproduct[formal]'.") from e
-    if re.search(r"\{[^}]*\d{4}", regex):  # it would be written out, so often
-        raise UsageError(f"{regex!r} repeats something more than 999 times.")
-    symbols = None if alphabet is None else set(alphabet)
-    try:
-        nfa = NFA.from_regex(regex, input_symbols=symbols)
-        if not nfa.input_symbols:
-            raise UsageError(f"The regular expression {regex!r} has no symbols; an alphabet has to be given with it.")
+    names = private(letters)
+    if language == NOTHING:
+        dfa = DFA.empty_language(set(names.values()))
+    else:
+        nfa = NFA.from_regex(for_library(language, names), input_symbols=set(names.values()))
         dfa = DFA.from_nfa(nfa, minify=True)
-    except UsageError:
-        raise
-    except (AutomatonException, RegexException, ValueError, IndexError, KeyError, RecursionError) as e:
-        reason = str(e).splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
-        raise UsageError(f"{regex!r} is no regular expression ({reason}); {REGEX_ADVICE}.") from e
-    letters = tuple(sorted(dfa.input_symbols))
-    # Numbered in the order in which words in alphabetical order find them, whatever names the library gave.
-    found = order_of_discovery(dfa.initial_state, lambda q: [dfa.transitions[q].get(a) for a in letters])
+
+    def step(state: Any, symbol: str) -> Any:
+        return None if state is None else dfa.transitions[state].get(names[symbol])
+
+    word = first_difference(language, letters, dfa.initial_state, step, dfa.final_states.__contains__)
+    if word is not None:
+        raise UsageError(
+            f"automata-lib reads {regex!r} wrongly, for instance for the word {word!r}. Write it in another way."
+        )
+    return dfa.initial_state, step, dfa.final_states.__contains__
+
+
+def _numbered(initial: Any, step: Step, accepts: Callable[[Any], bool], letters: tuple[str, ...]) -> Automaton:
+    """Numbered in the order in which words in alphabetical order find the states, whatever names they have."""
+    found = order_of_discovery(initial, lambda q: [step(q, a) for a in letters])
     order, sink = {q: i for i, q in enumerate(found)}, len(found)
-    rows = [tuple(order.get(dfa.transitions[q].get(a), sink) for a in letters) for q in found]
+    rows = [tuple(order.get(step(q, a), sink) for a in letters) for q in found]
     if any(sink in row for row in rows):  # a partial automaton's missing transitions lead to where nothing is accepted
         rows.append((sink,) * len(letters))
     return Automaton(
         alphabet=letters,
         states=tuple(f"q{i}" for i in range(len(rows))),
         initial=0,
-        accepting=tuple(sorted(order[q] for q in dfa.final_states if q in order)),
+        accepting=tuple(i for i, q in enumerate(found) if accepts(q)),
         transitions=tuple(rows),
-    ).minimal()
+    )
 
 
 def order_of_discovery(start: Any, next_ones: Callable[[Any], Iterable[Any]]) -> list[Any]:

@@ -180,7 +180,7 @@ def random_automaton(states: int, symbols: int, seed: int = 0) -> Automaton:
 
 
 def regex_task(name: str, accept: str | None, regex: str) -> AutomatonTask:
-    """`regex:R` or `regex_accept:R`: the minimal automaton of a regular expression, in automata-lib's syntax.
+    """`regex:R` or `regex_accept:R`: the minimal automaton of a regular expression (`expressions.py` has the syntax).
 
     Raises UsageError when R is none, or its automaton has nothing to tell; or when automata-lib is not installed.
     """

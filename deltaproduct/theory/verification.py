@@ -24,7 +24,7 @@ class Verification:
     length: int
     wrong: int  # tokens whose label is not the automaton's state
     first_wrong: int | None  # the earliest position of one, counting symbols from 1
-    margin: float | None  # the right label's logit above the next, at least: what rounding may use up; None of one label
+    margin: float | None  # the right label's logit above the next, at least; None where there is but one label
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:

@@ -45,7 +45,8 @@ def with_equal_rows(rng: random.Random) -> Automaton:
         if q == 1 or rng.random() < 0.6:  # at least one pair
             rows[q] = rows[rng.randrange(q)]
     order = rng.sample(range(n), n)
-    return Automaton(tuple("abcd"[:s]), tuple(map(str, range(n))), rng.randrange(n), (0,), tuple(rows[i] for i in order))
+    names = tuple(map(str, range(n)))
+    return Automaton(tuple("abcd"[:s]), names, rng.randrange(n), (0,), tuple(rows[i] for i in order))
 
 
 def assert_certain(automaton: Automaton, words: int, length: int, seed: int) -> None:
