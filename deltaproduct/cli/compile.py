@@ -11,9 +11,9 @@ import tyro
 from deltaproduct.analysis import extract
 from deltaproduct.cli.extract import trained
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, read_text
-from deltaproduct.tasks.automata import Automaton, from_regex
-from deltaproduct.tasks.dot import automaton_from_dot
+from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton, from_regex
+from deltaproduct.tasks.automaton_task import read_automaton
+from deltaproduct.tasks.dot import DOT_EXAMPLE
 from deltaproduct.theory.certificate import Certificate, certificates
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.validate import Limits
@@ -34,8 +34,8 @@ class Compile:
     group: Annotated[str | None, tyro.conf.arg(help="such as S5, A5, Z60, D12, S3_x_Z2: one layer")] = None
     regex: Annotated[str | None, tyro.conf.arg(help="symbols are single characters: '(ab)*', '[ab]{2,4}c'")] = None
     alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols, as in abc; None: the expression's own")] = None
-    automaton: Annotated[Path | None, tyro.conf.arg(help="JSON (alphabet, states, initial, accepting, transitions) "
-                                                         "or Graphviz DOT")] = None  # fmt: skip
+    automaton: Annotated[Path | None, tyro.conf.arg(help=f"a file in JSON, such as {JSON_EXAMPLE}, or in "
+                                                         f"Graphviz DOT, such as {DOT_EXAMPLE}")] = None  # fmt: skip
     from_run: Annotated[Path | None, tyro.conf.arg(help="a trained run: the automaton that `extract` finds")] = None
     strategy: Annotated[Strategy, tyro.conf.arg(help="the construction; auto: the fewest layers")] = "auto"
     monoid: Annotated[bool, tyro.conf.arg(help="follow what a word does to all states, not only to one")] = False
@@ -103,10 +103,7 @@ class Compile:
                   f"{found.agreement:.4f} on {found.words} words of length {found.length}")  # fmt: skip
             return found.automaton
         assert self.automaton is not None
-        if self.automaton.suffix in (".dot", ".gv"):
-            given = automaton_from_dot(read_text(self.automaton))
-        else:
-            given = Automaton.from_dict(read_json(self.automaton))
+        given = read_automaton(self.automaton)
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
         return given.minimal() if meant else given.reachable()
