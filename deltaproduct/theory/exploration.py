@@ -14,8 +14,9 @@ something for one token, say, also holds what it had kept before. It is known by
 have no part in which it is.
 """
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +46,10 @@ class Exploration:
     Attributes:
         before, symbols, after: [P] numbers of cases and symbols: each try.
         state_of: [cases] the automaton's state.
-        held: for every layer [H,U,K,V] float32 the different states of each head, padded with zeros; the first of them
+        held: for every layer [H,U,K,V] float64 the different states of each head, padded with zeros; the first of them
             after BOS.
-        kept: for every layer and head [r,K] orthonormal: the directions of the state in which something survives.
+        kept: for every layer and head [r,K] float64, orthonormal: the directions of the state in which something
+            survives.
         holds: for every layer [cases,H], which of these.
         wrong: tries whose label was not the automaton's state.
         complete: whether nothing new was left to try.
@@ -102,7 +104,11 @@ class _Codes:
 
 @torch.no_grad()
 def explore(model: SequenceModel, automaton: Automaton) -> Exploration:
-    """Try every symbol in every case, at most 600,000 times in all. The model is float32, on a CPU."""
+    """Try every symbol in every case, at most 600,000 times in all. The model is on a CPU.
+
+    All is computed in float64, with the model's own weights: what is found is then the same on every machine.
+    """
+    model = copy.deepcopy(model).double()
     symbols, bos = len(automaton.alphabet), len(automaton.alphabet)
     table = torch.tensor(automaton.transitions)
     _, start = model(torch.tensor([[bos]]))
@@ -162,7 +168,7 @@ def _kept(model: SequenceModel, symbols: int) -> list[list[Tensor]]:
         own = []
         for value, vector in zip(values, vectors.mT, strict=True):
             there = value > 1e-6 * max(1.0, float(values.max()))
-            own.append(torch.eye(len(value)) if there.all() else vector[there].float())
+            own.append(torch.eye(len(value), dtype=torch.float64) if there.all() else vector[there])
         result.append(own)
     return result
 
@@ -188,14 +194,16 @@ def layers_of(model: SequenceModel) -> list[tuple[Block, DeltaProduct]]:
 
 
 @contextmanager
-def operator_inputs(model: SequenceModel) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """What the recurrence of every layer is given while the model runs in this context: q and k after normalisation, v,
+def operator_inputs(
+    model: SequenceModel, normalise: Callable[[Tensor], Tensor] = l2_normalise
+) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """What the recurrence of every layer is given while the model runs in this context: q and k after `normalise`, v,
     and β; shaped as in `delta_product`."""
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def look(mixer: DeltaProduct, given: tuple[Any, ...]) -> None:
         q, k, v, beta, *_ = mixer.project(given[0], mixer.init_state(len(given[0])))
-        found.append((l2_normalise(q), l2_normalise(k), v, beta))
+        found.append((normalise(q), normalise(k), v, beta))
 
     hooks = [mixer.register_forward_pre_hook(look) for _, mixer in layers_of(model)]
     try:
