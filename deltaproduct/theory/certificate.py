@@ -7,9 +7,9 @@ by at most
     D′ ≤ ‖A‖ D + ρ + r
 
 where ρ is how far the weights' own transition, carried out in float64, misses the next code, and r bounds the rounding
-of keys, values and the recurrence in float32 (by the standard model, |fl(x∘y) − x∘y| ≤ u |x∘y|, in the recurrence in the
-order of ops/reference.py, in sums in any order). Where every cycle of situations clears the state, D stays below a
-bound; else it grows with every token.
+of keys, values and the recurrence in float32 (by the standard model, |fl(x∘y) − x∘y| ≤ u |x∘y|; the recurrence in the
+order of ops/reference.py, sums in any order). Where every cycle of situations clears the state, D stays below a bound;
+else it grows with every token.
 
 No number depends on how this machine rounds: what is measured is measured in float64 and published to six digits,
 rounded to the safe side. A float32 model is looked at as if it computed exactly, and r allows for what it does not. Of
