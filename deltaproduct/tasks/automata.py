@@ -175,9 +175,9 @@ class Automaton:
     def from_dict(cls, value: Any) -> "Automaton":
         """From what JSON gives: an object with the fields of this class, and no others.
 
-        Whatever is the number of a state may be its name. Transitions may be {state: {symbol: state}}, which also say
-        what states and symbols there are; those that are missing there lead to one more state, "sink", which nothing
-        leaves. Numbers serve as names of symbols, and 0, 1, … of states. automata-lib's names of the fields are known.
+        Whatever is the number of a state may be its name. Transitions may be {state: {symbol: state}} or a list of
+        [state, symbol, state], which also say what states and symbols there are; those that are missing there lead to
+        one more state, "sink", which nothing leaves. Numbers serve as names of symbols, and 0, 1, … of states. automata-lib's names of the fields are known.
 
         Raises UsageError, in one line with an example, for anything else.
         """
@@ -297,6 +297,8 @@ def _fields(value: Any) -> dict[str, Any]:
         if field in given:
             raise _FormatError(f"The automaton has its {field} twice")
         given[field] = content
+    if (listed := _listed(given)) is not None:
+        given["transitions"] = listed
     named = isinstance(given.get("transitions"), dict)  # by which states and symbols are known
     if missing := [name for name in FIELDS if name not in given and not (named and name in ("states", "alphabet"))]:
         raise _FormatError(f"The automaton lacks {' and '.join(missing)}")
@@ -331,6 +333,25 @@ def _fields(value: Any) -> dict[str, Any]:
         "accepting": tuple(sorted({numbered("accepting", state) for state in given["accepting"]})),
         "transitions": tuple(tuple(numbered("transitions", to) for to in row) for row in rows),
     }
+
+
+def _listed(given: dict[str, Any]) -> dict[str, dict[str, str]] | None:
+    """Transitions in a list of [state, symbol, state], as {state: {symbol: state}}; None where they are no such list.
+    What is a table by its size is a table."""
+    rows = given.get("transitions")
+    if not isinstance(rows, list) or not rows:
+        return None
+    if not all(isinstance(row, list) and len(row) == 3 and all(isinstance(name, str) for name in row) for row in rows):
+        return None
+    sizes = [len(given[name]) if isinstance(given.get(name), list) else None for name in ("states", "alphabet")]
+    if sizes == [len(rows), 3]:
+        return None
+    table: dict[str, dict[str, str]] = {}
+    for state, symbol, to in rows:
+        if table.setdefault(state, {}).setdefault(symbol, to) != to:
+            raise _FormatError(f"The automaton is not deterministic: from {_short(state)}, {_short(symbol)} leads to "
+                               f"{_short(table[state][symbol])} and to {_short(to)}")  # fmt: skip
+    return table
 
 
 def _name_all(given: dict[str, Any]) -> None:

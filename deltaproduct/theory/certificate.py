@@ -150,8 +150,10 @@ def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration
 
 
 def _rounded(x: float, direction: str) -> float:
-    """To six digits, so that differences in float64's last bits do not show: also not where x is a number of six digits
-    itself, but for them."""
+    """To six digits, so that differences in float64's last bits do not show.
+
+    Twelve digits come first: a number of six digits, but for such a difference, stays that number.
+    """
     return float(Context(prec=DIGITS, rounding=direction).create_decimal(f"{x:.11e}"))
 
 

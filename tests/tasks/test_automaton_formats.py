@@ -15,6 +15,7 @@ from deltaproduct.theory.verification import load
 PARITY = Automaton(("0", "1"), ("even", "odd"), 0, (0,), ((0, 1), (1, 0)))
 NAMED = json.loads(JSON_EXAMPLE)
 ROWS = [["even", "odd"], ["odd", "even"]]
+LIST = [["even", "0", "even"], ["even", "1", "odd"], ["odd", "0", "odd"], ["odd", "1", "even"]]
 
 
 def without(*names):
@@ -30,6 +31,8 @@ SAME = {
     "states from the transitions": without("states"),
     "symbols from the transitions": without("alphabet"),
     "both from the transitions": without("states", "alphabet"),
+    "a list": NAMED | {"transitions": LIST},
+    "a list, and nothing else": without("states", "alphabet") | {"transitions": LIST},
     "numbers as symbols": NAMED | {"alphabet": [0, 1]},
     "a state is accepting once": NAMED | {"accepting": ["even", "even", 0]},
     "automata-lib's names": without("alphabet", "initial", "accepting")
@@ -50,6 +53,12 @@ def test_numbers_as_states():
     turned = PARITY.to_dict() | {"states": ["1", "0"]}
     assert Automaton.from_dict(turned | {"initial": "1"}).initial == 0 == Automaton.from_dict(turned).initial
     assert Automaton.from_dict(turned | {"initial": 1}).initial == 1
+
+
+def test_a_table_of_three_symbols_is_no_list():
+    names = ["0", "1", "2"]
+    value = {"alphabet": names, "states": names, "initial": "0", "accepting": ["1"], "transitions": [names] * 3}
+    assert Automaton.from_dict(value).transitions == ((0, 1, 2),) * 3
 
 
 def test_missing_transitions_lead_to_a_sink():
@@ -76,7 +85,8 @@ BAD = {
     "another's transitions": (NAMED | {"transitions": {"off": {"0": "even"}}}, 'transitions from "off"'),
     "another symbol": (NAMED | {"transitions": {"even": {"2": "even"}}}, 'by "2", which is not in the alphabet'),
     "a list in it": (NAMED | {"transitions": {"even": ["even"]}}, 'from "even" must be {symbol: state}'),
-    "triples": (NAMED | {"transitions": "0->1"}, "must be a list of lists of states"),
+    "a list that says two things": (NAMED | {"transitions": [*LIST, ["odd", "1", "odd"]]}, "is not deterministic"),
+    "no list": (NAMED | {"transitions": "0->1"}, "must be a list of lists of states"),
     "other numbers as states": (PARITY.to_dict() | {"states": [1, 2]}, "must be 0, 1, 2"),
     "an alphabet in one piece": (NAMED | {"alphabet": "01"}, 'alphabet must be a list of names, not "01"'),
 }
