@@ -117,7 +117,7 @@ GOOD = PARITY.to_dict()
         lambda: Automaton.from_dict(GOOD | {"alphabet": ["0", "0"]}),
         lambda: Automaton.from_dict(GOOD | {"alphabet": []}),
         lambda: Automaton.from_dict(GOOD | {"states": ["even"]}),
-        lambda: Automaton.from_dict(GOOD | {"initial": "even"}),
+        lambda: Automaton.from_dict(GOOD | {"initial": "neither"}),
         lambda: Automaton.from_dict(GOOD | {"initial": True}),
         lambda: Automaton.from_dict(GOOD | {"initial": 2}),
         lambda: Automaton.from_dict(GOOD | {"accepting": [-1]}),

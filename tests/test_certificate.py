@@ -57,7 +57,7 @@ def test_what_does_not_survive_makes_no_difference():
 def test_what_survives_after_all_voids_the_guarantee(monkeypatch):
     """As if a sample of transitions had shown only one direction of S3's plane."""
     compiled = MODELS["S3"]
-    monkeypatch.setattr(exploring, "_kept", lambda *_: [[torch.eye(2)[:1], torch.eye(2)]])
+    monkeypatch.setattr(exploring, "_kept", lambda *_: [[torch.eye(2).double()[:1], torch.eye(2).double()]])
     found = explore(compiled.model, compiled.automaton)
     certificate = certify(compiled.model, compiled.automaton, found)
     assert found.complete and not certificate.complete and certificate.guaranteed == 0
@@ -104,7 +104,7 @@ def test_what_is_tolerated_does_no_harm(name):
     _, start = model(torch.tensor([[len(compiled.automaton.alphabet)]]))
     want = torch.tensor(compiled.automaton.transitions)[found.state_of[found.before], found.symbols]
     codes = [
-        torch.stack([held[h, holds[found.before, h]] for h in range(len(held))], 1)
+        torch.stack([held[h, holds[found.before, h]] for h in range(len(held))], 1).float()
         for held, holds in zip(found.held, found.holds, strict=True)
     ]
 
@@ -120,11 +120,11 @@ def test_what_is_tolerated_does_no_harm(name):
             (q, k, _, beta), own = inputs[head.layer], states[head.layer]
             matrix = transition(k[:, 0], beta[:, 0])[:, head.head]
             back = matrix.mT @ q[:, 0, head.head, :, None].double()
-            back = found.kept[head.layer][head.head].double() @ back
+            back = found.kept[head.layer][head.head] @ back
             across = torch.randn(len(own), 1, own.shape[3], generator=rng, dtype=torch.float64)
             push = torch.nn.functional.normalize(back, dim=1) @ torch.nn.functional.normalize(across, dim=2)
             scale = float(found.held[head.layer][head.head].flatten(1).norm(dim=1).max())
-            push = found.kept[head.layer][head.head].T @ push.float()
+            push = (found.kept[head.layer][head.head].T @ push).float()
             own[:, head.head] += times * 0.95 * head.tolerated * scale * push
         return int((run(states)[:, 0].argmax(-1) != want).sum())
 
@@ -182,8 +182,8 @@ def test_states_stay_within_the_bound(name, dtype):
         _, state = model(words[:, done:until], state)
         done = until
         for head in certificate.heads:
-            basis = found.kept[head.layer][head.head]
-            codes = (basis @ found.held[head.layer][head.head]).flatten(1)
+            basis = found.kept[head.layer][head.head].float()
+            codes = (basis @ found.held[head.layer][head.head].float()).flatten(1)
             codes = torch.nn.functional.normalize(codes[codes.norm(dim=1) > 0], dim=1)
             if not len(codes):
                 continue

@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import Automaton, from_regex
 from deltaproduct.tasks.formal import modular_arithmetic
 from deltaproduct.theory.certificate import certificates
-from deltaproduct.theory.compiler import compile_automaton, compile_group
+from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.verification import draw_words, verify
 
 # Fifty regular expressions over a and b, those that the project promises by name first
@@ -52,7 +52,7 @@ def assert_agrees_with_library(automaton: Automaton, words: int, length: int, se
     assert logits.argmax(-1)[:, 1:].tolist() == want
 
 
-def assert_regex_is_the_librarys(regex: str, words: int, length: int) -> None:
+def assert_regex_is_the_librarys(regex: str, words: int, length: int) -> Compiled:
     """The library's own automaton of the expression, not ours, says what is accepted."""
     dfa, nfa = pytest.importorskip("automata.fa.dfa"), pytest.importorskip("automata.fa.nfa")
     theirs = dfa.DFA.from_nfa(nfa.NFA.from_regex(regex, input_symbols={"a", "b"})).to_complete()
@@ -65,6 +65,7 @@ def assert_regex_is_the_librarys(regex: str, words: int, length: int) -> None:
         logits, _ = compiled.model(torch.cat((torch.full((words, 1), 2), torch.from_numpy(drawn)), 1))
     ours = torch.isin(logits.argmax(-1)[:, 1:], torch.tensor(automaton.accepting))
     assert ours.tolist() == [accepted_prefixes(theirs, "".join("ab"[i] for i in word)) for word in drawn]
+    return compiled
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -103,7 +104,10 @@ def test_expressions_agree_with_the_library(regex):
 def test_fifty_expressions_agree_with_the_library():
     assert len(set(REGEXES)) == 50
     for regex in REGEXES:
-        assert_regex_is_the_librarys(regex, 20, 1000)
+        compiled = assert_regex_is_the_librarys(regex, 20, 1000)
+        certificate = certificates(compiled.model, compiled.automaton)[0]
+        assert certificate.complete and certificate.wrong == 0, regex
+        assert certificate.guaranteed is None or certificate.guaranteed > 1000, regex
 
 
 def test_every_third_symbol_is_a():

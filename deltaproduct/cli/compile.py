@@ -11,9 +11,9 @@ import tyro
 from deltaproduct.analysis import extract
 from deltaproduct.cli.extract import trained
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, read_text
-from deltaproduct.tasks.automata import Automaton, from_regex
-from deltaproduct.tasks.dot import automaton_from_dot
+from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton, from_regex
+from deltaproduct.tasks.automaton_task import read_automaton
+from deltaproduct.tasks.dot import DOT_EXAMPLE
 from deltaproduct.theory.certificate import Certificate, certificates
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.validate import Limits
@@ -32,10 +32,10 @@ class Compile:
 
     out: Annotated[Path, tyro.conf.arg(help="the folder to write, which must not exist yet")]
     group: Annotated[str | None, tyro.conf.arg(help="such as S5, A5, Z60, D12, S3_x_Z2: one layer")] = None
-    regex: Annotated[str | None, tyro.conf.arg(help="of one-character symbols, such as '(ab)*'")] = None
-    alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols; None: those of the expression")] = None
-    automaton: Annotated[Path | None, tyro.conf.arg(help="JSON (alphabet, states, initial, accepting, transitions) "
-                                                         "or Graphviz DOT")] = None  # fmt: skip
+    regex: Annotated[str | None, tyro.conf.arg(help="symbols are single characters: '(ab)*', '[ab]{2,4}c'")] = None
+    alphabet: Annotated[str | None, tyro.conf.arg(help="all symbols, as in abc; None: the expression's own")] = None
+    automaton: Annotated[Path | None, tyro.conf.arg(help=f"a file in JSON, such as {JSON_EXAMPLE}, or in "
+                                                         f"Graphviz DOT, such as {DOT_EXAMPLE}")] = None  # fmt: skip
     from_run: Annotated[Path | None, tyro.conf.arg(help="a trained run: the automaton that `extract` finds")] = None
     strategy: Annotated[Strategy, tyro.conf.arg(help="the construction; auto: the fewest layers")] = "auto"
     monoid: Annotated[bool, tyro.conf.arg(help="follow what a word does to all states, not only to one")] = False
@@ -74,12 +74,14 @@ class Compile:
             },
         )
         config = model.config
-        print(f"{len(automaton.states):,} states, {len(automaton.alphabet):,} symbols → {self.out}")
+        print(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
               f"{config.num_householder}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
-        print(f"tried: {found[0].tried:,} symbols in {found[0].situations:,} situations, which are "
-              f"{'all' if found[0].complete else 'not all'} that there are; no label was wrong")  # fmt: skip
+        shared = found[0].tried > found[0].situations * len(automaton.alphabet)
+        print(f"tried: {_count(found[0].tried, 'symbol')} in {_count(found[0].situations, 'situation')}, which are "
+              f"{'all' if found[0].complete else 'not all'} that there are"
+              f"{', from every state that shares one' if shared else ''}; no label was wrong")  # fmt: skip
         for certificate, words in zip(found, held, strict=True):
             print(_in_words(certificate, words))
 
@@ -101,19 +103,23 @@ class Compile:
                   f"{found.agreement:.4f} on {found.words} words of length {found.length}")  # fmt: skip
             return found.automaton
         assert self.automaton is not None
-        if self.automaton.suffix in (".dot", ".gv"):
-            given = automaton_from_dot(read_text(self.automaton))
-        else:
-            given = Automaton.from_dict(read_json(self.automaton))
+        given = read_automaton(self.automaton)
         # Without a difference to make between states, all of them are what is to be followed.
         meant = 0 < len(given.accepting) < len(given.states)
         return given.minimal() if meant else given.reachable()
 
 
 def _in_words(certificate: Certificate, held: Verification) -> str:
-    guaranteed = "every length" if certificate.guaranteed is None else f"length {certificate.guaranteed:,}"
+    guaranteed = f"guaranteed to length {certificate.guaranteed:,}" if certificate.guaranteed else "nothing guaranteed"
+    if certificate.guaranteed is None:
+        guaranteed = "guaranteed to every length"
+    margin = "one label only" if certificate.margin is None else f"margin {certificate.margin:.3g}"
     practice = "all right" if not held.wrong else f"the first wrong label after {held.first_wrong:,} symbols"
     return (
-        f"{certificate.dtype}: guaranteed to {guaranteed} (margin {certificate.margin:.3g}, drift at most "
-        f"{certificate.drift:.2g} a token); in practice, {held.words} words of length {held.length:,}: {practice}"
+        f"{certificate.dtype}: {guaranteed} ({margin}, drift at most {certificate.drift:.2g} a token); in practice, "
+        f"{held.words} words of length {held.length:,}: {practice}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -40,8 +40,8 @@ class Verify:
             total = found.words * found.length
             print(f"Wrong: {found.wrong:,} of {total:,} tokens, the first after {found.first_wrong:,} symbols.")
         else:
-            print(f"Right on every token of {found.words} words of length {found.length:,}; "
-                  f"smallest margin {found.margin:.3g}.")  # fmt: skip
+            margin = "there is one label only" if found.margin is None else f"smallest margin {found.margin:.3g}"
+            print(f"Right on every token of {found.words} words of length {found.length:,}; {margin}.")
         if not self.json and guaranteed is not None:
             length = guaranteed if isinstance(guaranteed, str) else f"length {guaranteed:,}"
             print(f"Guaranteed by the certificate in {self.dtype}: every word, to {length}.")

@@ -5,17 +5,41 @@ Letters: n states, s symbols.
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from deltaproduct.errors import UsageError
+from deltaproduct.tasks.expressions import (
+    EMPTY,
+    NOTHING,
+    Language,
+    NoExpression,
+    first_difference,
+    for_library,
+    language_of,
+    private,
+    symbols_of,
+    tokens_of,
+)
 
 MAX_STATES = 10_000
 MAX_ELEMENTS = 50_000  # of a transition monoid
-REGEX_ADVICE = "it may have letters, ( ), |, *, +, ?, & and {m,n}"
+REGEX_ADVICE = "it may have symbols of one character, ( ), |, *, +, ?, {m,n}, [a-c], . and &, as in '(a|b)*abb'"
+
+JSON_EXAMPLE = (
+    '{"alphabet": ["0", "1"], "states": ["even", "odd"], "initial": "even", "accepting": ["even"], '
+    '"transitions": {"even": {"0": "even", "1": "odd"}, "odd": {"0": "odd", "1": "even"}}}'
+)
+FIELDS = ("alphabet", "states", "initial", "accepting", "transitions")
+ALSO_CALLED = {
+    "input_symbols": "alphabet", "symbols": "alphabet", "initial_state": "initial", "start": "initial",
+    "final_states": "accepting", "final": "accepting",
+}  # fmt: skip
+SINK = "sink"
+
+Step = Callable[[Any, str], Any]  # from a state by a symbol to the next state
 
 
 @dataclass(frozen=True)
@@ -151,33 +175,16 @@ class Automaton:
     def from_dict(cls, value: Any) -> "Automaton":
         """From what JSON gives: an object with the fields of this class, and no others.
 
-        Raises UsageError, in one line, for anything else.
+        Whatever is the number of a state may be its name. Transitions may be {state: {symbol: state}} or a list of
+        [state, symbol, state], which also say what states and symbols there are; those that are missing there lead to
+        one more state, "sink", which nothing leaves. Numbers serve as names of symbols, and 0, 1, … of states. automata-lib's names of the fields are known.
+
+        Raises UsageError, in one line with an example, for anything else.
         """
-        if not isinstance(value, dict):
-            raise UsageError(f"An automaton is a JSON object, not {_short(value)}.")
-        fields = ("alphabet", "states", "initial", "accepting", "transitions")
-        if missing := [name for name in fields if name not in value]:
-            raise UsageError(f"The automaton lacks {' and '.join(missing)}.")
-        if unknown := [name for name in value if name not in fields]:
-            raise UsageError(f"An automaton has no {_short(unknown[0])}; it has {', '.join(fields)}.")
-        names = {}
-        for name in ("alphabet", "states"):
-            if not _is_list(value[name], str):
-                raise UsageError(f"The automaton's {name} must be a list of strings, not {_short(value[name])}.")
-            names[name] = tuple(value[name])
-        if not _is_list([value["initial"]], int):
-            raise UsageError(f"The automaton's initial must be the number of a state, not {_short(value['initial'])}.")
-        if not _is_list(value["accepting"], int):
-            raise UsageError(f"The automaton's accepting must be a list of numbers, not {_short(value['accepting'])}.")
-        rows = value["transitions"]
-        if not isinstance(rows, list) or not all(_is_list(row, int) for row in rows):
-            raise UsageError(f"The automaton's transitions must be a list of lists of numbers, not {_short(rows)}.")
-        return cls(
-            **names,
-            initial=value["initial"],
-            accepting=tuple(sorted(set(value["accepting"]))),
-            transitions=tuple(tuple(row) for row in rows),
-        )
+        try:
+            return cls(**_fields(value))
+        except _FormatError as e:
+            raise UsageError(f"{e}. For example: {JSON_EXAMPLE}.") from e
 
     def _found(self) -> list[int]:
         """The states that words lead to, in order."""
@@ -197,48 +204,66 @@ class Automaton:
 
 
 def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
-    """The minimal automaton of a regular expression, in automata-lib's syntax.
+    """The minimal automaton of a regular expression (expressions.py has the syntax), by automata-lib.
 
     Args:
         regex: a symbol is one character.
-        alphabet: all symbols; None means those that the expression has.
+        alphabet: all symbols; None means those that the expression names.
 
-    Raises UsageError when the expression is malformed, has no symbols, or has one that is not in the alphabet; or when
-    automata-lib is not installed.
+    Raises UsageError when the expression is malformed or too large, has no symbols, or has one that is not in the
+    alphabet; when automata-lib is not installed, or its automaton is not the expression's.
     """
     try:
-        from automata.base.exceptions import AutomatonException, RegexException
+        tokens = tokens_of(regex)
+        letters = tuple(sorted(set(alphabet) if alphabet is not None else symbols_of(tokens)))
+        language = language_of(tokens, letters) if tokens else EMPTY
+    except NoExpression as e:
+        raise UsageError(f"{regex!r} is no regular expression that can be used ({e}); {REGEX_ADVICE}.") from e
+    if not letters:
+        raise UsageError(f"The regular expression {regex!r} has no symbols; an alphabet has to be given with it.")
+    return _numbered(*_by_library(regex, language, letters), letters).minimal()
+
+
+def _by_library(regex: str, language: Language, letters: tuple[str, ...]) -> tuple[Any, Step, Callable[[Any], bool]]:
+    """automata-lib's deterministic automaton of a language: the initial state, transitions (to None, where nothing
+    follows any more), and what accepts. Raises UsageError where it is wrong."""
+    try:
         from automata.fa.dfa import DFA
         from automata.fa.nfa import NFA
     except ImportError as e:
         raise UsageError("Regular expressions need automata-lib: pip install 'deltaproduct[formal]'.") from e
-    if re.search(r"\{[^}]*\d{4}", regex):  # it would be written out, so often
-        raise UsageError(f"{regex!r} repeats something more than 999 times.")
-    symbols = None if alphabet is None else set(alphabet)
-    try:
-        nfa = NFA.from_regex(regex, input_symbols=symbols)
-        if not nfa.input_symbols:
-            raise UsageError(f"The regular expression {regex!r} has no symbols; an alphabet has to be given with it.")
+    names = private(letters)
+    if language == NOTHING:
+        dfa = DFA.empty_language(set(names.values()))
+    else:
+        nfa = NFA.from_regex(for_library(language, names), input_symbols=set(names.values()))
         dfa = DFA.from_nfa(nfa, minify=True)
-    except UsageError:
-        raise
-    except (AutomatonException, RegexException, ValueError, IndexError, KeyError, RecursionError) as e:
-        reason = str(e).splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
-        raise UsageError(f"{regex!r} is no regular expression ({reason}); {REGEX_ADVICE}.") from e
-    letters = tuple(sorted(dfa.input_symbols))
-    # Numbered in the order in which words in alphabetical order find them, whatever names the library gave.
-    found = order_of_discovery(dfa.initial_state, lambda q: [dfa.transitions[q].get(a) for a in letters])
+
+    def step(state: Any, symbol: str) -> Any:
+        return None if state is None else dfa.transitions[state].get(names[symbol])
+
+    word = first_difference(language, letters, dfa.initial_state, step, dfa.final_states.__contains__)
+    if word is not None:
+        raise UsageError(
+            f"automata-lib reads {regex!r} wrongly, for instance for the word {word!r}. Write it in another way."
+        )
+    return dfa.initial_state, step, dfa.final_states.__contains__
+
+
+def _numbered(initial: Any, step: Step, accepts: Callable[[Any], bool], letters: tuple[str, ...]) -> Automaton:
+    """Numbered in the order in which words in alphabetical order find the states, whatever names they have."""
+    found = order_of_discovery(initial, lambda q: [step(q, a) for a in letters])
     order, sink = {q: i for i, q in enumerate(found)}, len(found)
-    rows = [tuple(order.get(dfa.transitions[q].get(a), sink) for a in letters) for q in found]
+    rows = [tuple(order.get(step(q, a), sink) for a in letters) for q in found]
     if any(sink in row for row in rows):  # a partial automaton's missing transitions lead to where nothing is accepted
         rows.append((sink,) * len(letters))
     return Automaton(
         alphabet=letters,
         states=tuple(f"q{i}" for i in range(len(rows))),
         initial=0,
-        accepting=tuple(sorted(order[q] for q in dfa.final_states if q in order)),
+        accepting=tuple(i for i, q in enumerate(found) if accepts(q)),
         transitions=tuple(rows),
-    ).minimal()
+    )
 
 
 def order_of_discovery(start: Any, next_ones: Callable[[Any], Iterable[Any]]) -> list[Any]:
@@ -253,8 +278,117 @@ def order_of_discovery(start: Any, next_ones: Callable[[Any], Iterable[Any]]) ->
     return found
 
 
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(x) is kind for x in value)
+# --- From JSON ------------------------------------------------------------------------------------------------------
+
+
+class _FormatError(Exception):
+    """What is wrong with a JSON value, without a full stop."""
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of an automaton. Raises _FormatError."""
+    if not isinstance(value, dict):
+        raise _FormatError(f"An automaton is a JSON object, not {_short(value)}")
+    given: dict[str, Any] = {}
+    for name, content in value.items():
+        field = ALSO_CALLED.get(name, name)
+        if field not in FIELDS:
+            raise _FormatError(f"An automaton has no {_short(name)}; it has {', '.join(FIELDS)}")
+        if field in given:
+            raise _FormatError(f"The automaton has its {field} twice")
+        given[field] = content
+    if (listed := _listed(given)) is not None:
+        given["transitions"] = listed
+    named = isinstance(given.get("transitions"), dict)  # by which states and symbols are known
+    if missing := [name for name in FIELDS if name not in given and not (named and name in ("states", "alphabet"))]:
+        raise _FormatError(f"The automaton lacks {' and '.join(missing)}")
+    if named:
+        _name_all(given)
+    states = _names("states", given["states"])
+    if any(type(name) is int for name in given["states"]) and states != tuple(map(str, range(len(states)))):
+        raise _FormatError(
+            "States that are numbers must be 0, 1, 2, … in this order, so that a number means one of them"
+        )
+    alphabet = _names("alphabet", given["alphabet"])
+    number = {name: i for i, name in enumerate(states)}
+
+    def numbered(what: str, state: Any) -> int:
+        if type(state) is int:
+            return state
+        if type(state) is str and state in number:
+            return number[state]
+        if type(state) is str:
+            raise _FormatError(f"The automaton's {what} names {_short(state)}, which is none of its states")
+        raise _FormatError(f"The automaton's {what} must be a state's name or number, not {_short(state)}")
+
+    if not isinstance(given["accepting"], list):
+        raise _FormatError(f"The automaton's accepting must be a list of states, not {_short(given['accepting'])}")
+    rows = given["transitions"]
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise _FormatError(f"The automaton's transitions must be a list of lists of states, not {_short(rows)}")
+    return {
+        "alphabet": alphabet,
+        "states": states,
+        "initial": numbered("initial", given["initial"]),
+        "accepting": tuple(sorted({numbered("accepting", state) for state in given["accepting"]})),
+        "transitions": tuple(tuple(numbered("transitions", to) for to in row) for row in rows),
+    }
+
+
+def _listed(given: dict[str, Any]) -> dict[str, dict[str, str]] | None:
+    """Transitions in a list of [state, symbol, state], as {state: {symbol: state}}; None where they are no such list.
+    What is a table by its size is a table."""
+    rows = given.get("transitions")
+    if not isinstance(rows, list) or not rows:
+        return None
+    if not all(isinstance(row, list) and len(row) == 3 and all(isinstance(name, str) for name in row) for row in rows):
+        return None
+    sizes = [len(given[name]) if isinstance(given.get(name), list) else None for name in ("states", "alphabet")]
+    if sizes == [len(rows), 3]:
+        return None
+    table: dict[str, dict[str, str]] = {}
+    for state, symbol, to in rows:
+        if table.setdefault(state, {}).setdefault(symbol, to) != to:
+            raise _FormatError(f"The automaton is not deterministic: from {_short(state)}, {_short(symbol)} leads to "
+                               f"{_short(table[state][symbol])} and to {_short(to)}")  # fmt: skip
+    return table
+
+
+def _name_all(given: dict[str, Any]) -> None:
+    """Turn {state: {symbol: state}} into a table, with states and symbols where they are not said."""
+    table = given["transitions"]
+    for state, row in table.items():
+        if not isinstance(row, dict):
+            raise _FormatError(f"The automaton's transitions from {_short(state)} must be {{symbol: state}}, not "
+                               f"{_short(row)}")  # fmt: skip
+    if "states" not in given:
+        everywhere = [*table, *(to for row in table.values() for to in row.values()), given["initial"]]
+        more = given["accepting"] if isinstance(given["accepting"], list) else []
+        given["states"] = list(dict.fromkeys(name for name in (*everywhere, *more) if isinstance(name, str)))
+    if "alphabet" not in given:
+        given["alphabet"] = sorted({symbol for row in table.values() for symbol in row})
+    states, alphabet = _names("states", given["states"]), _names("alphabet", given["alphabet"])
+    for state, row in table.items():
+        if state not in states:
+            raise _FormatError(f"There are transitions from {_short(state)}, which is none of the states")
+        if unknown := [symbol for symbol in row if symbol not in alphabet]:
+            raise _FormatError(f"There is a transition by {_short(unknown[0])}, which is not in the alphabet")
+    sink = new_name(SINK, states)
+    rows = [[table.get(state, {}).get(symbol, sink) for symbol in alphabet] for state in states]
+    if any(to == sink for row in rows for to in row):
+        given["states"], rows = [*states, sink], [*rows, [sink] * len(alphabet)]
+    given["transitions"] = rows
+
+
+def new_name(name: str, taken: Sequence[str]) -> str:
+    """The name, or with a number after it if there is one already."""
+    return next(new for i in range(len(taken) + 1) if (new := f"{name}{i or ''}") not in taken)
+
+
+def _names(what: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(type(name) in (str, int) for name in value):
+        raise _FormatError(f"The automaton's {what} must be a list of names, not {_short(value)}")
+    return tuple(map(str, value))
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ Automata come from regular expressions (through automata-lib), from files, or by
 """
 
 import random
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +181,7 @@ def random_automaton(states: int, symbols: int, seed: int = 0) -> Automaton:
 
 
 def regex_task(name: str, accept: str | None, regex: str) -> AutomatonTask:
-    """`regex:R` or `regex_accept:R`: the minimal automaton of a regular expression, in automata-lib's syntax.
+    """`regex:R` or `regex_accept:R`: the minimal automaton of a regular expression (`expressions.py` has the syntax).
 
     Raises UsageError when R is none, or its automaton has nothing to tell; or when automata-lib is not installed.
     """
@@ -195,17 +196,25 @@ def random_automaton_task(name: str, accept: str | None, states: str, symbols: s
 
 
 def file_task(name: str, accept: str | None, file: str) -> AutomatonTask:
-    """`automaton:FILE` or `automaton_accept:FILE`: an automaton from a file, DOT if it ends in .dot or .gv, else JSON
-    as `Automaton.to_dict` gives it; states that no word leads to are left out.
+    """`automaton:FILE` or `automaton_accept:FILE`: an automaton from a file (see `read_automaton`); states that no word
+    leads to are left out.
 
     Raises UsageError when the file cannot be read, is no automaton, or its automaton has nothing to tell.
     """
-    path = Path(file)
-    if path.suffix in (".dot", ".gv"):
-        automaton = automaton_from_dot(read_text(path))
-    else:
-        automaton = Automaton.from_dict(read_json(path))
+    automaton = read_automaton(Path(file))
     return automaton_task(name, _summary(f"the automaton in {file}", accept), automaton.reachable(), bool(accept))
+
+
+def read_automaton(path: Path) -> Automaton:
+    """The automaton in a file: DOT if its name ends in .dot or .gv or it begins as DOT does, else JSON as
+    `Automaton.from_dict` takes it.
+
+    Raises UsageError when the file cannot be read or is no automaton.
+    """
+    text = read_text(path)
+    if path.suffix.lower() in (".dot", ".gv") or re.match(r"\s*(strict\s+)?digraph\b", text):
+        return automaton_from_dot(text)
+    return Automaton.from_dict(read_json(path))
 
 
 def _summary(what: str, accept: str | None) -> str:

@@ -2,9 +2,13 @@
 
 The field's conventions. A state is a node, its name the node's own (not its label). Accepting states have the shape
 doublecircle, or two peripheries. To the initial state leads an edge from a node that is no state: one of the shape
-point, none, plain or plaintext, or one called "", init, start or __start0 with no label on that edge. The label of any
-other edge holds its symbols, with commas or line breaks between them; a symbol with a comma, a quote, a line break or
-space at an end stands in double quotes, as a JSON string.
+point, none, plain or plaintext, or one called "", init, start or __start0 with no label on that edge. Without such an
+edge it is the only state, the only one with the attribute initial=true or start=true, or the only one called start,
+init or initial. The label of any other edge holds its symbols, with commas or line breaks between them; a symbol with a
+comma, a quote, a line break or space at an end stands in double quotes, as a JSON string.
+
+Of a Moore machine, whose states are records with the label "name|output" (so AALpy writes them), the states with the
+output 1, true, yes or accept are the accepting ones, if all others have 0, false, no or reject.
 """
 
 import contextlib
@@ -16,12 +20,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automata import SINK, Automaton, new_name
 
-STATES = {"circle", "ellipse", "oval", "box", "rect", "rectangle", "square", "doublecircle"}
+DOT_EXAMPLE = (
+    'digraph { begin [shape=point]; begin -> even; even [shape=doublecircle]; even -> even [label="0"]; '
+    'even -> odd [label="1"]; odd -> odd [label="0"]; odd -> even [label="1"] }'
+)
+RECORDS = {"record", "mrecord"}
+STATES = {"circle", "ellipse", "oval", "box", "rect", "rectangle", "square", "doublecircle"} | RECORDS
+OF_NODES = ("label", "shape", "peripheries", "initial", "start")
 NO_STATES = {"point", "none", "plain", "plaintext"}
 STARTS = {"", "init", "start", "__start0"}
-SINK = "sink"
+INITIAL = {"start", "init", "initial"}  # names of an initial state
+OUTPUTS = {"1": True, "true": True, "yes": True, "accept": True, "accepted": True,
+           "0": False, "false": False, "no": False, "reject": False, "rejected": False}  # fmt: skip
 
 
 def automaton_to_dot(automaton: Automaton) -> str:
@@ -52,9 +64,17 @@ def automaton_from_dot(text: str) -> Automaton:
     States are in the order in which the text first names them, symbols in that of the graph's attribute `alphabet`,
     else sorted. Transitions that are missing lead to one more state, "sink", which nothing leaves.
 
-    Raises UsageError, in one line, when the text is no DOT or does not describe one deterministic automaton; or when
-    pydot is not installed.
+    Raises UsageError, in one line with an example, when the text is no DOT or does not describe one deterministic
+    automaton; or when pydot is not installed.
     """
+    try:
+        return _automaton(text)
+    except _FormatError as e:
+        raise UsageError(f"{e} For example: {DOT_EXAMPLE}.") from e
+
+
+def _automaton(text: str) -> Automaton:
+    """Raises _FormatError for what an example helps with."""
     graph = _parsed(text)
     drawing = _Drawing()
     drawing.read(graph, {}, {})
@@ -68,7 +88,7 @@ def automaton_from_dot(text: str) -> Automaton:
             continue
         names = _symbols(label)
         if not names:
-            raise UsageError(f"The edge from {begin!r} to {end!r} has no symbols as its label.")
+            raise _FormatError(f"The edge from {begin!r} to {end!r} has no symbols as its label.")
         for symbol in names:
             symbols[symbol] = None
             if steps.setdefault((begin, symbol), end) != end:
@@ -78,9 +98,9 @@ def automaton_from_dot(text: str) -> Automaton:
     if given and (unknown := [symbol for symbol in symbols if symbol not in given]):
         raise UsageError(f"The symbol {unknown[0]!r} is not in the alphabet that the graph gives.")
     alphabet = given or sorted(symbols)
-    accepting = [name for name in states if drawing.accepts(name)]
+    accepting = drawing.accepting(states)
     if any((state, symbol) not in steps for state in states for symbol in alphabet):
-        sink = next(name for i in range(len(states) + 1) if (name := f"{SINK}{i or ''}") not in states)
+        sink = new_name(SINK, states)
         states.append(sink)
         steps = {(state, symbol): sink for state in states for symbol in alphabet} | steps
     number = {name: i for i, name in enumerate(states)}
@@ -91,6 +111,10 @@ def automaton_from_dot(text: str) -> Automaton:
         accepting=tuple(number[name] for name in accepting),
         transitions=tuple(tuple(number[steps[state, symbol]] for symbol in alphabet) for state in states),
     )
+
+
+class _FormatError(Exception):
+    """The text is DOT, and draws no automaton by these conventions."""
 
 
 def _parsed(text: str) -> Any:
@@ -107,11 +131,11 @@ def _parsed(text: str) -> Any:
         raise UsageError(f"This is not DOT ({type(e).__name__} in pydot).") from e
     if not graphs:
         reason = (said.getvalue().strip().splitlines() or ["nothing in it"])[-1]
-        raise UsageError(f"This is not DOT: {reason}.")
+        raise _FormatError(f"This is not DOT: {reason}.")
     if len(graphs) > 1:
         raise UsageError(f"There are {len(graphs)} graphs in it; one automaton is one graph.")
     if graphs[0].get_type() != "digraph":
-        raise UsageError("An automaton is a directed graph (digraph); this one is not.")
+        raise _FormatError("An automaton is a directed graph (digraph); this one is not.")
     return graphs[0]
 
 
@@ -137,9 +161,9 @@ class _Drawing:
             elif statement.get_name() == "edge":
                 edges |= _attributes(statement, "label")
             elif statement.get_name() == "node":
-                nodes |= _attributes(statement, "shape", "peripheries")
+                nodes |= _of_node(statement)
             elif statement.get_name() != "graph":
-                self.nodes[self._node(statement.get_name(), nodes)] |= _attributes(statement, "shape", "peripheries")
+                self.nodes[self._node(statement.get_name(), nodes)] |= _of_node(statement)
 
     def _node(self, name: Any, defaults: dict[str, str]) -> str:
         if not isinstance(name, str):
@@ -163,15 +187,32 @@ class _Drawing:
             return True
         return name in STARTS and bool(leaving) and not any(leaving) and not entered
 
-    def accepts(self, name: str) -> bool:
-        attributes = self.nodes[name]
-        return attributes.get("shape", "").lower() == "doublecircle" or attributes.get("peripheries") == "2"
+    def accepting(self, states: list[str]) -> list[str]:
+        """Which of these states are marked as accepting ones."""
+        shapes = {name: self.nodes[name].get("shape", "").lower() for name in states}
+        if not any(shape in RECORDS for shape in shapes.values()):
+            double = [name for name in states if self.nodes[name].get("peripheries") == "2"]
+            return [name for name in states if shapes[name] == "doublecircle" or name in double]
+        outputs = {name: self.nodes[name].get("label", "").rpartition("|")[2].strip() for name in states}
+        if unknown := [name for name in states if outputs[name].lower() not in OUTPUTS or shapes[name] not in RECORDS]:
+            raise _FormatError(
+                f"The state {unknown[0]!r} has no output that says whether it accepts: beside states that are records "
+                'all must be such, with a label like "name|1" or "name|0".'
+            )
+        return [name for name in states if OUTPUTS[outputs[name].lower()]]
 
     def initial(self, starts: set[str]) -> str:
-        """The state that the start's edge leads to."""
+        """The state that the start's edge leads to, or that is the initial one by its attribute or name."""
         found = {end for begin, end, _ in self.edges if begin in starts}
+        states = [name for name in self.nodes if name not in starts]
+        marked = [name for name in states if "true" in (self.nodes[name].get("initial", "").lower(),
+                                                        self.nodes[name].get("start", "").lower())]  # fmt: skip
+        found |= set(marked)
         if not found:
-            raise UsageError('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
+            known = [name for name in states if name.lower() in INITIAL] if len(states) > 1 else states
+            found |= set(known)
+        if not found:
+            raise _FormatError('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
         if len(found) > 1:
             raise UsageError(f"There are {len(found)} initial states: {' and '.join(map(repr, sorted(found)))}.")
         return found.pop()
@@ -180,6 +221,12 @@ class _Drawing:
 def _attributes(statement: Any, *names: str) -> dict[str, str]:
     given = statement.get_attributes()
     return {name: _unquoted(given[name]) for name in names if name in given}
+
+
+def _of_node(statement: Any) -> dict[str, str]:
+    """A node's attributes; a label in HTML is only how it looks."""
+    html = str(statement.get_attributes().get("label", "")).startswith("<")
+    return _attributes(statement, *OF_NODES[html:])
 
 
 def _quoted(text: str) -> str:

@@ -7,8 +7,13 @@ by at most
     D′ ≤ ‖A‖ D + ρ + r
 
 where ρ is how far the weights' own transition, carried out in float64, misses the next code, and r bounds the rounding
-of the recurrence in float32 (by the standard model, |fl(x∘y) − x∘y| ≤ u |x∘y|, in the order of ops/reference.py). Where
-every cycle of situations clears the state, D stays below a bound; else it grows with every token, at worst linearly.
+of keys, values and the recurrence in float32 (by the standard model, |fl(x∘y) − x∘y| ≤ u |x∘y|; the recurrence in the
+order of ops/reference.py, sums in any order). Where every cycle of situations clears the state, D stays below a bound;
+else it grows with every token.
+
+No number depends on how this machine rounds: what is measured is measured in float64 and published to six digits,
+rounded to the safe side. A float32 model is looked at as if it computed exactly, and r allows for what it does not. Of
+a bfloat16 model the numbers that it rounds itself are taken, 2⁻⁹ being far coarser than the order of a sum.
 
 Where a token either writes nothing or leaves nothing of what was there, a state's length makes no difference to
 anything that is read, and what it holds is compared with its code up to a factor.
@@ -25,6 +30,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from functools import partial
 from typing import NamedTuple
 
@@ -32,15 +38,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaproduct.layers.deltaproduct import DeltaProductState
 from deltaproduct.models import SequenceModel
+from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 from deltaproduct.ops.reference import householder_step
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.theory.exploration import Exploration, batches, explore, layers_of, operator_inputs, transition
 
+DIGITS = 6  # of published numbers
+NOISE = 1e-9  # of a key's largest entry: what float64 leaves of zeros
+VALUES = 8  # roundings of a value that is written, and of the norms before it, in units of float32's
 ROUNDS = 200  # after which a drift that still grows is taken to grow for ever
 CLEARED = 1e-3  # norm of a transition that leaves nothing
 LONGEST = 10**15  # tokens, beyond which nobody asks
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v and β of a layer
 SLACK = 8  # roundings of the whole read-out, in units of a dtype's
 
 
@@ -80,10 +92,12 @@ class Certificate:
 
     Attributes:
         dtype: of weights and activations; states are float32 at least.
-        situations, tried, pairs: how many there are; symbols tried in them; different pairs of a state and a symbol.
+        situations: how many there are, whatever states of the automaton they go with.
+        tried: symbols that were tried: every one in every situation, for every state that it goes with.
+        pairs: different pairs of a state and a symbol among these.
         complete: whether that were all situations; otherwise nothing is guaranteed.
         wrong: labels that were wrong.
-        margin: the right label's logit above the next, at least.
+        margin: the right label's logit above the next, at least; None where there is but one label.
         drift: what a token can add to a state's distance from its code, at most, in units of the largest state.
         guaranteed: the length up to which every word is right; None means every length.
         heads: what bounds it, head by head.
@@ -95,14 +109,17 @@ class Certificate:
     pairs: int
     complete: bool
     wrong: int
-    margin: float
+    margin: float | None
     drift: float
     guaranteed: int | None
     heads: tuple[Head, ...]
 
 
 def certificates(model: SequenceModel, automaton: Automaton) -> list[Certificate]:
-    """A compiled model's, in float32 and bfloat16, by one exploration; the model is float32, on a CPU."""
+    """A compiled model's, in float32 and bfloat16, by one exploration; the model is float32, on a CPU.
+
+    They are the same on every machine.
+    """
     exploration = explore(model, automaton)
     dtypes = (torch.float32, torch.bfloat16)
     return [certify(copy.deepcopy(model).to(dtype), automaton, exploration) for dtype in dtypes]
@@ -114,28 +131,55 @@ def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration
     evidence = _Evidence(model, automaton, exploration)
     for tries in batches(exploration):
         evidence.add(*tries)
-    heads = evidence.heads()
+    heads = [_published(head) for head in evidence.heads()]
     complete = exploration.complete and evidence.survives <= CLEARED
     wrong = exploration.wrong + evidence.wrong
+    one_label = model.config.num_labels == 1  # which is right whatever the state has come to
     return Certificate(
         dtype=str(evidence.dtype).removeprefix("torch."),
-        situations=len(exploration.state_of),
+        situations=exploration.situations,
         tried=len(exploration.before),
         pairs=exploration.pairs,
         complete=complete,
         wrong=wrong,
-        margin=evidence.margin,
+        margin=None if one_label else _rounded(evidence.margin, ROUND_FLOOR),
         drift=max((head.drift for head in heads), default=0.0),
-        guaranteed=_guaranteed(heads) if complete and not wrong else 0,
+        guaranteed=_guaranteed([] if one_label else heads) if complete and not wrong else 0,
         heads=tuple(heads),
     )
+
+
+def _rounded(x: float, direction: str) -> float:
+    """To six digits, so that differences in float64's last bits do not show.
+
+    Twelve digits come first: a number of six digits, but for such a difference, stays that number.
+    """
+    return float(Context(prec=DIGITS, rounding=direction).create_decimal(f"{x:.11e}"))
+
+
+def _published(head: Head) -> Head:
+    up = partial(_rounded, direction=ROUND_CEILING)
+    down = partial(_rounded, direction=ROUND_FLOOR)
+    return head._replace(
+        code=down(head.code), drift=up(head.drift), growth=1 + up(head.growth - 1),
+        bound=None if head.bound is None else up(head.bound), tolerated=down(head.tolerated),
+    )  # fmt: skip
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Keys x / √(Σx² + 1e-6) in float64. A key along an axis is as float32 has it: without a sum that is the same
+    everywhere, and where it is exactly 1 nothing is ever rounded."""
+    single = ((x != 0).sum(-1, keepdim=True) == 1) & (x.dtype != torch.float64)
+    return torch.where(single, l2_normalise(x).double(), l2_normalise(x.double()))
 
 
 def _guaranteed(heads: list[Head]) -> int | None:
     """The largest number of tokens after which every head is as close to its code as it must be; BOS is one."""
 
     def fine(tokens: int) -> bool:
-        return all(head.distance(tokens) < head.tolerated for head in heads)
+        # On its code a head is as it was when all labels were tried, even where nothing else is tolerated: one that
+        # holds nothing reads nothing, and half of that.
+        return all((off := head.distance(tokens)) == 0 or off < head.tolerated for head in heads)
 
     if fine(LONGEST) and all(head.bound is not None or head.drift == 0 for head in heads):
         return None
@@ -146,6 +190,12 @@ def _guaranteed(heads: list[Head]) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fine(middle) else (low, middle)
     return max(0, low - 1)
+
+
+def _scores(logits: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [P,labels] those of the right labels [P], and the largest of the others."""
+    right = logits.double().gather(1, want[:, None])[:, 0]
+    return right, logits.double().scatter(1, want[:, None], -math.inf).amax(1)
 
 
 class _Edges:
@@ -176,8 +226,10 @@ class _Evidence:
     def __init__(self, model: SequenceModel, automaton: Automaton, exploration: Exploration):
         self.model, self.exploration = model, exploration
         self.dtype = model.embedding.weight.dtype
+        # A float32 model's sums come out differently by the machine: what is measured of it is measured of this one.
+        self.measured = copy.deepcopy(model).double() if self.dtype == torch.float32 else model
         self.table = torch.tensor(automaton.transitions)
-        _, self.start = model(torch.tensor([[len(automaton.alphabet)]]))
+        _, self.start = self.measured(torch.tensor([[len(automaton.alphabet)]]))
         # In another dtype BOS writes another length: codes are taken to be longer or shorter as much.
         self.held = []
         for layer, held in zip(self.start, exploration.held, strict=True):
@@ -196,14 +248,32 @@ class _Evidence:
             torch.stack([held[h, own[before, h]] for h in range(len(held))], 1)
             for held, own in zip(self.held, holds, strict=True)
         ]
-        given = [
-            layer._replace(recurrent=s.to(layer.recurrent.dtype)) for layer, s in zip(self.start, states, strict=True)
-        ]
-        with operator_inputs(self.model) as inputs, self._watched():
-            logits, _ = self.model(symbols[:, None], given)
-        self._labels(logits[:, 0].double(), self.table[self.exploration.state_of[before], symbols])
+
+        def given(dtype: torch.dtype) -> list[DeltaProductState]:
+            return [layer._replace(recurrent=s.to(dtype)) for layer, s in zip(self.start, states, strict=True)]
+
+        tokens, want = symbols[:, None], self.table[self.exploration.state_of[before], symbols]
+        with operator_inputs(self.measured, _normalised) as inputs, self._watched():
+            logits, _ = self.measured(tokens, given(compute_dtype(self.measured.embedding.weight)))
+        right, others = _scores(logits[:, 0], want)
+        self.margin = min(self.margin, float((right - others).min()))
+        self.largest = max(self.largest, float(logits.abs().max()))
+        if self.measured is not self.model:  # labels are its own, and so are keys along axes
+            with operator_inputs(self.model, _normalised) as own_inputs:
+                logits, _ = self.model(tokens, given(torch.float32))
+            right, others = _scores(logits[:, 0], want)
+            inputs[0] = self._as_in_float32(inputs[0], own_inputs[0])
+            inputs[1:] = [self._as_in_float32(x, x) for x in inputs[1:]]
+        self.wrong += int((~(right > others)).sum())
         for layer, ((q, k, v, beta), s) in enumerate(zip(inputs, states, strict=True)):
             self._layer(layer, s, q[:, 0], k[:, 0], v[:, 0], beta[:, 0], before, after)
+
+    @staticmethod
+    def _as_in_float32(exact: _Inputs, own: _Inputs) -> _Inputs:
+        """What float32 makes of a layer's exact inputs, as far as that is certain: β, and keys along axes."""
+        q, k, v, beta = exact
+        single = (k != 0).sum(-1, keepdim=True) == 1
+        return q, torch.where(single, own[1].float().double(), k), v, beta.float().double()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -216,8 +286,8 @@ class _Evidence:
             if gate is not None:
                 self.clear[layer] = min(self.clear[layer], float((out @ gate.T).abs().min()))
 
-        layers = layers_of(self.model)
-        hooks = [self.model.norm.register_forward_hook(partial(look, -1, None))] if layers[-1][0].mlp is None else []
+        layers = layers_of(self.measured)
+        hooks = [self.measured.norm.register_forward_hook(partial(look, -1, None))] if layers[-1][0].mlp is None else []
         for i, (block, _) in enumerate(layers):
             if block.mlp is not None:
                 hooks.append(block.mlp_norm.register_forward_hook(partial(look, i, block.mlp.gate_proj.weight)))
@@ -227,31 +297,37 @@ class _Evidence:
             for hook in hooks:
                 hook.remove()
 
-    def _labels(self, logits: Tensor, want: Tensor) -> None:
-        right = logits.gather(1, want[:, None])[:, 0]
-        others = logits.scatter(1, want[:, None], -math.inf).amax(1)
-        self.wrong += int((~(right > others)).sum())
-        self.margin = min(self.margin, float((right - others).min()))
-        self.largest = max(self.largest, float(logits.abs().max()))
-
     def _layer(
         self, layer: int, state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, before: Tensor, after: Tensor
     ) -> None:
         """state [P,H,K,V], q [P,H,K], k [P,N,H,K], v [P,N,H,V], beta [P,N,H]."""
         matrix = transition(k, beta)
         limit = torch.ones_like(beta[:, 0], dtype=torch.float64)
-        rounding = torch.zeros_like(limit)
+        rounding, growth = torch.zeros_like(limit), torch.zeros_like(limit)
         writes = torch.zeros_like(limit, dtype=torch.bool)
         unit = ROUNDING[torch.float64 if self.dtype == torch.float64 else torch.float32]
+        coarse = self.dtype not in (torch.float64, torch.float32)  # what enters is as measured, to the last bit
         for k_j, v_j, beta_j in zip(k.double().unbind(1), v.double().unbind(1), beta.double().unbind(1), strict=True):
+            recalled = (k_j.unsqueeze(-2) @ state).squeeze(-2).norm(dim=-1)
+            summed = (k_j.abs().unsqueeze(-2) @ state.abs()).squeeze(-2).norm(dim=-1)
             error = (v_j - (k_j.unsqueeze(-2) @ state).squeeze(-2)).norm(dim=-1)
             length, new = k_j.norm(dim=-1), householder_step(state, k_j, v_j, beta_j)
-            terms = (k_j != 0).sum(-1)
-            before_it, after_it = (s.flatten(2).norm(dim=2) for s in (state, new))
-            bound = unit * (beta_j * length * (terms * before_it + 3 * error) + after_it)
+            terms = (k_j.abs() > NOISE * k_j.abs().amax(-1, keepdim=True)).sum(-1)
+            after_it = new.flatten(2).norm(dim=2)
+            # A key's length is off by half of what its sum of squares is, and by a root and a quotient; each entry by
+            # its own product in the projection, and by that with the length. One along an axis is rounded once.
+            whole = torch.where(terms == 1, 1.0, (terms + 1) / 2 + 2)
+            entry = torch.where(terms == 1, 0.0, 1.0 if coarse else 2.0)
+            keys = whole * (error + recalled) + entry * (error + summed)
+            values = (0 if coarse else VALUES) * v_j.norm(dim=-1)
+            bound = beta_j * length * (terms * summed + 3 * error + keys + values) + after_it
+            # The same of a state that is off its code, per unit of how far.
+            more = beta_j * length**2 * (terms + 3 + 2 * whole + 2 * entry) + 1
             # A key along an axis, a β that is a whole number and nothing to write: every product and sum is exact.
-            exact = (terms == 1) & (length == 1) & (beta_j == beta_j.round()) & (v_j == 0).all(-1)
-            rounding += torch.where(exact | (beta_j == 0), 0.0, bound)
+            exact = ((k_j != 0).sum(-1) == 1) & (length == 1) & (beta_j == beta_j.round()) & (v_j == 0).all(-1)
+            exact |= beta_j == 0
+            rounding += torch.where(exact, 0.0, unit * bound)
+            growth += torch.where(exact, 0.0, unit * more)
             writes |= (beta_j > 0) & (v_j != 0).any(-1)
             limit *= (1 - beta_j * length**2).abs().clamp(min=1)
             state = new
@@ -260,13 +336,14 @@ class _Evidence:
             basis, own = self.exploration.kept[layer][h].double(), self.exploration.holds[layer]
             projected = basis @ matrix[:, h] @ basis.T
             outside = (matrix[:, h] - matrix[:, h] @ basis.T @ basis).flatten(1).norm(dim=1)
-            norm = torch.minimum(limit[:, h], projected.flatten(1).norm(dim=1)) + outside
+            norm = torch.minimum(limit[:, h], projected.flatten(1).norm(dim=1)) + outside + growth[:, h]
             self.survives = max(self.survives, float(outside.max()))
             found, code = ((basis @ s).flatten(1) for s in (state[:, h], self.held[layer][h, own[after, h]]))
             factor = ((found * code).sum(1) / code.square().sum(1)).nan_to_num(1.0)  # nothing survives: nothing to miss
-            missed = (found - code).norm(dim=1) + rounding[:, h]
-            apart = (found - factor[:, None] * code).norm(dim=1)
-            apart = torch.where(apart < 1e-14 * found.norm(dim=1), 0.0, apart)  # float64's own rounding, here
+            noise = 1e-13 * found.norm(dim=1)  # of float64, here
+            missed, apart = (found - code).norm(dim=1), (found - factor[:, None] * code).norm(dim=1)
+            missed, apart = (torch.where(off < noise, 0.0, off) for off in (missed, apart))
+            missed = missed + rounding[:, h]
             turned = (apart + rounding[:, h]) / factor
             beside = (writes[:, h] & (norm > CLEARED)).double()
             values = torch.stack((norm, missed, turned, -read[:, h], -factor, beside), 1)
@@ -298,7 +375,7 @@ class _Evidence:
         what depends on it by x times the weights' norm: the look-up's ANDs, which may lose half of what keeps them
         apart in the last layer and a hundredth elsewhere, or the scores of two labels.
         """
-        model, slack = self.model, SLACK * ROUNDING[self.dtype]
+        model, slack = self.measured, SLACK * ROUNDING[self.dtype]
         result = []
         for (block, mixer), gain, clear in zip(layers_of(model), self.gains, self.clear, strict=True):
             if mixer.head_v_dim == 1:

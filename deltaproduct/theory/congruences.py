@@ -53,7 +53,9 @@ def shortest_chain(automaton: Automaton) -> list[Stage]:
     if n == 1:
         return []
     top, bottom = (0,) * n, tuple(range(n))
-    between = [] if takes_one_level(automaton) or n > MAX_SEARCHED else congruences(automaton)
+    between: list[Partition] = []
+    if not takes_one_level(automaton):
+        between = forgotten(automaton) + (congruences(automaton) if n <= MAX_SEARCHED else [])
     nodes = sorted({top, bottom, *between}, key=lambda p: (max(p), p))
     # Dijkstra's algorithm, from coarse to fine.
     order = itertools.count()  # among equal costs, whatever was found first
@@ -85,6 +87,19 @@ def congruences(automaton: Automaton) -> list[Partition]:
                 return list(found)[:MAX_CONGRUENCES]
             found[_join(p, q)] = None
     return list(found)
+
+
+def forgotten(automaton: Automaton) -> list[Partition]:
+    """States that become one within ever more symbols, whatever these are: the chain of congruences from equal rows of
+    transitions up to where it ends. Of an automaton that knows the last k symbols, by the last k − 1, k − 2, …, 1."""
+    chain: list[Partition] = [tuple(range(len(automaton.states)))]
+    while True:
+        kinds: dict[tuple[int, ...], int] = {}
+        rows = (tuple(chain[-1][to] for to in row) for row in automaton.transitions)
+        coarser = tuple(kinds.setdefault(row, len(kinds)) for row in rows)
+        if coarser == chain[-1]:
+            return chain[1:]
+        chain.append(coarser)
 
 
 def takes_one_level(automaton: Automaton) -> bool:

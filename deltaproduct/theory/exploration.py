@@ -4,12 +4,19 @@ A compiled model holds codes, so that up to rounding its recurrent states are fi
 symbol is tried from every situation until nothing new turns up: then the model is right on every word as long as
 rounding does not add up to more than its margins (certificate.py).
 
+States of the automaton whose futures agree may share a situation: where the same symbols lead from two of them to the
+same states, nothing has to be held that tells the two apart. So what is tried is every case, a situation with a state
+of the automaton in which words lead to it, and the label after every symbol is checked in every case. A model that
+holds too little is found wrong by its labels, and by nothing else.
+
 What no symbol lets survive makes no difference, and situations that differ only in it are one: a layer that keeps
 something for one token, say, also holds what it had kept before. It is known by the heads' transition matrices A: they
 have no part in which it is.
 """
 
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +44,13 @@ class Exploration:
     """What was found.
 
     Attributes:
-        before, symbols, after: [P] numbers of situations and symbols: each try.
-        state_of: [situations] the automaton's state.
-        held: for every layer [H,U,K,V] float32 the different states of each head, padded with zeros; the first of them
+        before, symbols, after: [P] numbers of cases and symbols: each try.
+        state_of: [cases] the automaton's state.
+        held: for every layer [H,U,K,V] float64 the different states of each head, padded with zeros; the first of them
             after BOS.
-        kept: for every layer and head [r,K] orthonormal: the directions of the state in which something survives.
-        holds: for every layer [situations,H], which of these.
+        kept: for every layer and head [r,K] float64, orthonormal: the directions of the state in which something
+            survives.
+        holds: for every layer [cases,H], which of these.
         wrong: tries whose label was not the automaton's state.
         complete: whether nothing new was left to try.
     """
@@ -56,6 +64,11 @@ class Exploration:
     holds: list[Tensor]
     wrong: int
     complete: bool
+
+    @property
+    def situations(self) -> int:
+        """Different situations, whatever states of the automaton they go with."""
+        return len(torch.cat(self.holds, dim=1).unique(dim=0))
 
     @property
     def pairs(self) -> int:
@@ -91,7 +104,11 @@ class _Codes:
 
 @torch.no_grad()
 def explore(model: SequenceModel, automaton: Automaton) -> Exploration:
-    """Try every symbol in every situation, at most 600,000 times in all. The model is float32, on a CPU."""
+    """Try every symbol in every case, at most 600,000 times in all. The model is on a CPU.
+
+    All is computed in float64, with the model's own weights: what is found is then the same on every machine.
+    """
+    model = copy.deepcopy(model).double()
     symbols, bos = len(automaton.alphabet), len(automaton.alphabet)
     table = torch.tensor(automaton.transitions)
     _, start = model(torch.tensor([[bos]]))
@@ -107,37 +124,31 @@ def explore(model: SequenceModel, automaton: Automaton) -> Exploration:
         columns = [c.numbers(s[:, h]) for s, heads in zip(states, codes, strict=True) for h, c in enumerate(heads)]
         return list(map(tuple, np.stack(columns, 1).tolist()))
 
-    situations = {numbers(layers)[0]: 0}
-    state_of = [automaton.initial]
+    cases = {(numbers(layers)[0], automaton.initial): 0}  # what every head holds, and the automaton's state
     tries: list[tuple[Tensor, Tensor, Tensor]] = []
     wrong = tried = done = 0
-    while done < len(situations) and tried < MAX_TRIED:
-        fresh = list(situations)[done : done + max(1, BATCH // symbols)]
+    while done < len(cases) and tried < MAX_TRIED:
+        fresh = list(itertools.islice(cases, done, done + max(1, BATCH // symbols)))
         who = torch.arange(done, done + len(fresh)).repeat_interleave(symbols)
         what = torch.arange(symbols).repeat(len(fresh))
-        held = _states_of(fresh, codes)
+        held = _states_of([key for key, _ in fresh], codes)
         logits, new = model(what[:, None], [
             layer._replace(recurrent=s.repeat_interleave(symbols, 0)) for layer, s in zip(start, held, strict=True)
         ])  # fmt: skip
-        want = table[torch.tensor(state_of)[who], what]
+        want = table[torch.tensor([state for _, state in fresh]).repeat_interleave(symbols), what]
         wrong += int((logits[:, 0].argmax(-1) != want).sum())
-        reached = []
-        for key, state in zip(numbers([layer.recurrent for layer in new]), want.tolist(), strict=True):
-            if key not in situations:
-                situations[key] = len(situations)
-                state_of.append(state)
-            elif state_of[situations[key]] != state:  # one situation for two states: it cannot be right in both
-                wrong += 1
-            reached.append(situations[key])
-        tries.append((who, what, torch.tensor(reached)))
+        reached = zip(numbers([layer.recurrent for layer in new]), want.tolist(), strict=True)
+        after_it = torch.tensor([cases.setdefault(case, len(cases)) for case in reached])
+        tries.append((who, what, after_it))
         tried += len(who)
         done += len(fresh)
     before, tried_symbols, after = (torch.cat(part) for part in zip(*tries, strict=True))
-    keys = torch.tensor(list(situations))
+    keys = torch.tensor([key for key, _ in cases])
+    state_of = torch.tensor([state for _, state in cases])
     counts = [len(heads) for heads in codes]
     return Exploration(
-        before, tried_symbols, after, torch.tensor(state_of), [_padded(heads) for heads in codes],
-        kept, list(keys.split(counts, dim=1)), wrong, done == len(situations),
+        before, tried_symbols, after, state_of, [_padded(heads) for heads in codes],
+        kept, list(keys.split(counts, dim=1)), wrong, done == len(cases),
     )  # fmt: skip
 
 
@@ -157,7 +168,7 @@ def _kept(model: SequenceModel, symbols: int) -> list[list[Tensor]]:
         own = []
         for value, vector in zip(values, vectors.mT, strict=True):
             there = value > 1e-6 * max(1.0, float(values.max()))
-            own.append(torch.eye(len(value)) if there.all() else vector[there].float())
+            own.append(torch.eye(len(value), dtype=torch.float64) if there.all() else vector[there])
         result.append(own)
     return result
 
@@ -183,14 +194,16 @@ def layers_of(model: SequenceModel) -> list[tuple[Block, DeltaProduct]]:
 
 
 @contextmanager
-def operator_inputs(model: SequenceModel) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """What the recurrence of every layer is given while the model runs in this context: q and k after normalisation, v,
+def operator_inputs(
+    model: SequenceModel, normalise: Callable[[Tensor], Tensor] = l2_normalise
+) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """What the recurrence of every layer is given while the model runs in this context: q and k after `normalise`, v,
     and β; shaped as in `delta_product`."""
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def look(mixer: DeltaProduct, given: tuple[Any, ...]) -> None:
         q, k, v, beta, *_ = mixer.project(given[0], mixer.init_state(len(given[0])))
-        found.append((l2_normalise(q), l2_normalise(k), v, beta))
+        found.append((normalise(q), normalise(k), v, beta))
 
     hooks = [mixer.register_forward_pre_hook(look) for _, mixer in layers_of(model)]
     try:

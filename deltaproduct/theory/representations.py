@@ -81,10 +81,12 @@ def of_automaton(automaton: Automaton) -> WordProblem:
 
     A state is where the product of permutations takes the initial one, and different products may so have one label.
 
-    Raises UsageError when some symbol is no permutation, or the group that they make is none of rotations.
+    Raises UsageError when some symbol is no permutation, or the group that they make is none of rotations or trivial.
     """
     require_permutations(automaton)
     elements = automaton.monoid()
+    if len(elements) == 1:
+        raise UsageError("its symbols leave every state as it is, and there is nothing to follow")
     found = rotations(elements)
     if not found:
         raise UsageError(f"its symbols make a group of order {len(elements):,}, which is none of rotations")

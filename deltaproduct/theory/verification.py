@@ -24,7 +24,7 @@ class Verification:
     length: int
     wrong: int  # tokens whose label is not the automaton's state
     first_wrong: int | None  # the earliest position of one, counting symbols from 1
-    margin: float  # the right label's logit above the next one, at least; what rounding may use up
+    margin: float | None  # the right label's logit above the next, at least; None where there is but one label
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:
@@ -102,4 +102,4 @@ def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) ->
             wrong += int(off.sum())
             here = begin + int(off.any(0).nonzero()[0]) + 1
             first_wrong = here if first_wrong is None else first_wrong
-    return Verification(words, length, wrong, first_wrong, margin)
+    return Verification(words, length, wrong, first_wrong, None if model.config.num_labels == 1 else margin)

@@ -88,8 +88,10 @@ class Action:
 def shallow(action: Action, num_householder: int, strategy: str) -> Plan:
     """The plan, with at most so many Householder factors per token.
 
-    Raises UsageError when some look-up would be too large, with its size.
+    Raises UsageError when some look-up would be too large, with its size; or there is one point only.
     """
+    if len(action.symbols[0]) == 1:
+        raise UsageError("it has one state only, and nothing to follow")
     elements = action.elements()
     swapped = max(len(transpositions(p)) for p in elements)
     m = max(1, math.ceil(swapped / num_householder))
