@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaproduct.ops.chunks import Chunks, Inputs, boundaries, chunk_tokens
-from deltaproduct.ops.inputs import compute_dtype, expand_heads, pad_time
+from deltaproduct.ops.inputs import backward_dtype, compute_dtype, expand_heads, pad_time
 from deltaproduct.ops.inverse import unit_lower_inverse
 from deltaproduct.ops.reference import reference_states
 
@@ -137,11 +137,11 @@ def _backward(
     scale: float,
     c: int,
 ) -> tuple[Inputs, Tensor]:
-    heads, dtype = x.v.shape[3], states.dtype
+    heads, dtype = x.v.shape[3], backward_dtype(x.k, x.g, states.dtype)
     chunks = Chunks.of(x, cu_seqlens, c)
     grads = Inputs(*(None if y is None else torch.empty_like(y) for y in x))
     if d_final is None:
-        d_state = states.new_zeros(chunks.sequences, *states.shape[1:])
+        d_state = states.new_zeros(chunks.sequences, *states.shape[1:], dtype=dtype)
     else:
         d_state = chunks.longest_first(d_final.to(dtype, copy=True))
     flat_state = d_state.flatten(0, 1)
@@ -150,7 +150,7 @@ def _backward(
         t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
         inverse = unit_lower_inverse(lower)
-        begin = states[first:last].flatten(0, 1)
+        begin = states[first:last].flatten(0, 1).to(dtype)
         start_decay, end_decay = t.per_step(t.from_start), t.per_step(t.to_end)
         seen, writes, reads = _scaled(t.k, start_decay), _scaled(t.w, end_decay), _scaled(t.q, t.from_start)
         error = inverse @ torch.baddbmm(t.v, seen, begin, alpha=-1)
@@ -194,7 +194,7 @@ def _backward(
             chunks.put(grad, _sum_groups(d, grad.shape[3]), lo, hi)
         d_q = _sum_groups(d_q.unflatten(0, (-1, heads)).transpose(1, 2), x.q.shape[2])
         chunks.put(grads.q, d_q, lo, hi)
-    return grads, chunks.as_given(d_state)
+    return grads, chunks.as_given(d_state).to(states.dtype)
 
 
 def _sum_groups(x: Tensor, heads: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import NORM_EPS, check_cu_seqlens, compute_dtype
+from deltaproduct.ops.inputs import NORM_EPS, backward_dtype, check_cu_seqlens, compute_dtype
 from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
@@ -199,8 +199,8 @@ def cpu_backward(
     qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
-    dtype, heads, key_heads = states.dtype, v.shape[3], k.shape[3]
-    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], dtype)
+    dtype, heads, key_heads = backward_dtype(k, g, states.dtype), v.shape[3], k.shape[3]
+    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
     d_o, q_in, k_in, v_in = aligned(d_o), aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
@@ -223,7 +223,8 @@ def cpu_backward(
     problem.d_beta = TensorField.of(d_beta, per_step=True)
     if d_g is not None:
         problem.d_g = TensorField.of(d_g, per_step=False)
-    problem.states, problem.d_final_state = pointer(states), pointer(d_final)
+    kept = states.to(dtype)
+    problem.states, problem.d_final_state = pointer(kept), pointer(d_final)
     problem.d_initial_state = pointer(d_initial)
     ENGINE.backward(problem)
     return (
@@ -232,7 +233,7 @@ def cpu_backward(
         d_v,
         _summed(d_beta, beta, 3),
         v.new_empty(0) if d_g is None else _summed(d_g, g, 2),  # an operator's result cannot be None
-        d_initial,
+        d_initial.to(states.dtype),
     )
 
 
