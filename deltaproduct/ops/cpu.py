@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deltaproduct.ops import transforms
+from deltaproduct.ops.differentiable import differentiable
 from deltaproduct.ops.inputs import NORM_EPS, backward_dtype, check_cu_seqlens, compute_dtype
 from deltaproduct.ops.native.library import (
     ENGINE,
@@ -254,13 +256,16 @@ def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale, qk_l2norm=False
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros as large as the states
     q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm = inputs
-    ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
+    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[2])
     ctx.scale, ctx.qk_l2norm = scale, qk_l2norm
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
 def _autograd(ctx, d_o, d_final, d_states):
-    q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
+    *inputs, states = ctx.saved_tensors
+    if transforms.beyond_first(d_o, d_final, *inputs):
+        return *_rule(ctx.scale, ctx.qk_l2norm).once(d_o, d_final, inputs), None, None, None
+    q, k, v, beta, g, _, cu_seqlens = inputs
     if d_o is None:
         d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
     d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(
@@ -268,6 +273,16 @@ def _autograd(ctx, d_o, d_final, d_states):
     )
     d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
     return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None, None
+
+
+def _rule(scale: float, qk_l2norm: bool) -> transforms.Rule:
+    def fast(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        return cpu(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
+
+    def formula(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        return differentiable(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
+
+    return transforms.Rule(fast, formula)
 
 
 cpu_forward.register_autograd(_autograd, setup_context=_setup_context)

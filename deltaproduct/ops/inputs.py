@@ -11,6 +11,8 @@ from deltaproduct.errors import UsageError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORM_EPS = 1e-6  # inside the square root, as in the published layers: x / √(Σx² + 1e-6)
 
+MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of states and solves: float64 if any input is, otherwise float32 (never below)."""
