@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from deltaproduct.errors import UsageError
 
 Tensors = Sequence[Tensor | None]
+_BATCHED = torch._C._dispatch_key_parse("Batched")  # of the maps before torch.func's, which autograd still uses
 
 
 def active(*tensors: Tensor | None) -> bool:
@@ -46,6 +47,15 @@ def beyond_first(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False  # a compiled graph has first derivatives only, and PyTorch says so
     return torch.is_grad_enabled() or active(*tensors)
+
+
+def refuse_batched(d: Tensor) -> None:
+    """`UsageError` for a batch of gradients as `is_grads_batched` hands it over: few operations know such a tensor."""
+    if not torch.compiler.is_compiling() and torch._C._dispatch_keys(d).has(_BATCHED):
+        raise UsageError(
+            "A backward pass was given a batch of gradients (is_grads_batched, or vectorize=True), which the norms and "
+            "scans of deltaproduct do not take; use torch.func.jacrev or torch.func.vmap, or vectorize=False."
+        )
 
 
 def gradients(formula: Callable[..., Any], inputs: Tensors, cotangents: Tensors) -> list[Tensor | None]:

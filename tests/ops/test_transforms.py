@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import delta_product, delta_product_states, delta_product_step
+from deltaproduct.ops import delta_product, delta_product_states, delta_product_step, norm
+from deltaproduct.ops.generalised_delta import generalised_delta_rule
+from deltaproduct.ops.inverse import differentiable_inverse
+from deltaproduct.ops.norm import rms_norm
+from deltaproduct.ops.scan import diagonal_scan, gated_linear_attention, running_max
+from deltaproduct.ops.selective_scan import selective_scan
+from deltaproduct.training.loss import IGNORED, summed_cross_entropy
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 DOUBLE, SINGLE = 1e-10, 5e-5
@@ -22,7 +28,8 @@ DOUBLE, SINGLE = 1e-10, 5e-5
 
 def like(x: Tensor, seed: int) -> Tensor:
     """Numbers of x's shape in [−1,1] without a pattern, drawn from no generator: vmap wants to hear about those."""
-    return (torch.arange(x.numel(), dtype=x.dtype) * 12.9898 + seed).sin().mul(43758.5453).sin().reshape(x.shape)
+    angles = (torch.arange(x.numel(), dtype=torch.float64) * 12.9898 + seed).sin() * 43758.5453
+    return angles.sin().to(x.dtype).reshape(x.shape)
 
 
 def many(y: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -240,3 +247,166 @@ def test_the_operator(p, name):
         f, xs = operator(p, backend)
         slow, _ = operator(p, "reference")
         assert_equal(ALL[name](f, xs), ALL[name](slow, xs), DOUBLE)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_backends_by_name(name):
+    """They do what a backward of their own can do, and refuse the rest in one line that says what to use."""
+    for backend in set(serving()) - {"chunkwise", "reference"}:
+        f, xs = operator(PROBLEMS[0], backend)
+        if name in BEYOND:
+            with pytest.raises(UsageError, match=rf"'{backend}' has no derivative .*'auto', 'chunkwise' or 'reference'") as e:
+                ALL[name](f, xs)
+            assert "\n" not in str(e.value)
+        else:
+            assert_equal(ALL[name](f, xs), ALL[name](operator(PROBLEMS[0], "reference")[0], xs), DOUBLE)
+
+
+# --- All the others: what is called, what it must be, and inputs ------------------------------------------------------
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def keys(*shape: int, seed: int = 0) -> Tensor:
+    return torch.nn.functional.normalize(numbers(*shape, seed=seed), dim=-1)
+
+
+def norm_formula(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def loop_of_diagonal_scan(a: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    found = []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
+        h = a_t * h + b_t
+        found.append(h)
+    return torch.stack(found, 1), h
+
+
+def loop_of_selective_scan(x, dt, A, B, C, h):
+    outputs = []
+    for x_t, dt_t, B_t, C_t in zip(*(y.unbind(1) for y in (x, dt, B, C)), strict=True):
+        h = (dt_t.unsqueeze(-1) * A).exp() * h + (dt_t * x_t).unsqueeze(-1) * B_t.unsqueeze(-2)
+        outputs.append((h @ C_t.unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, 1), h
+
+
+def loop_of_linear_attention(q, k, v, a, s):
+    outputs = []
+    for q_t, k_t, v_t, a_t in zip(*(y.unbind(1) for y in (q, k, v, a)), strict=True):
+        s = a_t.unsqueeze(-1) * s + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outputs.append((q_t.unsqueeze(-2) @ s).squeeze(-2))
+    return torch.stack(outputs, 1), s
+
+
+def loop_of_generalised_delta(q, k, v, g, u, z, s):
+    outputs = []
+    for q_t, k_t, v_t, g_t, u_t, z_t in zip(*(y.unbind(1) for y in (q, k, v, g, u, z)), strict=True):
+        y = (z_t.unsqueeze(-2) @ s).squeeze(-2)
+        s = g_t.exp().unsqueeze(-1) * s + u_t.unsqueeze(-1) * y.unsqueeze(-2) + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outputs.append((q_t.unsqueeze(-2) @ s).squeeze(-2))
+    return torch.stack(outputs, 1), s
+
+
+def step(q, k, v, beta, g, state):
+    return delta_product_step(q, k, v, beta, g, state=state, qk_l2norm=True)
+
+
+def one_token(q, k, v, beta, g, state):
+    q, k, v, beta, g = (x.unsqueeze(1) for x in (q, k, v, beta, g))
+    o, final = delta_product(
+        q, k, v, beta, g, initial_state=state, qk_l2norm=True, output_final_state=True, backend="reference"
+    )
+    return o.squeeze(1), final
+
+
+def states(backend: str) -> Function:
+    return lambda *x: delta_product_states(*x[:-1], initial_state=x[-1], positions=[7, 0, 24, 19], backend=backend)
+
+
+LABELS = torch.tensor([1, IGNORED, 4, 0])
+OTHERS: dict[str, tuple[Function, Function, list[Tensor]]] = {
+    "delta_product_step": (
+        step, one_token,
+        [numbers(2, 1, 3), numbers(2, 2, 1, 3), numbers(2, 2, 2, 2), numbers(2, 2, 2).sigmoid(), -numbers(2, 2).abs(),
+         numbers(2, 2, 3, 2)],
+    ),
+    "delta_product_states": (
+        states("auto"), states("reference"),
+        [keys(1, 4, 6, 1, 3), numbers(1, 4, 6, 1, 2), 2 * numbers(1, 4, 6, 1).sigmoid(), -numbers(1, 4, 1).abs(),
+         numbers(1, 1, 3, 2)],
+    ),
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), norm_formula, [numbers(3, 5), 1 + numbers(5)]),
+    "diagonal_scan": (
+        diagonal_scan, loop_of_diagonal_scan, [numbers(1, 7, 2).tanh(), numbers(1, 7, 2, seed=1), numbers(1, 2, seed=2)]
+    ),
+    "selective_scan": (
+        lambda *x: selective_scan(*x[:-1], initial_state=x[-1]), loop_of_selective_scan,
+        [numbers(1, 6, 2), numbers(1, 6, 2, seed=1).abs(), -numbers(2, 3).abs(), numbers(1, 6, 3, seed=2),
+         numbers(1, 6, 3, seed=3), numbers(1, 2, 3, seed=4)],
+    ),
+    "gated_linear_attention": (
+        lambda q, k, v, a, s: gated_linear_attention(q, k, v, a=a, initial_state=s, scale=1.0),
+        loop_of_linear_attention,
+        [numbers(1, 5, 1, 2), numbers(1, 5, 1, 2, seed=1), numbers(1, 5, 1, 3, seed=2), numbers(1, 5, 1, 2).sigmoid(),
+         numbers(1, 1, 2, 3)],
+    ),
+    "generalised_delta_rule": (
+        generalised_delta_rule, loop_of_generalised_delta,
+        [numbers(1, 5, 1, 2), numbers(1, 5, 1, 2, seed=1), numbers(1, 5, 1, 3, seed=2), -numbers(1, 5, 1, 2).sigmoid(),
+         0.3 * numbers(1, 5, 1, 2, seed=3), 0.3 * numbers(1, 5, 1, 2, seed=4), numbers(1, 1, 2, 3)],
+    ),
+    "running_max": (
+        lambda g, i, m: running_max(g, i, m)[1],
+        lambda g, i, m: torch.stack([(m := torch.maximum(m + g[:, t], i[:, t])) for t in range(g.shape[1])], 1),
+        [-numbers(1, 6, 2).abs(), numbers(1, 6, 2, seed=1), 3 + numbers(1, 2, seed=2).abs()],
+    ),
+    "differentiable_inverse": (
+        lambda x: differentiable_inverse(x.tril(-1)),
+        lambda x: torch.linalg.inv(torch.eye(4, dtype=x.dtype) + x.tril(-1)),
+        [0.5 * numbers(2, 4, 4)],
+    ),
+}  # fmt: skip
+FLOAT32_ONLY = {"rms_norm", "selective_scan"}  # on the engine
+UNBATCHED, BATCHED = {"rms_norm", "diagonal_scan", "selective_scan"}, {"batched cotangents", "autograd.functional.jacobian"}
+
+
+@EACH
+@pytest.mark.parametrize("what", OTHERS)
+def test_the_others(what, name):
+    f, slow, xs = OTHERS[what]
+    if what in UNBATCHED and name in BATCHED:
+        with pytest.raises(UsageError, match=r"use torch\.func\.jacrev or torch\.func\.vmap, or vectorize=False\.$") as e:
+            ALL[name](f, xs)
+        assert "\n" not in str(e.value)
+        return
+    assert_equal(ALL[name](f, xs), ALL[name](slow, xs), DOUBLE)
+    if what in FLOAT32_ONLY:
+        assert_equal(ALL[name](f, [x.float() for x in xs]), ALL[name](slow, xs), SINGLE)
+
+
+@EACH
+def test_the_loss_without_logits(name):
+    """Everywhere but under `create_graph`, where it says what to use."""
+
+    def f(x: Tensor, weight: Tensor) -> Tensor:
+        return summed_cross_entropy(x, weight, LABELS, block=8)
+
+    def slow(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x @ weight.mT, LABELS, ignore_index=IGNORED, reduction="sum")
+
+    xs = [numbers(4, 3), numbers(5, 3, seed=1)]
+    try:
+        got = ALL[name](f, xs)
+    except UsageError as e:
+        assert name in REFUSED_BY_THE_LOSS and "torch.nn.functional.cross_entropy" in str(e) and "\n" not in str(e)
+    else:
+        assert name not in REFUSED_BY_THE_LOSS
+        assert_equal(got, ALL[name](slow, xs), DOUBLE)
+
+
+REFUSED_BY_THE_LOSS = {
+    "twice", "three times", "autograd.functional.hessian", "a tangent of a cotangent",
+}  # fmt: skip
