@@ -7,6 +7,8 @@ are independent, and then its time are divided as well.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,13 +278,8 @@ def _autograd(ctx, d_o, d_final, d_states):
 
 
 def _rule(scale: float, qk_l2norm: bool) -> transforms.Rule:
-    def fast(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return cpu(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
-
-    def formula(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return differentiable(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
-
-    return transforms.Rule(fast, formula)
+    options: dict[str, Any] = {"scale": scale, "qk_l2norm": qk_l2norm}
+    return transforms.Rule(partial(cpu, **options), partial(differentiable, **options))
 
 
 cpu_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The recurrence in chunks once more, of plain PyTorch operations alone: for whatever a hand-written backward does not do.
+"""The recurrence in chunks once more, of plain PyTorch operations: for whatever a hand-written backward does not do.
 
 PyTorch differentiates it in both modes, any number of times, and maps it over batches (`torch.func`). What it keeps for
 that, and its time, are several times those of `chunkwise.py`, whose equations and names these are (ops/README.md).

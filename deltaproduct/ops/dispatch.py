@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,20 +119,17 @@ def resolve_backend(
     raise AssertionError("the reference serves everything")
 
 
-def _transformed(
-    backend: str, name: str, scale: float, qk_l2norm: bool
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _transformed(backend: str, name: str, scale: float, qk_l2norm: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """What serves under PyTorch's other transformations (`ops/transforms.py`), where `backend` was asked for."""
 
-    def formula(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return differentiable(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
+    formula, plain_loop = partial(differentiable, scale=scale, qk_l2norm=qk_l2norm), partial(reference, scale=scale)
 
-    def loop(q: Tensor, k: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loop(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)
-        return reference(q, k, *others, scale)  # type: ignore[arg-type]
+        return plain_loop(q, k, *others)
 
-    def fast(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def fast(*inputs: Any) -> tuple[Tensor, Tensor]:
         return BACKENDS[name].run(*inputs, scale, qk_l2norm)
 
     if name == "reference":
@@ -246,7 +245,9 @@ def delta_product_step(
     step = None if transformed or torch.compiler.is_exporting() or k.shape[0] == 0 else BACKENDS[name].step
     if inplace:
         if transformed:
-            raise UsageError("A state is overwritten without derivatives or maps: inplace is not for torch.func and jvp.")
+            raise UsageError(
+                "A state is overwritten without derivatives or maps: inplace is not for torch.func and jvp."
+            )
         if state.dtype != dtype:
             raise UsageError(f"A state of {state.dtype} cannot be overwritten by one of {dtype}.")
         with torch.no_grad():

@@ -8,6 +8,7 @@ is written and h as tensors [B,T,I,N].
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -232,8 +233,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, d_y, d_final, d_states):
     *inputs, states = ctx.saved_tensors
     if transforms.beyond_first(d_y, d_final, *inputs):
-        grads = transforms.gradients(lambda *given: _formula(*given, ctx.allow_neg_eigval), inputs, (d_y, d_final))
-        return *grads, None, None
+        formula = partial(_formula, allow_neg_eigval=ctx.allow_neg_eigval)
+        return *transforms.gradients(formula, inputs, (d_y, d_final)), None, None
     x, dt, a, b, c, initial_state, cu_seqlens = inputs
     if d_y is None:
         d_y = torch.zeros_like(x)

@@ -28,9 +28,11 @@ def active(*tensors: Tensor | None) -> bool:
     """Whether `torch.func` transforms this call, or one of the tensors has a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():
+        return True  # a compiler's tensors show no tangents
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def only_first() -> bool:
@@ -75,7 +77,7 @@ def gradients(formula: Callable[..., Any], inputs: Tensors, cotangents: Tensors)
 
     tensors = [x for x in inputs if x is not None and x.is_floating_point()]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        found, pull_back = torch.func.vjp(of_places, *tensors)
+        found, pull_back = torch.func.vjp(of_places, *tensors)  # type: ignore[misc]  # two, without has_aux
         filled = [torch.zeros_like(y) if d is None else d.to(y.dtype) for y, d in zip(found, cotangents, strict=True)]
         grads = pull_back(tuple(filled))
     result: list[Tensor | None] = [None] * len(inputs)
@@ -135,7 +137,7 @@ class FirstDerivative(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients of `rule.fast` for (d_o, d_final, q, k, v, beta, g, initial_state, cu_seqlens), of what is there."""
+    """The gradients of `rule.fast`'s inputs that are there, from d_o, d_final and all seven of them."""
 
     @staticmethod
     def forward(rule: Rule, d_o: Tensor, d_final: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:

@@ -39,7 +39,9 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, block: in
     dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
     with torch.autocast(kind, enabled=False):
         if transforms.active(x, weight):
-            logits = (x.to(dtype) @ weight.to(dtype).mT).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            logits = (x.to(dtype) @ weight.to(dtype).mT).to(
+                torch.float64 if x.dtype == torch.float64 else torch.float32
+            )
             return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return _SummedCrossEntropy.apply(x, weight, labels, dtype, max(1, block // weight.shape[0]))
 

@@ -23,7 +23,7 @@ SHAPES = [
     Problem(T=40, N=1, K=1, V=6),
     Problem(T=12, N=8, K=3, B=1, cu=(0, 0, 5, 6, 6, 12, 12)),
 ]
-SEEDS = 5
+SEEDS = 3
 # s, K and V are the lengths of the sums behind a result. √(s + K + V)·u is their rounding, u = 2⁻²⁴, and the worst of a
 # thousand entries of 4 standard deviations, which a chunk's own sums add to, makes 10: as in test_native.py.
 ROUNDINGS = 10

@@ -7,7 +7,7 @@ chunks at once. Kept in between: the inputs, and the state at every segment's st
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -313,13 +313,8 @@ def _autograd(ctx, d_o, d_final, d_kept, d_summary):
 
 
 def _rule(scale: float, qk_l2norm: bool, precise: bool) -> transforms.Rule:
-    def fast(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return fused(*inputs, scale, qk_l2norm, precise=precise)  # type: ignore[arg-type]
-
-    def formula(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return differentiable(*inputs, scale, qk_l2norm)  # type: ignore[arg-type]
-
-    return transforms.Rule(fast, formula)
+    fast = partial(fused, scale=scale, qk_l2norm=qk_l2norm, precise=precise)
+    return transforms.Rule(fast, partial(differentiable, scale=scale, qk_l2norm=qk_l2norm))
 
 
 triton_forward.register_autograd(_autograd, setup_context=_setup_context)
