@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -210,9 +211,12 @@ def test_kernels_are_chosen_by_name(tmp_path, monkeypatch):
 def test_kernels_named_by_the_environment(tmp_path):
     ask = "from deltaproduct.ops.native.library import ENGINE; print(ENGINE.kernels)"
     assert succeeded(python("-c", ask, cwd=tmp_path, DELTAPRODUCT_KERNELS="portable")) == "portable\n"
+    doctor = succeeded(python("-m", "deltaproduct", "doctor", cwd=tmp_path, DELTAPRODUCT_KERNELS="portable"))
+    assert re.search(r"its kernels +portable \(DELTAPRODUCT_KERNELS names them; .*\)", doctor)
     wrong = python("-m", "deltaproduct", "doctor", cwd=tmp_path, DELTAPRODUCT_KERNELS="sse9")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "no kernels 'sse9' for this processor; there are " in wrong.stderr
+    assert "Set DELTAPRODUCT_KERNELS to one of these" in wrong.stderr
 
 
 # Threads are counted after PyTorch has started its own.

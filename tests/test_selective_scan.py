@@ -283,14 +283,6 @@ def test_compiled_for_any_length_equals_eager():
 
 
 @needs_engine
-def test_second_derivatives_are_refused():
-    tensors = {n: t.requires_grad_() for n, t in draw(1, 5, 6, 3).items()}
-    (d_x,) = torch.autograd.grad(selective_scan(**tensors)[0].sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="selective_scan_backward"):
-        d_x.sum().backward()
-
-
-@needs_engine
 @pytest.mark.parametrize("allow_neg_eigval", [False, True])
 def test_the_layer_is_the_same_without_the_engine(allow_neg_eigval, monkeypatch):
     torch.manual_seed(0)

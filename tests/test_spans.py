@@ -57,6 +57,31 @@ def test_spans_are_one_sequence_in_the_hard_regime(size, n, gated):
     torch.testing.assert_close(found[-1][1], end, rtol=1e-9, atol=1e-10)
 
 
+def run_twice(length: int):
+    """The second derivative of Σ over ranks of Σ_s w_{r,s} x_s³, whose x_s is on rank s, and a refusal."""
+    spans = Spans()
+    x = torch.arange(1.0, length + 1, dtype=torch.float64).add(spans.rank).requires_grad_()
+    weights = 1.0 + spans.rank + 10 * torch.arange(spans.size, dtype=torch.float64)[:, None]
+    (first,) = torch.autograd.grad((weights * spans.gather(x) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    try:
+        torch.func.jvp(spans.gather, (x.detach(),), (x.detach(),))
+        refusal = "none"
+    except UsageError as e:
+        refusal = str(e)
+    return first.detach(), second, refusal
+
+
+def test_second_derivatives_across_ranks():
+    size, length = 2, 3
+    for rank, (first, second, refusal) in enumerate(on_ranks(size, run_twice, length)):
+        x = torch.arange(1.0, length + 1, dtype=torch.float64) + rank
+        weight = sum(1.0 + other + 10 * rank for other in range(size))
+        torch.testing.assert_close(first, 3 * weight * x**2)
+        torch.testing.assert_close(second, 6 * weight * x)
+        assert "none in forward mode or inside of torch.func" in refusal and "\n" not in refusal
+
+
 def loss_of(model: SequenceModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), labels.flatten(), reduction="sum")
 

@@ -1,6 +1,7 @@
 """`deltaproduct doctor`: what this machine can run, and why not."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from deltaproduct.machine import choose_device, describe_machine
 from deltaproduct.ops import BACKENDS, resolve_backend
+from deltaproduct.ops.native.library import ENGINE, KERNELS_VARIABLE
 
 EXTRAS = {
     "plot": ("matplotlib", "plotly"),
@@ -36,6 +38,10 @@ class Doctor:
             obstacle = backend.obstacle(device, torch.float32)
             state = "yes" if obstacle is None else f"no: {obstacle}"
             console.print(f"{name:>20}  {state} ({backend.summary})", markup=False)
+            if name == "cpu" and ENGINE is not None:
+                why = f"{KERNELS_VARIABLE} names them" if os.environ.get(KERNELS_VARIABLE) else "the fastest here"
+                runs = ", ".join(ENGINE.kernels_here())
+                console.print(f"{'its kernels':>20}  {ENGINE.kernels} ({why}; {runs} run here)", markup=False)
         name, reason = resolve_backend(device=device)
         console.print(f"{'auto':>20}  {name} ({reason})", markup=False)
         console.print("\noptional packages, by extra")

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from deltaproduct.ops import transforms
 from deltaproduct.ops.chunks import Chunks, Inputs, boundaries, chunk_tokens
-from deltaproduct.ops.inputs import compute_dtype, expand_heads, pad_time
+from deltaproduct.ops.differentiable import differentiable, differentiable_starts
+from deltaproduct.ops.inputs import MIN_LOG_DECAY, backward_dtype, compute_dtype, expand_heads, pad_time
 from deltaproduct.ops.inverse import unit_lower_inverse
 from deltaproduct.ops.reference import reference_states
-
-MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
 
 
 @dataclass
@@ -137,11 +136,11 @@ def _backward(
     scale: float,
     c: int,
 ) -> tuple[Inputs, Tensor]:
-    heads, dtype = x.v.shape[3], states.dtype
+    heads, dtype = x.v.shape[3], backward_dtype(x.k, x.g, states.dtype)
     chunks = Chunks.of(x, cu_seqlens, c)
     grads = Inputs(*(None if y is None else torch.empty_like(y) for y in x))
     if d_final is None:
-        d_state = states.new_zeros(chunks.sequences, *states.shape[1:])
+        d_state = states.new_zeros(chunks.sequences, *states.shape[1:], dtype=dtype)
     else:
         d_state = chunks.longest_first(d_final.to(dtype, copy=True))
     flat_state = d_state.flatten(0, 1)
@@ -150,7 +149,7 @@ def _backward(
         t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
         inverse = unit_lower_inverse(lower)
-        begin = states[first:last].flatten(0, 1)
+        begin = states[first:last].flatten(0, 1).to(dtype)
         start_decay, end_decay = t.per_step(t.from_start), t.per_step(t.to_end)
         seen, writes, reads = _scaled(t.k, start_decay), _scaled(t.w, end_decay), _scaled(t.q, t.from_start)
         error = inverse @ torch.baddbmm(t.v, seen, begin, alpha=-1)
@@ -194,7 +193,7 @@ def _backward(
             chunks.put(grad, _sum_groups(d, grad.shape[3]), lo, hi)
         d_q = _sum_groups(d_q.unflatten(0, (-1, heads)).transpose(1, 2), x.q.shape[2])
         chunks.put(grads.q, d_q, lo, hi)
-    return grads, chunks.as_given(d_state)
+    return grads, chunks.as_given(d_state).to(states.dtype)
 
 
 def _sum_groups(x: Tensor, heads: int) -> Tensor:
@@ -290,15 +289,17 @@ class _Chunkwise(torch.autograd.Function):
     def forward(ctx, q, k, v, beta, g, initial_state, cu_seqlens, scale, c):
         ctx.set_materialize_grads(False)
         o, final, states = chunkwise_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, c)
-        ctx.save_for_backward(q, k, v, beta, g, states, cu_seqlens)
+        ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, states)
         ctx.scale, ctx.c = scale, c
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return o, final, states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_o, d_final, d_states):
-        q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
+        *inputs, states = ctx.saved_tensors
+        if transforms.beyond_first(d_o, d_final, d_states, *inputs):
+            return *_transformable_backward(inputs, (d_o, d_final, d_states), ctx.scale), None, None
+        q, k, v, beta, g, _, cu_seqlens = inputs
         if d_o is None:
             d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
         d_q, d_k, d_v, d_beta, d_g, d_initial = chunkwise_backward(
@@ -306,6 +307,20 @@ class _Chunkwise(torch.autograd.Function):
         )
         d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
         return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None
+
+
+def _transformable_backward(
+    inputs: list[Tensor | None], cotangents: tuple[Tensor | None, ...], scale: float
+) -> list[Tensor | None]:
+    """The gradients of (o, final state, states) in plain operations; no inputs are packed where states have one."""
+
+    def formula(q, k, v, beta, g, initial_state, cu_seqlens):
+        if cu_seqlens is not None:
+            return differentiable(q, k, v, beta, g, initial_state, cu_seqlens, scale)
+        o, final, starts = differentiable_starts(q, k, v, beta, g, initial_state, scale)
+        return o, final, starts.flatten(0, 1)
+
+    return transforms.gradients(formula, inputs, cotangents if inputs[6] is None else cotangents[:2])
 
 
 def chunkwise(
@@ -335,8 +350,11 @@ def chunkwise_states(
     c = chunk_tokens(steps)
     heads = v.shape[3]
     q = k.new_zeros(batch, length, k.shape[3], k.shape[4])
-    _, final, states = _Chunkwise.apply(q, k, v, beta, g, initial_state, None, 1.0, c)
-    states = states.unflatten(0, (-1, batch))  # [chunks,B,HV,K,V]
+    if transforms.active(k, v, beta, g, initial_state):
+        _, final, states = differentiable_starts(q, k, v, beta, g, initial_state, 1.0)
+    else:
+        _, final, states = _Chunkwise.apply(q, k, v, beta, g, initial_state, None, 1.0, c)
+        states = states.unflatten(0, (-1, batch))  # [chunks,B,HV,K,V]
     inside = sorted({p // (c * steps) for p in positions if p % (c * steps)})
     offsets = sorted({p % (c * steps) for p in positions if p % (c * steps)})
     found: dict[int, Tensor] = {}

@@ -7,11 +7,15 @@ are independent, and then its time are divided as well.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import NORM_EPS, check_cu_seqlens, compute_dtype
+from deltaproduct.ops import transforms
+from deltaproduct.ops.differentiable import differentiable
+from deltaproduct.ops.inputs import NORM_EPS, backward_dtype, check_cu_seqlens, compute_dtype
 from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
@@ -199,8 +203,8 @@ def cpu_backward(
     qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
-    dtype, heads, key_heads = states.dtype, v.shape[3], k.shape[3]
-    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], dtype)
+    dtype, heads, key_heads = backward_dtype(k, g, states.dtype), v.shape[3], k.shape[3]
+    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
     d_o, q_in, k_in, v_in = aligned(d_o), aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
@@ -223,7 +227,8 @@ def cpu_backward(
     problem.d_beta = TensorField.of(d_beta, per_step=True)
     if d_g is not None:
         problem.d_g = TensorField.of(d_g, per_step=False)
-    problem.states, problem.d_final_state = pointer(states), pointer(d_final)
+    kept = states.to(dtype)
+    problem.states, problem.d_final_state = pointer(kept), pointer(d_final)
     problem.d_initial_state = pointer(d_initial)
     ENGINE.backward(problem)
     return (
@@ -232,7 +237,7 @@ def cpu_backward(
         d_v,
         _summed(d_beta, beta, 3),
         v.new_empty(0) if d_g is None else _summed(d_g, g, 2),  # an operator's result cannot be None
-        d_initial,
+        d_initial.to(states.dtype),
     )
 
 
@@ -253,13 +258,16 @@ def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale, qk_l2norm=False
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros as large as the states
     q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm = inputs
-    ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
+    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[2])
     ctx.scale, ctx.qk_l2norm = scale, qk_l2norm
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
 def _autograd(ctx, d_o, d_final, d_states):
-    q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
+    *inputs, states = ctx.saved_tensors
+    if transforms.beyond_first(d_o, d_final, *inputs):
+        return *_rule(ctx.scale, ctx.qk_l2norm).once(d_o, d_final, inputs), None, None, None
+    q, k, v, beta, g, _, cu_seqlens = inputs
     if d_o is None:
         d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
     d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(
@@ -267,6 +275,11 @@ def _autograd(ctx, d_o, d_final, d_states):
     )
     d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
     return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None, None
+
+
+def _rule(scale: float, qk_l2norm: bool) -> transforms.Rule:
+    options: dict[str, Any] = {"scale": scale, "qk_l2norm": qk_l2norm}
+    return transforms.Rule(partial(cpu, **options), partial(differentiable, **options))
 
 
 cpu_forward.register_autograd(_autograd, setup_context=_setup_context)

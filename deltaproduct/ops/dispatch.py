@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import triton
+from deltaproduct.ops import transforms, triton
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
 from deltaproduct.ops.cpu import cpu, cpu_step
 from deltaproduct.ops.cpu import obstacle as cpu_obstacle
+from deltaproduct.ops.differentiable import differentiable
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
     check_query,
@@ -89,6 +92,12 @@ def resolve_backend(
     """(name, reason) of the backend that serves `device` and `dtype`, and N and K where `size` is given as (N, K).
 
     "auto" takes the fastest that can. Naming one that cannot, or that does not exist, raises `UsageError`.
+
+    Backward passes, and `torch.func`'s grad, vjp, jacrev and vmap (one gradient, any number of maps), run on that
+    backend. Forward mode (jvp, jacfwd, linearize, `torch.autograd.forward_ad`) and gradients of gradients inside of
+    `torch.func` do not: there "auto" and "chunkwise" compute the chunks in plain PyTorch operations, more slowly, and
+    "reference" its loop; the other names raise `UsageError`. Gradients that are to be differentiated again
+    (`create_graph`) are computed by the backend, and their own derivatives in plain PyTorch operations.
     """
     device = torch.device(device)
 
@@ -108,6 +117,34 @@ def resolve_backend(
             return name, "the fastest that can serve" + "".join(f"; not {other}: {why}" for other, why in passed_over)
         passed_over.append((name, obstacle))
     raise AssertionError("the reference serves everything")
+
+
+def _transformed(backend: str, name: str, scale: float, qk_l2norm: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What serves under PyTorch's other transformations (`ops/transforms.py`), where `backend` was asked for."""
+
+    formula, plain_loop = partial(differentiable, scale=scale, qk_l2norm=qk_l2norm), partial(reference, scale=scale)
+
+    def loop(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        if qk_l2norm:
+            q, k = l2_normalise(q), l2_normalise(k)
+        return plain_loop(q, k, *others)
+
+    def fast(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return BACKENDS[name].run(*inputs, scale, qk_l2norm)
+
+    if name == "reference":
+        return loop
+    if name == "chunkwise":
+        return formula
+    if transforms.only_first():
+        rule = transforms.Rule(fast, formula)
+        return lambda *inputs: transforms.FirstDerivative.apply(rule, *inputs)
+    if backend == "auto":
+        return formula
+    raise UsageError(
+        f"Backend {name!r} has no derivative in forward mode and no second one inside of torch.func; "
+        "use backend 'auto', 'chunkwise' or 'reference'."
+    )
 
 
 def delta_product(
@@ -153,6 +190,7 @@ def delta_product(
     check_step_inputs(k, v, beta, g)
     check_query(q, k)
     if cu_seqlens is not None:
+        transforms.check_values("cu_seqlens", cu_seqlens)
         check_cu_seqlens(cu_seqlens, k)
     check_state(initial_state, k, v, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     size = (k.shape[2], k.shape[4])
@@ -161,7 +199,10 @@ def delta_product(
     chosen = BACKENDS["reference" if 0 in k.shape[:2] else name]
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.autocast(k.device.type, enabled=False):
-        if chosen.normalises:
+        if transforms.active(q, k, v, beta, g, initial_state):
+            run = _transformed(backend, chosen.name, scale, qk_l2norm)
+            o, final_state = run(q, k, v, beta, g, initial_state, cu_seqlens)
+        elif chosen.normalises:
             o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm)
         else:
             if qk_l2norm:
@@ -199,9 +240,14 @@ def delta_product_step(
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     name, _ = resolve_backend(device=k.device, dtype=dtype, size=(k.shape[1], k.shape[3]))
-    # An exported program runs where our engine is not.
-    step = None if torch.compiler.is_exporting() or k.shape[0] == 0 else BACKENDS[name].step
+    transformed = transforms.active(q, k, v, beta, g, state)
+    # An exported program runs where our engine is not. The loop's own body is what PyTorch can transform.
+    step = None if transformed or torch.compiler.is_exporting() or k.shape[0] == 0 else BACKENDS[name].step
     if inplace:
+        if transformed:
+            raise UsageError(
+                "A state is overwritten without derivatives or maps: inplace is not for torch.func and jvp."
+            )
         if state.dtype != dtype:
             raise UsageError(f"A state of {state.dtype} cannot be overwritten by one of {dtype}.")
         with torch.no_grad():
@@ -245,6 +291,8 @@ def delta_product_states(
     check_step_inputs(k, v, beta, g)
     check_state(initial_state, k, v, k.shape[0])
     steps = k.shape[1] * k.shape[2]
+    if isinstance(positions, Tensor):
+        transforms.check_values("positions", positions)
     positions = [int(p) for p in positions]
     for p in positions:
         if not 0 <= p <= steps:

@@ -11,10 +11,22 @@ from deltaproduct.errors import UsageError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORM_EPS = 1e-6  # inside the square root, as in the published layers: x / √(Σx² + 1e-6)
 
+MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of states and solves: float64 if any input is, otherwise float32 (never below)."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def backward_dtype(k: Tensor, g: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """What a chunked backward computes in, for states of `dtype`: float64 where N ≥ K steps follow a gate.
+
+    So many steps can wipe out all K directions of the state that the gate lets through. Then almost nothing depends on
+    the gate, while a chunk finds its gradient as a sum over pairs of steps, each as large as ever, that cancel: in
+    float32 what is left is the roundings of the pairs. Matrices are small there, so that float64 costs little.
+    """
+    return torch.float64 if g is not None and k.shape[2] >= k.shape[4] else dtype
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from deltaproduct.ops import transforms
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
@@ -13,6 +14,8 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
 
 def differentiable_inverse(lower: Tensor) -> Tensor:
     """`unit_lower_inverse` of a strictly lower triangular L, for algorithms that leave the backward to autograd."""
+    if transforms.active(lower):
+        return unit_lower_inverse(lower)
     inverse: Tensor = _Inverse.apply(lower)
     return inverse
 
@@ -25,7 +28,6 @@ class _Inverse(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # two products, where the gradient of a solve would be two more solves
+    def backward(ctx, grad):  # two products, where the gradient of a solve would be two more solves; differentiable
         (inverse,) = ctx.saved_tensors
         return -inverse.mT @ grad @ inverse.mT

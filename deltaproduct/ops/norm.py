@@ -5,9 +5,8 @@ Three norms took a fifth of a small model's training step in PyTorch's elementwi
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from deltaproduct.ops import cpu
+from deltaproduct.ops import cpu, transforms
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.native.library import Instruction
 from deltaproduct.ops.tape import Kind
@@ -18,6 +17,8 @@ FEW = 1 << 15  # numbers; for fewer, a second thread takes longer to wake than t
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · weight over the last dimension, x [...,D], weight [D]; in float32 or better."""
+    if transforms.active(x, weight):
+        return _formula(x, weight, eps)
     return (_NativeRMSNorm if _is_native(x, weight) else _RMSNorm).apply(x, weight, eps)
 
 
@@ -28,20 +29,33 @@ def _is_native(x: Tensor, weight: Tensor) -> bool:
     return plain and float32 and cpu.ENGINE is not None and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
+def _formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In plain PyTorch operations, for what has no backward by hand (`ops/transforms.py`)."""
+    wide = x.to(compute_dtype(x))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def _gradients(x: Tensor, weight: Tensor, eps: float, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    return *transforms.gradients(lambda x, weight: _formula(x, weight, eps), (x, weight), (d_y,)), None
+
+
 class _NativeRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
         x, weight = x.contiguous(), weight.contiguous()
         y = torch.empty_like(x)
         _play(Kind.NORM, x, weight, eps, y=y)
-        ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_y):
         x, weight = ctx.saved_tensors
+        transforms.refuse_batched(d_y)
+        if transforms.beyond_first(x, weight, d_y):
+            return _gradients(x, weight, ctx.eps, d_y)
+        x, weight = x.contiguous(), weight.contiguous()
         d_x = torch.empty_like(x)
         blocks = -(-x.numel() // (x.shape[-1] * BLOCK))
         d_weight = x.new_empty(blocks, x.shape[-1])
@@ -65,18 +79,20 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         wide = x.to(compute_dtype(x))
         factor = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
-        normal = wide * factor
-        ctx.save_for_backward(normal, factor, weight)
-        ctx.dtype = x.dtype
-        return (normal * weight).to(x.dtype)
+        ctx.save_for_backward(x, factor, weight)
+        ctx.eps = eps
+        return (wide * factor * weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_y):
-        normal, factor, weight = ctx.saved_tensors
+        x, factor, weight = ctx.saved_tensors
+        transforms.refuse_batched(d_y)
+        if transforms.beyond_first(x, weight, d_y):
+            return _gradients(x, weight, ctx.eps, d_y)
+        normal = x * factor
         d_y = d_y.to(normal.dtype)
         product = d_y * normal
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         along = (product @ weight.to(product.dtype)).unsqueeze(-1) / normal.shape[-1]
         d_x = torch.addcmul(d_y * weight, normal, along, value=-1) * factor
-        return d_x.to(ctx.dtype), d_weight, None
+        return d_x.to(x.dtype), d_weight, None

@@ -16,12 +16,19 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
+from deltaproduct.ops import transforms
 from deltaproduct.ops.chunks import Chunks, Inputs
-from deltaproduct.ops.inputs import check_cu_seqlens, check_query, check_state, check_step_inputs, compute_dtype
+from deltaproduct.ops.inputs import (
+    check_cu_seqlens,
+    check_query,
+    check_state,
+    check_step_inputs,
+    compute_dtype,
+    pad_time,
+)
 
 CHUNK_TOKENS = 32  # a power of two
 
@@ -205,14 +212,21 @@ def diagonal_scan(
         if 0 in a.shape[:2]:
             return b, initial
         if cu_seqlens is None:
-            h: Tensor = _DiagonalScan.apply(a, b, initial)
+            h = _diagonal_scan(a, b, initial)
             return h, h[:, -1]
         # A decay of 0 where a sequence starts keeps its neighbour out, and what it starts with joins its first input.
         full = cu_seqlens[1:] > cu_seqlens[:-1]
         first = cu_seqlens[:-1][full].long()
         b = b.index_add(1, first, (a[0, first] * initial[full])[None])
-        h = _DiagonalScan.apply(a.index_fill(1, first, 0), b, torch.zeros_like(initial[:1]))
+        h = _diagonal_scan(a.index_fill(1, first, 0), b, torch.zeros_like(initial[:1]))
         return h, initial.index_copy(0, full.nonzero()[:, 0], h[0, cu_seqlens[1:][full].long() - 1])
+
+
+def _diagonal_scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+    if transforms.active(a, b, initial):
+        return _plain_scan(a, b, initial)
+    h: Tensor = _DiagonalScan.apply(a, b, initial)
+    return h
 
 
 class _DiagonalScan(torch.autograd.Function):
@@ -223,9 +237,15 @@ class _DiagonalScan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_h):
         a, h, initial = ctx.saved_tensors
+        transforms.refuse_batched(d_h)
+        if transforms.beyond_first(d_h, a, h, initial):
+            # h is a result of this very node, so that what depends on it is differentiated by coming here again.
+            later = torch.cat((a[:, 1:], torch.zeros_like(a[:, :1])), 1)
+            d_b = _diagonal_scan(later.flip(1), d_h.flip(1), torch.zeros_like(initial)).flip(1)
+            before = torch.cat((initial.unsqueeze(1), h[:, :-1]), 1)
+            return d_b * before, d_b, a[:, 0] * d_b[:, 0]
         # The gradient of h_t is d_h_t plus a_{t+1} times that of h_{t+1}: the same recurrence, backwards in time.
         later = torch.cat((a[:, 1:], torch.zeros_like(a[:, :1])), 1)
         d_b = _scan(later.flip(1), d_h.flip(1), torch.zeros_like(initial)).flip(1)
@@ -233,6 +253,24 @@ class _DiagonalScan(torch.autograd.Function):
         torch.mul(d_b[:, 1:], h[:, :-1], out=d_a[:, 1:])
         torch.mul(d_b[:, 0], initial, out=d_a[:, 0])
         return d_a, d_b, a[:, 0] * d_b[:, 0]
+
+
+def _plain_scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+    """`_scan` without writing in place, which PyTorch can transform (`ops/transforms.py`)."""
+    length = b.shape[1]
+    size = math.isqrt(length - 1) + 1
+    a, b = (pad_time(x, length + -length % size).unflatten(1, (-1, size)) for x in (a, b))
+    decay, total = a[:, :, 0], b[:, :, 0]  # of a block so far
+    for t in range(1, size):
+        total = b[:, :, t] + a[:, :, t] * total
+        decay = decay * a[:, :, t]
+    before = [initial]  # what a block starts with
+    for block in range(a.shape[1] - 1):
+        before.append(total[:, block] + decay[:, block] * before[-1])
+    h = [torch.stack(before, 1)]
+    for t in range(size):
+        h.append(b[:, :, t] + a[:, :, t] * h[-1])
+    return torch.stack(h[1:], 2).flatten(1, 2)[:, :length]
 
 
 def _scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:

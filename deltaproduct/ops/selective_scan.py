@@ -8,12 +8,13 @@ is written and h as tensors [B,T,I,N].
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import cpu
+from deltaproduct.ops import cpu, transforms
 from deltaproduct.ops.inputs import DTYPES, check_cu_seqlens, compute_dtype
 from deltaproduct.ops.native.library import SCAN_CHANNELS, SCAN_TOKENS, SelectiveScan, TensorField
 from deltaproduct.ops.scan import diagonal_scan
@@ -53,17 +54,32 @@ def selective_scan(
     """
     _check(x, dt, A, B, C, initial_state, cu_seqlens)
     given = [x, dt, A, B, C] if initial_state is None else [x, dt, A, B, C, initial_state]
-    if _is_native(given):
+    if _is_native(given) and not transforms.active(*given):
         keep = torch.is_grad_enabled() and any(each.requires_grad for each in given)
         return scan_forward(x, dt, A, B, C, initial_state, cu_seqlens, allow_neg_eigval, keep)[:2]
-    dtype = compute_dtype(*given)
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (each.to(dtype) for each in (x, dt, A, B, C))
-        a = (dt.unsqueeze(-1) * A).exp()
-        if allow_neg_eigval:
-            a = 2 * a - 1
-        h, final = diagonal_scan(a, (dt * x).unsqueeze(-1) * B.unsqueeze(-2), initial_state, cu_seqlens)
-        return (h @ C.unsqueeze(-1)).squeeze(-1), final
+        return _formula(x, dt, A, B, C, initial_state, cu_seqlens, allow_neg_eigval)
+
+
+def _formula(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor]:
+    """In plain PyTorch operations."""
+    given = [x, dt, A, B, C] if initial_state is None else [x, dt, A, B, C, initial_state]
+    dtype = compute_dtype(*given)
+    x, dt, A, B, C = (each.to(dtype) for each in (x, dt, A, B, C))
+    a = (dt.unsqueeze(-1) * A).exp()
+    if allow_neg_eigval:
+        a = 2 * a - 1
+    h, final = diagonal_scan(a, (dt * x).unsqueeze(-1) * B.unsqueeze(-2), initial_state, cu_seqlens)
+    return (h @ C.unsqueeze(-1)).squeeze(-1), final
 
 
 def _check(
@@ -210,16 +226,20 @@ def _(d_y, d_final, x, dt, a, b, c, states, cu_seqlens, allow_neg_eigval):
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros as large as the states
     x, dt, a, b, c, initial_state, cu_seqlens, allow_neg_eigval, _ = inputs
-    ctx.save_for_backward(x, dt, a, b, c, output[2], cu_seqlens)
-    ctx.allow_neg_eigval, ctx.has_initial = allow_neg_eigval, initial_state is not None
+    ctx.save_for_backward(x, dt, a, b, c, initial_state, cu_seqlens, output[2])
+    ctx.allow_neg_eigval = allow_neg_eigval
 
 
 def _autograd(ctx, d_y, d_final, d_states):
-    x, dt, a, b, c, states, cu_seqlens = ctx.saved_tensors
+    *inputs, states = ctx.saved_tensors
+    if transforms.beyond_first(d_y, d_final, *inputs):
+        formula = partial(_formula, allow_neg_eigval=ctx.allow_neg_eigval)
+        return *transforms.gradients(formula, inputs, (d_y, d_final)), None, None
+    x, dt, a, b, c, initial_state, cu_seqlens = inputs
     if d_y is None:
         d_y = torch.zeros_like(x)
     *grads, d_initial = scan_backward(d_y, d_final, x, dt, a, b, c, states, cu_seqlens, ctx.allow_neg_eigval)
-    return *grads, d_initial if ctx.has_initial else None, None, None, None
+    return *grads, None if initial_state is None else d_initial, None, None, None
 
 
 scan_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.ops import transforms
 from deltaproduct.ops.dispatch import delta_product
 from deltaproduct.ops.inputs import compute_dtype
 
@@ -30,7 +31,16 @@ class Spans:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Every rank's x, of one shape on all of them → [R,…]; differentiable."""
+        """Every rank's x, of one shape on all of them → [R,…]; differentiable.
+
+        Raises:
+            UsageError: in forward mode or inside of `torch.func`, which know of no other process.
+        """
+        if transforms.active(x):
+            raise UsageError(
+                "A sequence divided over processes has derivatives by backward(), any number of them, "
+                "and none in forward mode or inside of torch.func; compute the whole sequence in one process for those."
+            )
         return _Gather.apply(x, self)
 
     def before(self, x: Tensor) -> Tensor:
@@ -51,9 +61,22 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.spans.group)
-        return total[ctx.spans.rank], None
+        return _Scatter.apply(grads[0], ctx.spans), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The sum of what all ranks have for this rank, of [R,…]: the adjoint of `_Gather`, as that is of this."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: Spans) -> Tensor:
+        ctx.spans = spans
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=spans.group)
+        return total[spans.rank]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grads[0], ctx.spans), None
 
 
 def delta_product_span(

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaproduct.errors import UsageError
+from deltaproduct.ops import transforms
+
 BLOCK = 1 << 23  # logits at a time: 32 MiB of float32
 IGNORED = -100  # a label that no task has
 
@@ -26,12 +29,20 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, block: in
         labels: [M] ints.
 
     Returns:
-        The sum, float32 (float64 if x is).
+        The sum, float32 (float64 if x is). In forward mode and inside of `torch.func` all logits are there at once.
+
+    Raises:
+        UsageError: in a backward pass with `create_graph`: what is kept does not tell how the gradients change.
     """
     kind = x.device.type
     mixed = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
     with torch.autocast(kind, enabled=False):
+        if transforms.active(x, weight):
+            logits = (x.to(dtype) @ weight.to(dtype).mT).to(
+                torch.float64 if x.dtype == torch.float64 else torch.float32
+            )
+            return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return _SummedCrossEntropy.apply(x, weight, labels, dtype, max(1, block // weight.shape[0]))
 
 
@@ -67,6 +78,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dx, dweight = ctx.saved_tensors
         (grad,) = grads
+        if transforms.beyond_first(grad):
+            raise UsageError(
+                "summed_cross_entropy has first derivatives by backward() only; use torch.nn.functional.cross_entropy "
+                "on the head's logits for second ones."
+            )
         dx = None if dx is None else dx * grad.to(dx.dtype)
         dweight = None if dweight is None else (dweight * grad).to(ctx.weight_dtype)
         return dx, dweight, None, None, None

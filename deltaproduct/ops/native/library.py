@@ -1,7 +1,8 @@
 """Finds the engine's shared library and describes its C interface; without the library, says why it is not there.
 
 Two environment variables are for tests and diagnosis: DELTAPRODUCT_ENGINE names another build of the library,
-DELTAPRODUCT_KERNELS the kernels to start with (avx512, avx2 or portable) in place of the best that the processor has.
+DELTAPRODUCT_KERNELS the kernels to start with (avx512, avx2 or portable) in place of the best that the processor has;
+`deltaproduct doctor` shows which are in use.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 
 NOT_BUILT = "not_built.txt"  # setup.py's reason for building nothing
+KERNELS_VARIABLE = "DELTAPRODUCT_KERNELS"
 NAME = "_engine"  # setup.py builds deltaproduct/ops/native/_engine.<platform's suffix>
 MAX_CHUNKS_PER_STATE, SCAN_TOKENS, SCAN_CHANNELS = 8, 16, 64  # as in problem.h
 LARGE = 4 << 20  # bytes
@@ -107,8 +109,11 @@ class Engine:
         if self.openmp is not None:
             function = ctypes.cast(self.openmp.GOMP_parallel, ctypes.c_void_p)
             self._library.deltaproduct_use_openmp(function)
-        if name := os.environ.get("DELTAPRODUCT_KERNELS"):
-            self.use_kernels(name)
+        if name := os.environ.get(KERNELS_VARIABLE):
+            try:
+                self.use_kernels(name)
+            except UsageError as e:
+                raise UsageError(f"{e} Set {KERNELS_VARIABLE} to one of these, or unset it.") from None
 
     @property
     def kernels(self) -> str:

@@ -6,7 +6,7 @@ import triton.language as tl
 from deltaproduct.ops.triton.parts import chunk_place
 from deltaproduct.ops.triton.tuning import LENGTHS, tuned
 
-MIN_LOG_DECAY = tl.constexpr(-1000.0)  # as in chunkwise.py: exp of it is 0, and without a floor −inf − (−inf) is NaN
+MIN_LOG_DECAY = tl.constexpr(-1000.0)  # as in inputs.py: exp of it is 0, and without a floor −inf − (−inf) is NaN
 
 
 @tuned([(None, 1, 1)])

@@ -7,12 +7,14 @@ chunks at once. Kept in between: the inputs, and the state at every segment's st
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from deltaproduct.ops import transforms
+from deltaproduct.ops.differentiable import differentiable
 from deltaproduct.ops.inputs import NORM_EPS
 from deltaproduct.ops.triton.decode import decode_kernel
 from deltaproduct.ops.triton.gates import gates_kernel
@@ -291,13 +293,16 @@ def _(d_o, d_final, q, k, v, beta, g, kept, summary, cu_seqlens, scale, qk_l2nor
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm, precise = inputs
-    ctx.save_for_backward(q, k, v, beta, g, output[2], output[3], cu_seqlens)
+    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[2], output[3])
     ctx.options = scale, qk_l2norm, precise
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
 def _autograd(ctx, d_o, d_final, d_kept, d_summary):
-    q, k, v, beta, g, kept, summary, cu_seqlens = ctx.saved_tensors
+    *inputs, kept, summary = ctx.saved_tensors
+    if transforms.beyond_first(d_o, d_final, *inputs):
+        return *_rule(*ctx.options).once(d_o, d_final, inputs), *([None] * 4)
+    q, k, v, beta, g, _, cu_seqlens = inputs
     if d_o is None:
         d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
     d_q, d_k, d_v, d_beta, d_g, d_initial = triton_backward(
@@ -305,6 +310,11 @@ def _autograd(ctx, d_o, d_final, d_kept, d_summary):
     )
     d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
     return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, *([None] * 5)
+
+
+def _rule(scale: float, qk_l2norm: bool, precise: bool) -> transforms.Rule:
+    fast = partial(fused, scale=scale, qk_l2norm=qk_l2norm, precise=precise)
+    return transforms.Rule(fast, partial(differentiable, scale=scale, qk_l2norm=qk_l2norm))
 
 
 triton_forward.register_autograd(_autograd, setup_context=_setup_context)
