@@ -69,7 +69,7 @@ class HarnessModel(LM):
     def __init__(self, model: SequenceModel, tokenizer: Tokenizer, batch_size: int = 8):
         super().__init__()
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = model.embedding.weight.device
+        self._device = model.device
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""
