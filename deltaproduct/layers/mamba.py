@@ -97,5 +97,7 @@ class Mamba(Mixer):
                 x, dt, a, b, c, allow_neg_eigval=self.allow_neg_eigval, initial_state=state.recurrent,
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
+            if x.shape[1] > 1:
+                recurrent = recurrent.clone()  # off the engine it is a slice of the states of all tokens
             y = y + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), MambaState(recurrent, history)

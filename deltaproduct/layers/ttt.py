@@ -182,6 +182,8 @@ class TTTLinear(Mixer):
                 over = (end >= slot)[:, None, None, None]  # of the sequences whose mini-batch this fills
                 weights = torch.where(over, weights - scale[-1] * gradients, weights)
                 gradients = torch.where(over, 0, gradients)
+        if weights is state.weights:  # no mini-batch has ended; the result is not to share them with the state before
+            weights = weights.clone()
         z = torch.cat(outputs, 2)
         o = q + F.layer_norm(z, z.shape[-1:], eps=self.norm_eps) * gain + shift
         return rearrange(o, "s h l k -> s l (h k)"), TTTLinearState(weights, gradients, end % size, None)

@@ -47,16 +47,17 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         `init_weights` and `initialize_weights` of a model that was built on "meta" and has got memory by `to_empty`.
         """
         own = list(module.parameters(recurse=False))
-        loaded = [(p, p.detach().clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(own):
+        filled = [p for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(filled) == len(own):
             return
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
             raise UsageError(f"{type(module).__name__} has parameters and no reset_parameters, which would draw them.")
+        values = [p.detach().clone() for p in filled]
         reset()
         draw_with_deviation(module, self.config)
         with torch.no_grad():
-            for parameter, value in loaded:
+            for parameter, value in zip(filled, values, strict=True):
                 parameter.copy_(value)
 
     def get_input_embeddings(self) -> nn.Module:
