@@ -158,6 +158,7 @@ class DeltaProduct(Mixer):
             o, recurrent = delta_product_span(
                 q, k, v, beta, g, spans=self.spans, initial_state=state.recurrent, qk_l2norm=True, backend=self.backend
             )
+            recurrent = recurrent.clone()  # it is a slice of the states after all spans
         elif x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
             o, recurrent = delta_product_step(
