@@ -101,8 +101,8 @@ def test_quantised_linear_maps(name, kinds):
     quantised = [m for m in model.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]
     assert len(quantised) == sum(type(m) is nn.Linear for m in plain.modules()) >= 2 * 4 + 1
     whole, _ = model(x)
-    # Activations are rounded to a 127th of the range of their call, so that pieces are not bit for bit the whole. With
-    # a range of ±3.5 deviations that is 2 · 3.5 / 127 / √12 = 1.6% of noise a map, in either; 10 maps follow each other.
+    # Activations are rounded to a 127th of the range of their call, so that pieces are not bit for bit the whole. A
+    # range of ±3.5 deviations makes that 2 · 3.5 / 127 / √12 = 1.6% of noise a map, in either; 10 maps are in a row.
     noise = 10 * 2 * 0.016
     assert (in_pieces(model, x) - whole).norm() <= noise * whole.norm()
     assert (whole - plain(x)[0]).norm() <= noise * whole.norm()

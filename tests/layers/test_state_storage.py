@@ -50,7 +50,10 @@ def arguments(way: str, x: torch.Tensor) -> tuple[torch.Tensor, dict]:
     [
         *((*case.values, torch.float32, "auto") for case in CASES),
         *((name, {}, dtype, "auto") for name in MIXERS for dtype in (torch.float64, torch.bfloat16)),
-        *(("deltaproduct", {"use_forget_gate": True}, torch.float32, backend) for backend in ("chunkwise", "reference")),
+        *(
+            ("deltaproduct", {"use_forget_gate": True}, torch.float32, backend)
+            for backend in ("chunkwise", "reference")
+        ),
     ],
     ids=str,
 )
