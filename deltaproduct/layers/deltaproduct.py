@@ -196,7 +196,11 @@ class DeltaProduct(Mixer):
         self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with
-        `qk_l2norm=True`, and the convolutions' histories after the last token."""
+        `qk_l2norm=True`, and the convolutions' histories after the last token.
+
+        Raises:
+            UsageError: the layer's weights are offloaded, and this is no part of a call of the layer.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         histories: list[Tensor | None] = [None, None, None]
         if self.use_short_conv:
@@ -215,6 +219,11 @@ class DeltaProduct(Mixer):
         beta = rearrange(2 * beta if self.allow_neg_eigval else beta, "b t (n h) -> b t n h", n=n)
         g = None
         if self.use_forget_gate:
+            if self.A_log.is_meta and not x.is_meta:
+                raise UsageError(
+                    'The forget gate has no weights here (they are on "meta"): offloading brings them for a call of '
+                    "the layer alone. Look into a model that is not offloaded."
+                )
             rate = self.a_proj(x)
             dtype = compute_dtype(rate)
             g = -self.A_log.to(dtype).exp() * F.softplus(rate.to(dtype) + self.dt_bias.to(dtype))

@@ -232,3 +232,38 @@ def test_gates_stay_float32_where_linear_maps_are_quantised():
     mixer = model.blocks[0].mixer
     assert isinstance(mixer.b_proj, GateProjection) and isinstance(mixer.a_proj, GateProjection)
     assert not isinstance(mixer.q_proj, nn.Linear)
+
+
+@torch.no_grad()
+def test_looking_into_an_offloaded_layer_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = build("gated_deltanet")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    mixer, x = model.blocks[0].mixer, torch.zeros(1, 3, 16)
+    with pytest.raises(UsageError, match="offloading brings them for a call") as refusal:
+        mixer.project(x, mixer.init_state(1))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "mamba", "ttt_linear"])
+@torch.no_grad()
+def test_transformers_device_map_with_a_disk(name, tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    from deltaproduct.models.hf import DeltaProductForCausalLM
+
+    plain, x = build(name), tokens()
+    plain.save_pretrained(tmp_path / "model")
+    device_map = {"embedding": "cpu", "blocks.0": "disk", "blocks.1": "cpu", "norm": "cpu", "head": "cpu"}
+    model = DeltaProductForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert any(p.is_meta for p in model.parameters())
+    assert torch.equal(model(x).logits, plain(x)[0])
+    text = model.generate(x, max_new_tokens=4, do_sample=False)
+    state, (next_tokens, written) = None, (x, [])
+    for _ in range(4):
+        logits, state = plain(next_tokens, state)
+        next_tokens = logits[:, -1:].argmax(-1)
+        written.append(next_tokens)
+    assert torch.equal(text[:, x.shape[1] :], torch.cat(written, 1))

@@ -97,6 +97,48 @@ def test_every_module_draws_its_own_parameters_and_no_others(name):
                 assert torch.equal(x, before[n]), n
 
 
+# What constructors have drawn since the first release, in this order. Committed results began from these numbers.
+ORDERS = {
+    "gated_deltanet": "q_proj k_proj v_proj b_proj q_conv1d k_conv1d v_conv1d a_proj A_log dt_bias g_proj o_proj",
+    "mamba": "in_proj conv1d x_proj dt_proj out_proj",
+    "mamba2": "in_proj conv1d dt_bias A_log out_proj",
+    "slstm": "zo_proj if_proj recurrent conv1d o_proj",
+    "ttt_linear": "q_proj k_proj v_proj lr_proj first_weight conv1d o_proj",
+    "titans": "qkv_proj gate_proj conv1d g_proj o_proj",
+    "gla": "q_proj k_proj v_proj gk_proj.0 gk_proj.1 g_proj o_proj",
+}
+
+
+def time_steps(count: int) -> torch.Tensor:
+    dt = torch.empty(count).uniform_(-6.907755, -2.302585).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_seed_gives_the_weights_that_it_always_gave(name):
+    torch.manual_seed(3)
+    mixer = get_mixer(name).from_config(SimpleNamespace(**SIZES))
+    torch.manual_seed(3)
+    for path in ORDERS[name].split():
+        owner, _, last = path.rpartition(".")
+        found = getattr(mixer.get_submodule(owner), last)
+        if isinstance(found, nn.Linear):
+            linear = nn.Linear(found.in_features, found.out_features, found.bias is not None)
+            assert torch.equal(found.weight, linear.weight), path
+            if path == "dt_proj":
+                assert torch.equal(found.bias, time_steps(found.out_features))
+        elif "conv1d" in path:
+            assert torch.equal(found.weight, torch.empty_like(found.weight).uniform_(-0.5, 0.5)), path  # 1/√4
+        elif path == "A_log":
+            assert torch.equal(found, torch.empty(found.numel()).uniform_(1, 16).log())
+        elif path == "dt_bias":
+            assert torch.equal(found, time_steps(found.numel()))
+        elif path == "recurrent":
+            assert torch.equal(found, torch.empty_like(found).uniform_(-0.25, 0.25))  # 1/√16
+        else:
+            assert torch.equal(found, torch.empty_like(found).normal_(std=0.02))
+
+
 def test_time_steps_and_rates_are_spread_as_the_papers_say():
     torch.manual_seed(0)
     bias = torch.empty(20_000)
