@@ -31,9 +31,13 @@ def _skeleton(kind: Callable[..., nn.Module], input_size: int, hidden_size: int)
     return kind(input_size, hidden_size, batch_first=True, device="meta")
 
 
+def _dtype(x: Tensor | PackedSequence) -> torch.dtype:
+    return x.dtype if isinstance(x, Tensor) else x.data.dtype
+
+
 def _converted(rnn: nn.RNNBase, kind: Callable[..., nn.Module], x: Tensor | PackedSequence, hx: Any) -> Any:
     """What `rnn` computes, with its weights in x's precision: every gate, and the state from token to token."""
-    weights = {name: p.to(x.data.dtype) for name, p in rnn.named_parameters()}
+    weights = {name: p.to(_dtype(x)) for name, p in rnn.named_parameters()}
     return torch.func.functional_call(_skeleton(kind, rnn.input_size, rnn.hidden_size), weights, (x, hx))
 
 
@@ -41,7 +45,7 @@ class WideLSTM(nn.LSTM):
     """One layer of PyTorch's LSTM that computes in its input's precision, whatever that of its weights."""
 
     def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> Any:
-        own = x.data.dtype == self.weight_hh_l0.dtype
+        own = _dtype(x) == self.weight_hh_l0.dtype
         return super().forward(x, hx) if own else _converted(self, nn.LSTM, x, hx)
 
 
@@ -49,7 +53,7 @@ class WideGRU(nn.GRU):
     """One layer of PyTorch's GRU that computes in its input's precision, whatever that of its weights."""
 
     def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> Any:
-        own = x.data.dtype == self.weight_hh_l0.dtype
+        own = _dtype(x) == self.weight_hh_l0.dtype
         return super().forward(x, hx) if own else _converted(self, nn.GRU, x, hx)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.inputs import DTYPES
@@ -34,6 +34,12 @@ def input_options(
     return dtype, torch.device(device)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module takes its inputs: its weights' device. The CPU where it has none to go by, as with some
+    quantisation, or has them elsewhere until it uses them, as with offloading."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what is carried through a recurrence, for x of `dtype`: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -45,8 +51,8 @@ def copied(state: Any) -> Any:
 
 
 def check_device(state: Any, x: Tensor) -> None:
-    """`UsageError` unless every tensor of the state is where x is."""
-    for tensor in tree_leaves(state):
+    """`UsageError` unless every tensor of the state, a tensor or a tuple of them, is where x is."""
+    for tensor in state if isinstance(state, tuple) else (state,):
         if isinstance(tensor, Tensor) and tensor.device != x.device:
             raise UsageError(
                 f"The state is on {tensor.device} and x on {x.device}. Move one of them, or make the state with "

@@ -18,6 +18,7 @@ from deltaproduct.files import read_json, replaced_folder, verified_folder, writ
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
+from deltaproduct.layers.states import device_of
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
@@ -171,9 +172,8 @@ class SequenceModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens: the embedding's device, or the CPU where the embedding has no weights to go
-        by (some quantisation) or has them elsewhere until it uses them (offloading)."""
-        return next((p.device for p in self.embedding.parameters() if not p.is_meta), torch.device("cpu"))
+        """Where the model takes its tokens: the embedding's device (`device_of`)."""
+        return device_of(self.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
