@@ -1,5 +1,6 @@
 """States are the caller's: no tensor of one keeps more memory than its numbers take, or shares it with anything."""
 
+from io import BytesIO
 from itertools import chain
 
 import pytest
@@ -8,6 +9,8 @@ from mixer_cases import CASES, build
 from torch.utils._pytree import tree_leaves, tree_map
 
 from deltaproduct.layers import MIXERS, Mixer
+from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.models.streaming import Stream
 
 B, T, D = 3, 40, 12  # T is longer than the chunks of every mixer, so that their loops run more than once
 WAYS = ("whole", "token", "nothing", "packed", "padded")
@@ -88,3 +91,53 @@ def test_a_cache_without_the_columns_of_other_rows_owns_what_is_left():
     short = tree_map(lambda s: s[1:].clone(), state).trimmed()
     assert short.keys.shape[1] == 2
     assert_owned(short, state)
+
+
+HYBRID = {"layer_overrides": {"1": {"mixer": "mamba"}, "2": {"mixer": "attention"}}}
+
+
+def language_model() -> SequenceModel:
+    torch.manual_seed(0)
+    return SequenceModel(
+        ModelConfig(9, 9, hidden_size=16, num_heads=2, head_dim=8, intermediate_size=0, num_hidden_layers=3, **HYBRID)
+    ).eval()
+
+
+def saved_bytes(state) -> int:
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()
+
+
+@torch.no_grad()
+def test_a_long_prompt_leaves_a_conversation_of_the_size_that_it_reports():
+    model = language_model()
+    stream = Stream(model)
+    stream.read(torch.arange(4096) % 9)
+    assert not stream.is_native  # where states are the mixers' own
+    assert_owned(stream.state)
+    needed = sum(s.numel() * s.element_size() for s in tensors(stream.state))
+    assert needed == 4 * model.state_size_after(4096) + 8  # float32, and the length of the row in its cache
+    # A file has some 300 bytes a tensor beside its numbers, and a few thousand altogether.
+    assert needed <= saved_bytes(stream.state) <= needed + 10_000
+
+
+@torch.no_grad()
+def test_transformers_cache_is_of_the_size_that_it_reports():
+    pytest.importorskip("transformers")
+    from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
+
+    ours = language_model().config.to_dict()
+    model = DeltaProductForCausalLM(DeltaProductConfig(**ours)).eval()
+    cache = model(torch.arange(2 * 1024).view(2, -1) % 9).past_key_values
+    assert_owned(cache.state)
+    assert cache.num_bytes <= saved_bytes(cache.state) <= cache.num_bytes + 10_000
+    for change in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([True, False, False, True])),
+        lambda: cache.batch_select_indices(torch.tensor([1])),
+    ):
+        before = cache.state
+        change()
+        assert_owned(cache.state, before)
