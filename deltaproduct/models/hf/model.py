@@ -51,8 +51,9 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         if len(filled) == len(own):
             return
         reset = getattr(module, "reset_parameters", None)
-        if reset is None:
-            raise UsageError(f"{type(module).__name__} has parameters and no reset_parameters, which would draw them.")
+        if reset is None:  # a module that somebody else has added
+            super()._init_weights(module)
+            return
         values = [p.detach().clone() for p in filled]
         reset()
         draw_with_deviation(module, self.config)
