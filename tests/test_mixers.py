@@ -7,10 +7,10 @@ where a head's output is almost zero and its norm enlarges it.
 
 import math
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
+from mixer_cases import CASES, OPTIONS, build
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
@@ -20,35 +20,7 @@ pytestmark = pytest.mark.numerical
 
 EXACT = 1e-11
 B, T = 3, 23
-OPTIONS = [
-    {},
-    {"use_forget_gate": True, "use_output_gate": True, "num_householder": 3},
-    {"use_short_conv": False, "qkv_activation": "identity", "num_v_heads": 4},
-    {"num_v_heads": 4, "expand_v": 2.0, "use_forget_gate": True},
-    {"beta_bias_init": 1.5, "conv_size": 2, "qkv_activation": "relu", "allow_neg_eigval": False},
-    {"conv_size": 1, "num_householder": 1, "use_output_gate": True, "expand_v": 1.5},
-    {"feature_map": "identity", "expand_v": 2.0},
-    {"gate_low_rank_dim": 3, "gate_logit_normalizer": 2, "expand_v": 1.5},
-    {"expand": 4, "ssm_state_size": 3, "conv_size": 2, "allow_neg_eigval": False},
-    {"time_step_rank": 2, "conv_size": 1},
-    {"use_short_conv": False},
-    {"num_kv_heads": 1, "rope_theta": None},
-    {"ttt_chunk_size": 3, "use_output_gate": True},
-    {"ttt_chunk_size": 1, "ttt_base_lr": 0.5},
-]
 PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
-CASES = [
-    pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
-    for name, mixer in MIXERS.items()
-    for options in OPTIONS
-    if set(options) <= set(mixer.arguments())
-]
-
-
-def build(name: str, options: dict, dtype: torch.dtype = torch.float64, hidden_size: int = 12, **sizes):
-    torch.manual_seed(0)
-    settings = {"hidden_size": hidden_size, "num_heads": 2, "head_dim": 4} | sizes | options
-    return get_mixer(name).from_config(SimpleNamespace(**settings)).to(dtype)
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:

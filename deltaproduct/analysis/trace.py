@@ -84,7 +84,8 @@ def _read(
     def note(layer: int, mixer: DeltaProduct) -> Any:
         def hook(_: Any, arguments: tuple[Any, ...]) -> None:
             x, before = arguments
-            reads.append(_Read(layer, mixer, x, mixer.init_state(x.shape[0]) if before is None else before))
+            state = mixer.init_state(x.shape[0], x.dtype, x.device) if before is None else before
+            reads.append(_Read(layer, mixer, x, state))
 
         return mixer.register_forward_pre_hook(hook)
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import Tokenizer
 
@@ -69,7 +70,7 @@ class HarnessModel(LM):
     def __init__(self, model: SequenceModel, tokenizer: Tokenizer, batch_size: int = 8):
         super().__init__()
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = model.embedding.weight.device
+        self._device = device_of(model.embedding)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""

@@ -14,6 +14,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options
 from deltaproduct.ops.inputs import compute_dtype, expand_heads
 
 
@@ -27,7 +28,10 @@ class AttentionState(NamedTuple):
     def trimmed(self) -> Self:
         """Without the columns that no sequence reaches, as they are left when rows are taken from a batch."""
         longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        return self._replace(keys=self.keys[:, :longest], values=self.values[:, :longest])
+        if longest == self.keys.shape[1]:
+            return self
+        # Copies: slices would keep the columns in memory.
+        return self._replace(keys=self.keys[:, :longest].clone(), values=self.values[:, :longest].clone())
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -94,9 +98,13 @@ class Attention(Mixer):
     def state_size_after(self, tokens: int) -> int:
         return 2 * self.num_kv_heads * self.head_dim * tokens
 
-    def init_state(self, batch_size: int) -> AttentionState:
-        cache = self.k_proj.weight.new_zeros(batch_size, 0, self.num_kv_heads, self.head_dim)
-        return AttentionState(cache, cache, torch.zeros(batch_size, dtype=torch.long, device=cache.device))
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> AttentionState:
+        dtype, device = input_options(self, dtype, device)
+        shape = (batch_size, 0, self.num_kv_heads, self.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return AttentionState(keys, values, torch.zeros(batch_size, dtype=torch.long, device=device))
 
     def mix(self, x: Tensor, state: AttentionState, cu_seqlens: Tensor | None) -> tuple[Tensor, AttentionState]:
         q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.num_heads)

@@ -4,6 +4,7 @@ B batch · T tokens · D hidden size · N Householder steps per token · H query
 """
 
 import math
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops import delta_product, delta_product_step
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.spans import Spans, delta_product_span
@@ -53,6 +56,7 @@ class DeltaProduct(Mixer):
     """
 
     divisible: ClassVar[bool] = True
+    drawn_after: ClassVar[str | None] = "a_proj"
 
     def __init__(
         self,
@@ -103,23 +107,29 @@ class DeltaProduct(Mixer):
         self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_householder * key_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_householder * value_size, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_householder * num_v_heads, bias=beta_bias_init is not None)
-        if beta_bias_init is not None:
-            nn.init.constant_(self.b_proj.bias, beta_bias_init)
+        bias_init = None if beta_bias_init is None else partial(nn.init.constant_, val=beta_bias_init)
+        self.b_proj = GateProjection(
+            hidden_size, num_householder * num_v_heads, bias=bias_init is not None, bias_init=bias_init
+        )
         if use_short_conv:
             self.q_conv1d = ShortConvolution(key_size, conv_size)
             self.k_conv1d = ShortConvolution(num_householder * key_size, conv_size)
             self.v_conv1d = ShortConvolution(num_householder * value_size, conv_size)
         if use_forget_gate:
-            self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(1, 16).log())
-            # softplus(dt_bias) is log-uniform in [1e-3, 0.1]: at first a token forgets between 0.1% and most of a state
-            dt = torch.empty(num_v_heads).uniform_(-6.907755, -2.302585).exp()
-            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+            self.a_proj = GateProjection(hidden_size, num_v_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(num_v_heads))
+            self.dt_bias = nn.Parameter(torch.empty(num_v_heads))
+            self.reset_parameters()
         if use_output_gate:
             self.g_proj = nn.Linear(hidden_size, value_size, bias=False)
         self.o_norm = RMSNorm(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the forget gate: at first a token forgets between 0.1% and most of a state."""
+        if self.use_forget_gate:
+            draw_rates(self.A_log)
+            draw_time_steps(self.dt_bias)
 
     @property
     def state_size(self) -> int:
@@ -129,14 +139,16 @@ class DeltaProduct(Mixer):
             floats += sum(conv.state_size for conv in convs)
         return floats
 
-    def init_state(self, batch_size: int) -> DeltaProductState:
-        weight = self.q_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> DeltaProductState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_v_heads, self.head_dim, self.head_v_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         if not self.use_short_conv:
             return DeltaProductState(recurrent, None, None, None)
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return DeltaProductState(recurrent, *(conv.init_state(batch_size) for conv in convs))
+        return DeltaProductState(recurrent, *(conv.init_state(batch_size, dtype, device) for conv in convs))
 
     def mix(self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaProductState]:
         if self.spans is not None:
@@ -146,6 +158,7 @@ class DeltaProduct(Mixer):
             o, recurrent = delta_product_span(
                 q, k, v, beta, g, spans=self.spans, initial_state=state.recurrent, qk_l2norm=True, backend=self.backend
             )
+            recurrent = recurrent.clone()  # it is a slice of the states after all spans
         elif x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
             o, recurrent = delta_product_step(
@@ -183,7 +196,11 @@ class DeltaProduct(Mixer):
         self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with
-        `qk_l2norm=True`, and the convolutions' histories after the last token."""
+        `qk_l2norm=True`, and the convolutions' histories after the last token.
+
+        Raises:
+            UsageError: the layer's weights are offloaded, and this is no part of a call of the layer.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         histories: list[Tensor | None] = [None, None, None]
         if self.use_short_conv:
@@ -202,8 +219,14 @@ class DeltaProduct(Mixer):
         beta = rearrange(2 * beta if self.allow_neg_eigval else beta, "b t (n h) -> b t n h", n=n)
         g = None
         if self.use_forget_gate:
+            if self.A_log.is_meta and not x.is_meta:
+                raise UsageError(
+                    'The forget gate has no weights here (they are on "meta"): offloading brings them for a call of '
+                    "the layer alone. Look into a model that is not offloaded."
+                )
             rate = self.a_proj(x)
-            g = -self.A_log.exp() * F.softplus(rate.to(compute_dtype(rate)) + self.dt_bias)
+            dtype = compute_dtype(rate)
+            g = -self.A_log.to(dtype).exp() * F.softplus(rate.to(dtype) + self.dt_bias.to(dtype))
         return q, k, v, beta, g, histories
 
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> DeltaProductState:

@@ -4,6 +4,7 @@ B batch · T tokens · D hidden size · H heads · K, V sizes of a head's state 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
-from deltaproduct.layers.parts import RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import BiasedLinear, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 
 
@@ -57,6 +60,12 @@ def norm_bound(a: Tensor) -> Tensor:
     """√(‖A‖₁ ‖A‖_∞) ≥ ‖A‖₂ for A [...,K,K] → [...,1,1]; 1 for permutation matrices, signed or not."""
     size = a.abs()
     return (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()[..., None, None]
+
+
+def fill_identities(bias: Tensor, size: int) -> None:
+    """Make a bias [H·K·K] the identities of H heads of size K: at first a state is kept."""
+    eye = torch.eye(size, dtype=bias.dtype, device=bias.device)
+    fill(bias, eye.expand(bias.numel() // size**2, -1, -1).flatten())
 
 
 class DenseLinearRNNState(NamedTuple):
@@ -102,9 +111,7 @@ class DenseLinearRNN(Mixer):
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
         self.v_proj = nn.Linear(hidden_size, width, bias=False)
-        self.a_proj = nn.Linear(hidden_size, width * head_dim)
-        with torch.no_grad():  # at first nearly the identity: a state that is kept
-            self.a_proj.bias.copy_(torch.eye(head_dim).expand(num_heads, -1, -1).flatten())
+        self.a_proj = BiasedLinear(hidden_size, width * head_dim, bias_init=partial(fill_identities, size=head_dim))
         if use_short_conv:
             self.conv1d = ShortConvolution(hidden_size, conv_size)
         self.o_norm = RMSNorm(head_dim, norm_eps)
@@ -117,11 +124,14 @@ class DenseLinearRNN(Mixer):
             floats += self.conv1d.state_size
         return floats
 
-    def init_state(self, batch_size: int) -> DenseLinearRNNState:
-        weight = self.q_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> DenseLinearRNNState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return DenseLinearRNNState(recurrent, self.conv1d.init_state(batch_size) if self.use_short_conv else None)
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
+        history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
+        return DenseLinearRNNState(recurrent, history)
 
     def mix(
         self, x: Tensor, state: DenseLinearRNNState, cu_seqlens: Tensor | None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import RMSNorm
+from deltaproduct.layers.parts import GateProjection, RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.scan import gated_linear_attention
 
@@ -64,7 +65,8 @@ class GatedLinearAttention(Mixer):
         self.k_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_heads * self.head_v_dim, bias=False)
         self.gk_proj = nn.Sequential(
-            nn.Linear(hidden_size, gate_low_rank_dim, bias=False), nn.Linear(gate_low_rank_dim, num_heads * head_dim)
+            GateProjection(hidden_size, gate_low_rank_dim, bias=False),
+            GateProjection(gate_low_rank_dim, num_heads * head_dim),
         )
         self.g_proj = nn.Linear(hidden_size, num_heads * self.head_v_dim, bias=False)
         self.o_norm = RMSNorm(self.head_v_dim, norm_eps)
@@ -74,10 +76,12 @@ class GatedLinearAttention(Mixer):
     def state_size(self) -> int:
         return self.num_heads * self.head_dim * self.head_v_dim
 
-    def init_state(self, batch_size: int) -> GatedLinearAttentionState:
-        weight = self.q_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> GatedLinearAttentionState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.head_dim, self.head_v_dim)
-        return GatedLinearAttentionState(torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device))
+        return GatedLinearAttentionState(torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device))
 
     def mix(
         self, x: Tensor, state: GatedLinearAttentionState, cu_seqlens: Tensor | None

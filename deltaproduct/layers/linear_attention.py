@@ -14,6 +14,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.scan import gated_linear_attention
 
@@ -73,11 +74,13 @@ class LinearAttention(Mixer):
     def state_size(self) -> int:
         return self.num_heads * self.head_dim * (self.head_v_dim + (self.feature_map == "elu"))
 
-    def init_state(self, batch_size: int) -> LinearAttentionState:
-        weight = self.q_proj.weight
-        shape, dtype = (batch_size, self.num_heads, self.head_dim), compute_dtype(weight)
-        recurrent = torch.zeros(*shape, self.head_v_dim, dtype=dtype, device=weight.device)
-        normalizer = torch.zeros(shape, dtype=dtype, device=weight.device) if self.feature_map == "elu" else None
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> LinearAttentionState:
+        dtype, device = input_options(self, dtype, device)
+        shape, dtype = (batch_size, self.num_heads, self.head_dim), recurrent_dtype(dtype)
+        recurrent = torch.zeros(*shape, self.head_v_dim, dtype=dtype, device=device)
+        normalizer = torch.zeros(shape, dtype=dtype, device=device) if self.feature_map == "elu" else None
         return LinearAttentionState(recurrent, normalizer)
 
     def mix(
@@ -99,5 +102,6 @@ class LinearAttention(Mixer):
             o, new = self.o_norm(o), LinearAttentionState(end, None)
         else:
             o, total = o[..., :-1], o[..., -1:]
-            o, new = o / (total + NORMALIZER_EPS), LinearAttentionState(end[..., :-1], end[..., -1])
+            o = o / (total + NORMALIZER_EPS)
+            new = LinearAttentionState(end[..., :-1].clone(), end[..., -1].clone())
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)").to(x.dtype)), new

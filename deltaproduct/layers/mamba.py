@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaproduct.layers.mamba2 import MambaState, initial_time_steps
+from deltaproduct.layers.initialization import draw_time_steps, fill
+from deltaproduct.layers.mamba2 import MambaState
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import ShortConvolution
+from deltaproduct.layers.parts import GateProjection, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.selective_scan import selective_scan
 
@@ -53,40 +55,49 @@ class Mamba(Mixer):
         self.allow_neg_eigval = allow_neg_eigval
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner, bias=False)  # x, z
         self.conv1d = ShortConvolution(self.inner, conv_size)
-        self.conv_bias = nn.Parameter(torch.zeros(self.inner))
+        self.conv_bias = nn.Parameter(torch.empty(self.inner))
         self.x_proj = nn.Linear(self.inner, rank + 2 * ssm_state_size, bias=False)  # Δ, B, C
-        self.dt_proj = nn.Linear(rank, self.inner)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(initial_time_steps(self.inner))
-        self.A_log = nn.Parameter(torch.arange(1.0, ssm_state_size + 1).log().repeat(self.inner, 1))
-        self.D = nn.Parameter(torch.ones(self.inner))
+        self.dt_proj = GateProjection(rank, self.inner, bias_init=draw_time_steps)
+        self.A_log = nn.Parameter(torch.empty(self.inner, ssm_state_size))
+        self.D = nn.Parameter(torch.empty(self.inner))
         self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates 1 … N in every channel, as in the paper; no bias, and the input passed on as it is."""
+        nn.init.zeros_(self.conv_bias)
+        rates = torch.arange(1, self.ssm_state_size + 1, dtype=self.A_log.dtype, device=self.A_log.device)
+        fill(self.A_log, rates.log().repeat(self.inner, 1))
+        nn.init.ones_(self.D)
 
     @property
     def state_size(self) -> int:
         return self.inner * (self.ssm_state_size + self.conv1d.width - 1)
 
-    def init_state(self, batch_size: int) -> MambaState:
-        weight = self.in_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MambaState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.inner, self.ssm_state_size)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return MambaState(recurrent, self.conv1d.init_state(batch_size))
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
+        return MambaState(recurrent, self.conv1d.init_state(batch_size, dtype, device))
 
     def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
         n = self.ssm_state_size
         x, z = self.in_proj(x).chunk(2, -1)
         x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
-        x = F.silu(x + self.conv_bias)
+        x = biased_silu(x, self.conv_bias)
         dt, b, c = self.x_proj(x).split((self.rank, n, n), -1)
-        dtype = compute_dtype(x)
+        dtype, dt = compute_dtype(x), self.dt_proj(dt)
         # In float32 even under autocast: decays near 1 or −1 are what carries a state far.
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.dt_proj.weight.to(dtype), self.dt_proj.bias.to(dtype)
-            dt = F.softplus(F.linear(dt.to(dtype), weight, bias))
+            dt = F.softplus(dt.to(dtype))
             x, a, b, c = x.to(dtype), -self.A_log.to(dtype).exp(), b.to(dtype), c.to(dtype)
             y, recurrent = selective_scan(
                 x, dt, a, b, c, allow_neg_eigval=self.allow_neg_eigval, initial_state=state.recurrent,
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
+            if x.shape[1] > 1:
+                recurrent = recurrent.clone()  # off the engine it is a slice of the states of all tokens
             y = y + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), MambaState(recurrent, history)

@@ -3,7 +3,7 @@
 B batch · T tokens · D hidden size · I = expand · D inner size · H = I / P heads of P channels · N state size.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import RMSNorm, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.scan import gated_linear_attention
-
-
-def initial_time_steps(count: int) -> Tensor:
-    """dt_bias [count] such that softplus(dt_bias) is log-uniform in [1e-3, 0.1], as in the Mamba papers."""
-    dt = torch.empty(count).uniform_(-6.907755, -2.302585).exp()
-    return dt + torch.log(-torch.expm1(-dt))
 
 
 class MambaState(NamedTuple):
@@ -52,6 +48,8 @@ class Mamba2(Mixer):
         UsageError: a size is not positive, or head_dim does not divide I.
     """
 
+    drawn_after: ClassVar[str | None] = "conv1d"
+
     def __init__(
         self,
         hidden_size: int,
@@ -74,33 +72,44 @@ class Mamba2(Mixer):
         self.channels = inner + 2 * ssm_state_size
         self.in_proj = nn.Linear(hidden_size, inner + self.channels + self.num_heads, bias=False)  # z; x, B, C; Δ
         self.conv1d = ShortConvolution(self.channels, conv_size)
-        self.conv_bias = nn.Parameter(torch.zeros(self.channels))
-        self.dt_bias = nn.Parameter(initial_time_steps(self.num_heads))
-        self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.conv_bias = nn.Parameter(torch.empty(self.channels))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.reset_parameters()
         self.norm = RMSNorm(inner, norm_eps)
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw step sizes and decays as the paper's code does; no bias, and the input passed on as it is."""
+        nn.init.zeros_(self.conv_bias)
+        draw_time_steps(self.dt_bias)
+        draw_rates(self.A_log)
+        nn.init.ones_(self.D)
 
     @property
     def state_size(self) -> int:
         floats = self.num_heads * self.head_dim * self.ssm_state_size
         return floats + (self.conv1d.width - 1) * self.channels
 
-    def init_state(self, batch_size: int) -> MambaState:
-        weight = self.in_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MambaState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.ssm_state_size, self.head_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return MambaState(recurrent, self.conv1d.init_state(batch_size))
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
+        return MambaState(recurrent, self.conv1d.init_state(batch_size, dtype, device))
 
     def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
         inner, n = self.num_heads * self.head_dim, self.ssm_state_size
         z, xbc, dt = self.in_proj(x).split((inner, self.channels, self.num_heads), -1)
         xbc, history = self.conv1d(xbc, state.history, cu_seqlens=cu_seqlens)
-        values, k, q = F.silu(xbc + self.conv_bias).split((inner, n, n), -1)
+        values, k, q = biased_silu(xbc, self.conv_bias).split((inner, n, n), -1)
         values = rearrange(values, "b t (h p) -> b t h p", h=self.num_heads)
         # In float32 even under autocast: decays near 1 or −1 are what carries a state far.
-        dt = F.softplus(dt.to(compute_dtype(dt)) + self.dt_bias)
-        a = (-dt * self.A_log.to(dt.dtype).exp()).exp()
+        dtype = compute_dtype(dt)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        a = (-dt * self.A_log.to(dtype).exp()).exp()
         if self.allow_neg_eigval:
             a = 2 * a - 1
         o, recurrent = gated_linear_attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.states import check_device, copied
 from deltaproduct.ops.inputs import check_cu_seqlens
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
@@ -21,20 +22,38 @@ class Mixer(nn.Module, ABC):
 
     Running a sequence whole, in pieces with the carried state, packed beside others (cu_seqlens) or padded (mask)
     gives the same outputs and the same final state; `tests/test_mixers.py` holds every registered mixer to it.
+
+    States are the caller's. Every tensor of one has its storage to itself, so that keeping, copying or saving a state
+    takes the memory that its numbers need, and writing into it changes nothing else.
+
+    A mixer with parameters of its own, beside its modules', fills them in `reset_parameters`, which draws those alone.
     """
 
     backend: str = "auto"  # of the operator, for the mixers that have a choice
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
     divisible: ClassVar[bool] = False  # whether `spans` is looked at
     spans: Spans | None = None  # the processes that a sequence is divided over; None: this one has all of it
+    drawn_after: ClassVar[str | None] = None  # the child after which the constructor draws the mixer's own parameters
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """x [B,T,D] and a state for each sequence → y [B,T,D] and the states after the last token."""
 
     @abstractmethod
-    def init_state(self, batch_size: int) -> Any:
-        """The state of `batch_size` sequences before their first token."""
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Any:
+        """The state of `batch_size` sequences before their first token.
+
+        Args:
+            dtype: of the inputs x. What a recurrence carries is float32, or float64 where x is; histories are as x.
+            device: of the inputs x.
+
+        None stands for the dtype or device of the mixer's parameters, or PyTorch's default (`states.input_options`).
+
+        Raises:
+            UsageError: x cannot have this dtype.
+        """
 
     @property
     @abstractmethod
@@ -57,6 +76,9 @@ class Mixer(nn.Module, ABC):
 
         Returns:
             (y [B,T,D], state).
+
+        Raises:
+            UsageError: mask, cu_seqlens and state do not fit x or one another.
         """
         if self.spans is not None and (mask is not None or cu_seqlens is not None):
             raise UsageError("A sequence divided over processes can be neither padded nor packed.")
@@ -72,7 +94,13 @@ class Mixer(nn.Module, ABC):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x)
         if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            state = self.init_state(
+                x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, dtype=x.dtype, device=x.device
+            )
+        else:
+            check_device(state, x)
+            if x.shape[1] == 0 and self.spans is None:
+                return x.new_zeros(x.shape), copied(state)
         return self.mix(x, state, cu_seqlens)
 
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> Any:

@@ -10,8 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.parts import GateProjection, LayerNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.scan import gated_linear_attention, running_max
 
@@ -24,6 +27,11 @@ class MLSTMState(NamedTuple):
     recurrent: Tensor  # [B,H,K,V], C
     normalizer: Tensor  # [B,H,K], n
     stabilizer: Tensor  # [B,H], m
+
+
+def fill_forget(bias: Tensor) -> None:
+    """Forget gates of H heads, all of which remember at first, as in the authors' code."""
+    fill(bias, torch.linspace(3, 6, bias.numel(), dtype=bias.dtype, device=bias.device))
 
 
 class MLSTM(Mixer):
@@ -54,23 +62,22 @@ class MLSTM(Mixer):
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_size, bias=False)
-        self.i_proj = nn.Linear(hidden_size, num_heads)
-        self.f_proj = nn.Linear(hidden_size, num_heads)
-        with torch.no_grad():
-            self.i_proj.bias.zero_()
-            self.f_proj.bias.copy_(torch.linspace(3, 6, num_heads))  # heads that remember, as in the authors' code
+        self.i_proj = GateProjection(hidden_size, num_heads, bias_init=nn.init.zeros_)
+        self.f_proj = GateProjection(hidden_size, num_heads, bias_init=fill_forget)
         self.g_proj = nn.Linear(hidden_size, value_size)  # the paper's output gate o
-        self.o_norm = nn.LayerNorm(self.head_v_dim, norm_eps, bias=False)
+        self.o_norm = LayerNorm(self.head_v_dim, norm_eps, bias=False)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
 
     @property
     def state_size(self) -> int:
         return self.num_heads * (self.head_dim * (self.head_v_dim + 1) + 1)
 
-    def init_state(self, batch_size: int) -> MLSTMState:
-        weight = self.q_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MLSTMState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.head_dim, self.head_v_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         return MLSTMState(recurrent, recurrent.new_zeros(shape[:3]), recurrent.new_zeros(shape[:2]))
 
     def mix(self, x: Tensor, state: MLSTMState, cu_seqlens: Tensor | None) -> tuple[Tensor, MLSTMState]:
@@ -90,13 +97,11 @@ class MLSTM(Mixer):
         )
         bound = (-m).clamp(max=MAX_EXPONENT).exp().unsqueeze(-1)  # the 1 of max(|nᵀq|, 1), divided by exp(m) too
         o = o[..., :-1] / torch.maximum(o[..., -1:].abs(), bound)
-        with torch.autocast(x.device.type, enabled=False):
-            o = F.layer_norm(o, o.shape[-1:], self.o_norm.weight.to(o.dtype), eps=self.o_norm.eps)
-        o = o.to(gate.dtype) * gate.sigmoid()
+        o = (self.o_norm(o) * gate.to(dtype).sigmoid()).to(gate.dtype)
         if cu_seqlens is None:
-            last = m[:, -1] if x.shape[1] else state.stabilizer
+            last = m[:, -1].clone() if x.shape[1] else state.stabilizer
         else:
             full = cu_seqlens[1:] > cu_seqlens[:-1]
             last = state.stabilizer.index_copy(0, full.nonzero()[:, 0], m[0, cu_seqlens[1:][full].long() - 1])
         y = self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
-        return y, MLSTMState(end[..., :-1], end[..., -1], last)
+        return y, MLSTMState(end[..., :-1].clone(), end[..., -1].clone(), last)

@@ -1,13 +1,16 @@
-"""The small parts that mixers and blocks share: normalisation, the short convolution, the MLP.
+"""The small parts that mixers and blocks share: norms, linear maps to gates, the short convolution, the MLP.
 
 B batch · T tokens · D width · S packed sequences · w convolution width.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.states import input_options
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.norm import rms_norm
 from deltaproduct.ops.tape import Tape
@@ -20,8 +23,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to ones."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -35,6 +43,59 @@ class RMSNorm(nn.Module):
         return tape.norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x − mean x) / √(var x + eps) · weight + bias over the last dimension, computed in float32 or better."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = compute_dtype(x)
+            weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class BiasedLinear(nn.Linear):
+    """`nn.Linear` whose bias begins where a mixer wants it to: `bias_init` fills it in place, after PyTorch's draw."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bias_init: Callable[[Tensor], object] | None = None,
+    ):
+        self.bias_init = bias_init  # before nn.Linear draws
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight, then the bias."""
+        super().reset_parameters()
+        if self.bias_init is not None:
+            with torch.no_grad():
+                self.bias_init(self.bias)
+
+
+class GateProjection(BiasedLinear):
+    """A linear map to what goes through exp, softplus, sigmoid or their like: computed in float32 or better, whatever
+    the precision of the weights, and under autocast. Beside the other maps of a mixer it is small.
+
+    In bfloat16 a sum near 4 has steps of 1/64, and its exponential is 1.6% off; near 2 a sigmoid's steps are 1/128.
+    (Not `nn.Linear` itself, so that `quantize_dynamic` of that type leaves it as it is.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x, self.weight)
+        if x.dtype == self.weight.dtype == dtype and not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)  # a third of the time where a single token is decoded
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+def biased_silu(x: Tensor, bias: Tensor) -> Tensor:
+    """silu(x + bias) for x [...,D] and bias [D], in float32 or better, rounded once to x's dtype."""
+    dtype = compute_dtype(x)
+    return F.silu(x.to(dtype) + bias.to(dtype)).to(x.dtype)
+
+
 class ShortConvolution(nn.Module):
     """A causal convolution along time, one filter of width w per channel, whose history is carried as a state.
 
@@ -45,24 +106,33 @@ class ShortConvolution(nn.Module):
         super().__init__()
         if width < 1:
             raise UsageError(f"conv_size must be at least 1, not {width}.")
-        self.width = width
+        self.channels, self.width = channels, width
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
-        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the filters as PyTorch's convolutions draw theirs: uniform within ±1/√w."""
+        nn.init.uniform_(self.weight, -(self.width**-0.5), self.width**-0.5)
 
     @property
     def state_size(self) -> int:
         """Floats of history carried per sequence."""
-        return (self.width - 1) * self.weight.shape[0]
+        return (self.width - 1) * self.channels
 
-    def init_state(self, batch_size: int) -> Tensor:
-        return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Zeros [B,w−1,D] of x's dtype on x's device; None means the weight's (`states.input_options`)."""
+        dtype, device = input_options(self, dtype, device)
+        return torch.zeros(batch_size, self.width - 1, self.channels, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         past = self.width - 1
         history = history.to(x.dtype)
         if cu_seqlens is None:
             extended = torch.cat((history, x), dim=1)
-            return self._filter(extended), extended[:, extended.shape[1] - past :]
+            # A copy: the slice would keep the projections of all tokens in memory.
+            return self._filter(extended), extended[:, extended.shape[1] - past :].clone()
         # Every packed sequence gets its history in front of it, so that one filter pass never looks into a neighbour.
         sequences = torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(x.shape[1], device=x.device), right=True)

@@ -3,15 +3,18 @@
 B batch · T tokens · D hidden size · H heads · K head size · S packed sequences.
 """
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 
 
@@ -22,10 +25,43 @@ class RNNState(NamedTuple):
     cell: Tensor | None  # [B,H·K]
 
 
+@cache
+def _skeleton(kind: Callable[..., nn.Module], input_size: int, hidden_size: int) -> nn.Module:
+    """One layer of PyTorch's own that has no weights, to be called with those of another."""
+    return kind(input_size, hidden_size, batch_first=True, device="meta")
+
+
+def _dtype(x: Tensor | PackedSequence) -> torch.dtype:
+    return x.dtype if isinstance(x, Tensor) else x.data.dtype
+
+
+def _converted(rnn: nn.RNNBase, kind: Callable[..., nn.Module], x: Tensor | PackedSequence, hx: Any) -> Any:
+    """What `rnn` computes, with its weights in x's precision: every gate, and the state from token to token."""
+    weights = {name: p.to(_dtype(x)) for name, p in rnn.named_parameters()}
+    return torch.func.functional_call(_skeleton(kind, rnn.input_size, rnn.hidden_size), weights, (x, hx))
+
+
+class WideLSTM(nn.LSTM):
+    """One layer of PyTorch's LSTM that computes in its input's precision, whatever that of its weights."""
+
+    def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> Any:
+        own = _dtype(x) == self.weight_hh_l0.dtype
+        return super().forward(x, hx) if own else _converted(self, nn.LSTM, x, hx)
+
+
+class WideGRU(nn.GRU):
+    """One layer of PyTorch's GRU that computes in its input's precision, whatever that of its weights."""
+
+    def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> Any:
+        own = _dtype(x) == self.weight_hh_l0.dtype
+        return super().forward(x, hx) if own else _converted(self, nn.GRU, x, hx)
+
+
 class _RNN(Mixer):
     """One layer of a `torch.nn` RNN of width H·K, and the projection back to D."""
 
-    rnn_class: ClassVar[type[nn.LSTM] | type[nn.GRU]]
+    rnn_class: ClassVar[type[WideLSTM] | type[WideGRU]]
+    has_cell: ClassVar[bool]
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -35,21 +71,25 @@ class _RNN(Mixer):
 
     @property
     def state_size(self) -> int:
-        return self.rnn.hidden_size * (2 if self.rnn_class is nn.LSTM else 1)
+        return self.rnn.hidden_size * (2 if self.has_cell else 1)
 
-    def init_state(self, batch_size: int) -> RNNState:
-        weight = self.o_proj.weight
-        zeros = torch.zeros(batch_size, self.rnn.hidden_size, dtype=compute_dtype(weight), device=weight.device)
-        return RNNState(zeros, zeros if self.rnn_class is nn.LSTM else None)
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> RNNState:
+        dtype, device = input_options(self, dtype, device)
+        hidden, cell = (
+            torch.zeros(batch_size, self.rnn.hidden_size, dtype=recurrent_dtype(dtype), device=device) for _ in range(2)
+        )
+        return RNNState(hidden, cell if self.has_cell else None)
 
     def mix(self, x: Tensor, state: RNNState, cu_seqlens: Tensor | None) -> tuple[Tensor, RNNState]:
         if x.shape[1] == 0:  # which torch.nn's RNNs refuse
             return torch.zeros_like(x), state
-        # The weights' own precision even under autocast: rounding would add up from token to token.
+        # In float32 at least, even under autocast: rounding would add up from token to token.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.o_proj.weight.dtype)
-            o, state = self.run(x, state) if cu_seqlens is None else self.run_packed(x, state, cu_seqlens)
-        return self.o_proj(o), state
+            wide = x.to(compute_dtype(x))
+            o, state = self.run(wide, state) if cu_seqlens is None else self.run_packed(wide, state, cu_seqlens)
+        return self.o_proj(o.to(x.dtype)), state
 
     def run(self, x: Tensor, state: RNNState) -> tuple[Tensor, RNNState]:
         """x [B,T,D] → o [B,T,H·K] and the states after the last token."""
@@ -100,7 +140,8 @@ class LSTM(_RNN):
         UsageError: a size is not positive.
     """
 
-    rnn_class = nn.LSTM
+    rnn_class = WideLSTM
+    has_cell = True
 
 
 class GRU(_RNN):
@@ -119,4 +160,5 @@ class GRU(_RNN):
         UsageError: a size is not positive.
     """
 
-    rnn_class = nn.GRU
+    rnn_class = WideGRU
+    has_cell = False

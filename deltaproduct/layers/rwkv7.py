@@ -4,6 +4,8 @@ B batch · T tokens · D hidden size · H heads · K head size · R low rank · 
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,9 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.parts import GateProjection
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.generalised_delta import generalised_delta_rule
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 
@@ -29,16 +34,29 @@ class RWKV7State(NamedTuple):
 
 
 class LowRank(nn.Module):
-    """up(activation(down(x))) + bias: D → R → size."""
+    """up(activation(down(x))) + bias: D → R → size, in float32 or better; without a bias where `bias_init` is None."""
 
-    def __init__(self, hidden_size: int, rank: int, size: int, activation: nn.Module, bias: bool = True):
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        size: int,
+        activation: nn.Module,
+        bias_init: Callable[[Tensor], object] | None = None,
+    ):
         super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.down = GateProjection(hidden_size, rank, bias=False)
         self.activation = activation
-        self.up = nn.Linear(rank, size, bias=bias)
+        self.up = GateProjection(rank, size, bias=bias_init is not None, bias_init=bias_init)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.activation(self.down(x)))
+
+
+def fill_decays(bias: Tensor, head_dim: int) -> None:
+    """Logits of w [H·K]: a head's channels keep between nearly all and little of themselves from token to token."""
+    values = torch.linspace(-6, 0, head_dim, dtype=bias.dtype, device=bias.device)
+    fill(bias, values.repeat(bias.numel() // head_dim))
 
 
 class RWKV7(Mixer):
@@ -65,32 +83,41 @@ class RWKV7(Mixer):
         self.num_heads, self.head_dim = num_heads, head_dim
         width = num_heads * head_dim
         rank = 32 * max(1, round(1.8 * hidden_size**0.5 / 32))  # the paper's ranks grow about as √D
-        self.mix_weight = nn.Parameter(torch.full((6, hidden_size), 0.5))  # μ of r, w, k, v, a, g
+        self.mix_weight = nn.Parameter(torch.empty(6, hidden_size))  # μ of r, w, k, v, a, g
         self.r_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
         self.v_proj = nn.Linear(hidden_size, width, bias=False)
-        self.w_lora = LowRank(hidden_size, rank, width, nn.Tanh())
-        self.a_lora = LowRank(hidden_size, rank, width, nn.Identity())
-        self.g_lora = LowRank(hidden_size, rank, width, nn.Sigmoid(), bias=False)
-        with torch.no_grad():  # a head's channels keep between nearly all and little of themselves from token to token
-            self.w_lora.up.bias.copy_(torch.linspace(-6, 0, head_dim).repeat(num_heads))
-            self.a_lora.up.bias.zero_()
-        self.removal = nn.Parameter(torch.full((num_heads, head_dim), 0.85))  # ξ
-        self.replacement = nn.Parameter(torch.ones(num_heads, head_dim))  # α
-        self.bonus = nn.Parameter(torch.full((num_heads, head_dim), 0.1))  # ρ
-        self.norm_weight = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.norm_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.w_lora = LowRank(hidden_size, rank, width, nn.Tanh(), bias_init=partial(fill_decays, head_dim=head_dim))
+        self.a_lora = LowRank(hidden_size, rank, width, nn.Identity(), bias_init=nn.init.zeros_)
+        self.g_lora = LowRank(hidden_size, rank, width, nn.Sigmoid())
+        self.removal = nn.Parameter(torch.empty(num_heads, head_dim))  # ξ
+        self.replacement = nn.Parameter(torch.empty(num_heads, head_dim))  # α
+        self.bonus = nn.Parameter(torch.empty(num_heads, head_dim))  # ρ
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim))
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Constants: half of every input is the last token's; keys are removed a little less than they were written."""
+        nn.init.constant_(self.mix_weight, 0.5)
+        nn.init.constant_(self.removal, 0.85)
+        nn.init.ones_(self.replacement)
+        nn.init.constant_(self.bonus, 0.1)
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
 
     @property
     def state_size(self) -> int:
         return self.num_heads * self.head_dim**2 + self.mix_weight.shape[1]
 
-    def init_state(self, batch_size: int) -> RWKV7State:
-        weight = self.mix_weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> RWKV7State:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return RWKV7State(recurrent, weight.new_zeros(batch_size, weight.shape[1]))
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
+        return RWKV7State(recurrent, torch.zeros(batch_size, self.mix_weight.shape[1], dtype=dtype, device=device))
 
     def mix(self, x: Tensor, state: RWKV7State, cu_seqlens: Tensor | None) -> tuple[Tensor, RWKV7State]:
         real = None
@@ -98,7 +125,7 @@ class RWKV7(Mixer):
             x, real = unpack(x, cu_seqlens)
         extended = torch.cat((state.previous[:, None].to(x.dtype), x), 1)
         if real is None:
-            previous = extended[:, -1]
+            previous = extended[:, -1].clone()  # a view would keep all tokens in memory
         else:
             previous = extended[torch.arange(len(x), device=x.device), real.sum(1)]
         shift = extended[:, :-1] - x

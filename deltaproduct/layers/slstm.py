@@ -3,17 +3,19 @@
 B batch · T tokens · D hidden size · H heads · K head size, cells per head · S packed sequences.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.parts import ShortConvolution
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 
 EMPTY = -1e30  # log of the largest weight in a memory that holds nothing; finite, so that differences are
@@ -50,6 +52,8 @@ class SLSTM(Mixer):
         UsageError: a size or norm_eps is not positive.
     """
 
+    drawn_after: ClassVar[str | None] = "if_proj"
+
     def __init__(
         self,
         hidden_size: int,
@@ -67,17 +71,24 @@ class SLSTM(Mixer):
         self.zo_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.if_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.recurrent = nn.Parameter(torch.empty(num_heads, head_dim, 4 * head_dim))  # R, transposed; z, o, i, f
-        nn.init.uniform_(self.recurrent, -(head_dim**-0.5), head_dim**-0.5)
-        # A head's forget gates start between σ(5) and σ(−7), as in the authors' code, where the spacing also depends on
-        # the block: some cells remember for a hundred tokens, some forget at once. Without the latter a cell can count,
-        # but parity, which overwrites at every token, is not learnt within thousands of steps (docs/LOG.md).
-        # (The device is named because transformers, which builds models on "meta", moves linspace alone to the CPU.)
-        forget = torch.linspace(5, -7, head_dim, device=self.recurrent.device)
-        self.bias = nn.Parameter(torch.cat((torch.zeros(3 * head_dim), forget)).repeat(num_heads, 1))
+        self.bias = nn.Parameter(torch.empty(num_heads, 4 * head_dim))
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.reset_parameters()
         if use_short_conv:
             self.conv1d = ShortConvolution(hidden_size, conv_size)
-        self.norm_weight = nn.Parameter(torch.ones(num_heads, head_dim))
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw R uniformly within ±1/√K; the forget gates are spread over σ(5) … σ(−7), as in the authors' code."""
+        size, bias = self.head_dim, self.bias
+        nn.init.uniform_(self.recurrent, -(size**-0.5), size**-0.5)
+        # In their code the spacing also depends on the block. Some cells remember for a hundred tokens, some forget at
+        # once. Without the latter a cell can count, but parity, which overwrites at every token, is not learnt within
+        # thousands of steps (docs/LOG.md).
+        # (The device is named because transformers, which builds models on "meta", moves linspace alone to the CPU.)
+        forget = torch.linspace(5, -7, size, dtype=bias.dtype, device=bias.device)
+        fill(bias, torch.cat((forget.new_zeros(3 * size), forget)).repeat(self.num_heads, 1))
+        nn.init.ones_(self.norm_weight)
 
     @property
     def state_size(self) -> int:
@@ -86,11 +97,14 @@ class SLSTM(Mixer):
             floats += self.conv1d.state_size
         return floats
 
-    def init_state(self, batch_size: int) -> SLSTMState:
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> SLSTMState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, self.head_dim)
-        zeros = torch.zeros(shape, dtype=compute_dtype(self.bias), device=self.bias.device)
-        history = self.conv1d.init_state(batch_size) if self.use_short_conv else None
-        return SLSTMState(zeros, zeros, zeros, torch.full_like(zeros, EMPTY), history)
+        cell, normaliser, hidden = (torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device) for _ in range(3))
+        history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
+        return SLSTMState(cell, normaliser, hidden, torch.full_like(cell, EMPTY), history)
 
     def mix(self, x: Tensor, state: SLSTMState, cu_seqlens: Tensor | None) -> tuple[Tensor, SLSTMState]:
         conv, history = x, None
@@ -103,7 +117,8 @@ class SLSTM(Mixer):
         if cu_seqlens is not None:
             inputs, real = unpack(inputs, cu_seqlens)
         with torch.autocast(x.device.type, enabled=False):  # in float32: rounding would add up from token to token
-            h, state = self.run(inputs.to(compute_dtype(x)) + self.bias, state, real)
+            dtype = compute_dtype(x)
+            h, state = self.run(inputs.to(dtype) + self.bias.to(dtype), state, real)
             h = h if real is None else pack(h, real)
             h = F.layer_norm(h, (self.head_dim,), eps=self.norm_eps) * self.norm_weight  # a group a head
         y = self.o_proj(rearrange(h, "b t h k -> b t (h k)").to(x.dtype))

@@ -10,10 +10,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.packing import pack, unpack
-from deltaproduct.layers.parts import RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import GateProjection, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise, pad_time
 from deltaproduct.ops.inverse import differentiable_inverse
 
@@ -88,6 +90,12 @@ def memory_scan(
     return o, h.unflatten(0, (batch, heads)).unflatten(2, (2, size))
 
 
+def fill_gates(bias: Tensor) -> None:
+    """Logits of α, η and ρ [3·H]: at first α ≈ 0.02, so that a memory lasts, and η = ρ = ½."""
+    alpha = torch.full((bias.numel() // 3,), -4.0, dtype=bias.dtype, device=bias.device)
+    fill(bias, torch.cat((alpha, alpha.new_zeros(2 * len(alpha)))))
+
+
 class TitansState(NamedTuple):
     """What one layer carries; the history is None without the short convolution."""
 
@@ -137,9 +145,7 @@ class Titans(Mixer):
         self.num_heads, self.head_dim, self.use_short_conv = num_heads, head_dim, use_short_conv
         width = num_heads * head_dim
         self.qkv_proj = nn.Linear(hidden_size, 3 * width, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, 3 * num_heads)
-        with torch.no_grad():  # at first α ≈ 0.02, so that a memory lasts; η = θ = ½
-            self.gate_proj.bias.zero_()[:num_heads] = -4
+        self.gate_proj = GateProjection(hidden_size, 3 * num_heads, bias_init=fill_gates)
         if use_short_conv:
             self.conv1d = ShortConvolution(3 * width, conv_size)
         self.g_proj = nn.Linear(hidden_size, width, bias=False)
@@ -153,11 +159,14 @@ class Titans(Mixer):
             floats += self.conv1d.state_size
         return floats
 
-    def init_state(self, batch_size: int) -> TitansState:
-        weight = self.qkv_proj.weight
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> TitansState:
+        dtype, device = input_options(self, dtype, device)
         shape = (batch_size, self.num_heads, 2, self.head_dim, self.head_dim)
-        recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return TitansState(recurrent, self.conv1d.init_state(batch_size) if self.use_short_conv else None)
+        recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
+        history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
+        return TitansState(recurrent, history)
 
     def mix(self, x: Tensor, state: TitansState, cu_seqlens: Tensor | None) -> tuple[Tensor, TitansState]:
         qkv, history, real = self.qkv_proj(x), None, None

@@ -3,16 +3,18 @@
 B batch · T tokens · D hidden size · H heads · K head size · C tokens in a mini-batch · S sequences.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import ShortConvolution
+from deltaproduct.layers.parts import GateProjection, LayerNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
+from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 
 
@@ -59,6 +61,8 @@ class TTTLinear(Mixer):
         UsageError: a size, ttt_base_lr or norm_eps is not positive.
     """
 
+    drawn_after: ClassVar[str | None] = "lr_proj"
+
     def __init__(
         self,
         hidden_size: int,
@@ -82,20 +86,26 @@ class TTTLinear(Mixer):
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
         self.v_proj = nn.Linear(hidden_size, width, bias=False)
-        self.lr_proj = nn.Linear(hidden_size, num_heads)
-        nn.init.zeros_(self.lr_proj.bias)
-        self.offset = nn.Parameter(torch.zeros(ttt_chunk_size))
+        self.lr_proj = GateProjection(hidden_size, num_heads, bias_init=nn.init.zeros_)
+        self.offset = nn.Parameter(torch.empty(ttt_chunk_size))
         self.first_weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))  # the transpose of W
-        nn.init.normal_(self.first_weight, std=0.02)
-        self.first_bias = nn.Parameter(torch.zeros(num_heads, 1, head_dim))
-        self.inner_weight = nn.Parameter(torch.ones(num_heads, 1, head_dim))  # of LN
-        self.inner_bias = nn.Parameter(torch.zeros(num_heads, 1, head_dim))
+        self.first_bias = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.inner_weight = nn.Parameter(torch.empty(num_heads, 1, head_dim))  # of LN
+        self.inner_bias = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.reset_parameters()
         if use_short_conv:
             self.conv1d = ShortConvolution(hidden_size, conv_size)
         if use_output_gate:
             self.g_proj = nn.Linear(hidden_size, width, bias=False)
-        self.o_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.o_norm = LayerNorm(width, eps=norm_eps)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the first W from N(0, 0.02²); the first b, the offsets and LN's shift are 0, its scale 1."""
+        nn.init.normal_(self.first_weight, std=0.02)
+        for zeros in (self.offset, self.first_bias, self.inner_bias):
+            nn.init.zeros_(zeros)
+        nn.init.ones_(self.inner_weight)
 
     @property
     def state_size(self) -> int:
@@ -104,11 +114,19 @@ class TTTLinear(Mixer):
             floats += self.conv1d.state_size
         return floats
 
-    def init_state(self, batch_size: int) -> TTTLinearState:
-        first = torch.cat((self.first_weight, self.first_bias), 1)
-        weights = first.to(compute_dtype(first)).expand(batch_size, -1, -1, -1)
-        position = torch.zeros(batch_size, dtype=torch.long, device=first.device)
-        history = self.conv1d.init_state(batch_size) if self.use_short_conv else None
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> TTTLinearState:
+        dtype, device = input_options(self, dtype, device)
+        if self.first_weight.is_meta and device.type != "meta":
+            raise UsageError(
+                'The first state of TTTLinear is learned, and its weights are not here (they are on "meta"): leave the '
+                "state out in the first call, which brings them."
+            )
+        first = torch.cat((self.first_weight, self.first_bias), 1).to(device, recurrent_dtype(dtype))
+        weights = first.repeat(batch_size, 1, 1, 1)
+        position = torch.zeros(batch_size, dtype=torch.long, device=device)
+        history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
         return TTTLinearState(weights, torch.zeros_like(weights), position, history)
 
     def mix(self, x: Tensor, state: TTTLinearState, cu_seqlens: Tensor | None) -> tuple[Tensor, TTTLinearState]:
@@ -131,10 +149,7 @@ class TTTLinear(Mixer):
             inputs = inputs.new_zeros(*filled.shape, inputs.shape[-1]).masked_scatter(filled[..., None], inputs)
         with torch.autocast(x.device.type, enabled=False):  # states are float32 at least
             o, state = self.learn(inputs.to(compute_dtype(x)), state, filled, int(slots[0]))
-            o = (o if whole else o[filled]).reshape(*x.shape[:2], -1)
-            weight, bias = (p.to(o.dtype) for p in (self.o_norm.weight, self.o_norm.bias))
-            o = F.layer_norm(o, o.shape[-1:], weight, bias, self.norm_eps)
-        o = o.to(x.dtype)
+        o = self.o_norm((o if whole else o[filled]).reshape(*x.shape[:2], -1)).to(x.dtype)
         if self.use_output_gate:
             o = o * F.gelu(self.g_proj(x), approximate="tanh")
         return self.o_proj(o), state._replace(history=history)
@@ -167,6 +182,8 @@ class TTTLinear(Mixer):
                 over = (end >= slot)[:, None, None, None]  # of the sequences whose mini-batch this fills
                 weights = torch.where(over, weights - scale[-1] * gradients, weights)
                 gradients = torch.where(over, 0, gradients)
+        if weights is state.weights:  # no mini-batch has ended; the result is not to share them with the state before
+            weights = weights.clone()
         z = torch.cat(outputs, 2)
         o = q + F.layer_norm(z, z.shape[-1:], eps=self.norm_eps) * gain + shift
         return rearrange(o, "s h l k -> s l (h k)"), TTTLinearState(weights, gradients, end % size, None)

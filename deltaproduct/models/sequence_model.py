@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.layers import Mixer, get_mixer
+from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
+from deltaproduct.layers.states import device_of
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
@@ -64,6 +66,16 @@ class Block(nn.Module):
         return state
 
 
+def draw_with_deviation(module: nn.Module, config: Any) -> None:
+    """Draw the weight of a linear map or an embedding with the deviation of a `ModelConfig` or what has its fields;
+    without one, the former keeps what it has."""
+    std, embedding_std = config.initializer_range, config.embedding_init_std
+    if isinstance(module, nn.Linear) and std is not None:
+        nn.init.normal_(module.weight, std=std)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=embedding_std if embedding_std is not None else std or 1.0)
+
+
 class SequenceModel(nn.Module):
     """A stack of blocks that labels every position of a token sequence; `config` says of what."""
 
@@ -77,17 +89,28 @@ class SequenceModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self._initialise()
-        if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+
+    def init_weights(self) -> Self:
+        """Draw all weights again as the constructor does: the same numbers from the same state of PyTorch's generator.
+
+        A model that was built on "meta" has none until then: `model.to_empty(device=...).init_weights()`.
+
+        Raises:
+            UsageError: the model is still on "meta".
+        """
+        for child in self.children():
+            draw_weights(child)
+        self._initialise()
+        return self
 
     def _initialise(self) -> None:
-        std = self.config.initializer_range
-        if std is not None:
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=std)
-        embedding_std = self.config.embedding_init_std
-        nn.init.normal_(self.embedding.weight, std=embedding_std if embedding_std is not None else std or 1.0)
+        """What differs from PyTorch's draws: the deviations of the configuration, and a head that is the embedding."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                draw_with_deviation(module, self.config)
+        draw_with_deviation(self.embedding, self.config)
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -147,10 +170,19 @@ class SequenceModel(nn.Module):
         """Trainable numbers, a tied embedding counted once."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens: the embedding's device (`device_of`)."""
+        return device_of(self.embedding)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the embedding's precision, float32 where it has no floating-point weights."""
+        return next((p.dtype for p in self.embedding.parameters() if p.is_floating_point()), torch.float32)
+
     def use_backend(self, name: str) -> Self:
         """Choose the operator's backend for every layer; `UsageError` if it cannot serve this model's device."""
-        weight = self.embedding.weight
-        resolve_backend(name, device=weight.device, dtype=weight.dtype)
+        resolve_backend(name, device=self.device, dtype=self.dtype)
         for mixer in self.mixers():
             mixer.backend = name
         return self

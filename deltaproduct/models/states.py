@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltaproduct.models.sequence_model import Block, SequenceModel
 
 
-def initial_state(model: SequenceModel, batch_size: int) -> tuple[Any, ...]:
-    """The state of `batch_size` sequences before their first token, a layer's after another's."""
-    return tuple(block.mixer.init_state(batch_size) for block in model.blocks if isinstance(block, Block))
+def initial_state(
+    model: SequenceModel, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Any, ...]:
+    """The state of `batch_size` sequences before their first token, a layer's after another's (`Mixer.init_state`)."""
+    blocks = (block for block in model.blocks if isinstance(block, Block))
+    return tuple(block.mixer.init_state(batch_size, dtype, device) for block in blocks)
 
 
 def named_tensors(state: Any, name: str = "") -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class ModelDecoder:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits [1,V] after one more token, tokens [1]."""
-        logits, self.state = self._model(tokens[:, None].to(self._model.embedding.weight.device), self.state)
+        logits, self.state = self._model(tokens[:, None].to(self._model.device), self.state)
         return logits[:, 0]
 
     def load(self, state: tuple[Any, ...] | None) -> None:
@@ -149,7 +149,7 @@ class Stream:
 
     @torch.no_grad()
     def _prefill(self, piece: Tensor) -> None:
-        x, state = self.model.hidden(piece[None].to(self.model.embedding.weight.device), self.state)
+        x, state = self.model.hidden(piece[None].to(self.model.device), self.state)
         self.logits = self.model.head(x[:, -1])[0].cpu()  # the others would be V numbers for each token
         self._decoder.load(state)
         self.position += len(piece)
@@ -201,8 +201,8 @@ class Stream:
         _check_same(folder, saved, model)
         tensors = safetensors.torch.load_file(folder / TENSORS)
         stream = cls(model, Sampling(**saved["sampling"]))
-        device = model.embedding.weight.device
-        template = initial_state(model, 1)
+        device = model.device
+        template = initial_state(model, 1, device="meta")  # for its names alone
         wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
         if wanted != set(tensors):
             name = min(wanted ^ set(tensors))
@@ -222,11 +222,16 @@ def check_place(folder: Path) -> None:
 
 
 def fingerprint(model: SequenceModel) -> str:
-    """The sha256 of all weights, with their names and dtypes."""
+    """The sha256 of all weights, with their names and dtypes; `UsageError` if they are quantised or offloaded."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
+        if not isinstance(x, Tensor) or x.is_meta or x.is_quantized:
+            raise UsageError(
+                f"A conversation is saved with the sha256 of the model's weights, and {name} cannot be read: it is "
+                "quantised or offloaded. Use the plain model."
+            )
         digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -202,7 +202,8 @@ def operator_inputs(
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def look(mixer: DeltaProduct, given: tuple[Any, ...]) -> None:
-        q, k, v, beta, *_ = mixer.project(given[0], mixer.init_state(len(given[0])))
+        x = given[0]
+        q, k, v, beta, *_ = mixer.project(x, mixer.init_state(len(x), x.dtype, x.device))
         found.append((normalise(q), normalise(k), v, beta))
 
     hooks = [mixer.register_forward_pre_hook(look) for _, mixer in layers_of(model)]

@@ -6,6 +6,7 @@ B batch · T tokens · D hidden size · L layers · S packed sequences.
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -15,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
 from deltaproduct.models.hf.config import DeltaProductConfig
-from deltaproduct.models.sequence_model import SequenceModel
+from deltaproduct.models.sequence_model import SequenceModel, draw_with_deviation
 
 
 class DeltaProductPreTrainedModel(CheckpointedModel):
@@ -34,11 +35,31 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         for name in self.parts:
             self.add_module(name, getattr(whole, name))
         self.gradient_checkpointing = False
+        if not any(p.is_meta for p in self.parameters()):
+            for module in self.modules():
+                module._is_hf_initialized = True  # SequenceModel has drawn everything, each mixer in its own way
         self.post_init()
 
-    def init_weights(self) -> None:
-        """Only tie the head: SequenceModel has drawn the weights, each mixer in its own way."""
-        self.tie_weights(recompute_mapping=False)
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a module's own parameters as SequenceModel does, but for those that a checkpoint has filled.
+
+        transformers calls it where a checkpoint lacks weights, for resized embeddings, and from `post_init`,
+        `init_weights` and `initialize_weights` of a model that was built on "meta" and has got memory by `to_empty`.
+        """
+        own = list(module.parameters(recurse=False))
+        filled = [p for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(filled) == len(own):
+            return
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:  # a module that somebody else has added
+            super()._init_weights(module)
+            return
+        values = [p.detach().clone() for p in filled]
+        reset()
+        draw_with_deviation(module, self.config)
+        with torch.no_grad():
+            for parameter, value in zip(filled, values, strict=True):
+                parameter.copy_(value)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding

@@ -1,0 +1,40 @@
+"""Every registered mixer with every option of its own, and how tests build one.
+
+A new mixer is under test as soon as it is in the registry; options that it does not take are left out.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deltaproduct.layers import MIXERS, get_mixer
+
+OPTIONS = [
+    {},
+    {"use_forget_gate": True, "use_output_gate": True, "num_householder": 3},
+    {"use_short_conv": False, "qkv_activation": "identity", "num_v_heads": 4},
+    {"num_v_heads": 4, "expand_v": 2.0, "use_forget_gate": True},
+    {"beta_bias_init": 1.5, "conv_size": 2, "qkv_activation": "relu", "allow_neg_eigval": False},
+    {"conv_size": 1, "num_householder": 1, "use_output_gate": True, "expand_v": 1.5},
+    {"feature_map": "identity", "expand_v": 2.0},
+    {"gate_low_rank_dim": 3, "gate_logit_normalizer": 2, "expand_v": 1.5},
+    {"expand": 4, "ssm_state_size": 3, "conv_size": 2, "allow_neg_eigval": False},
+    {"time_step_rank": 2, "conv_size": 1},
+    {"use_short_conv": False},
+    {"num_kv_heads": 1, "rope_theta": None},
+    {"ttt_chunk_size": 3, "use_output_gate": True},
+    {"ttt_chunk_size": 1, "ttt_base_lr": 0.5},
+]
+CASES = [
+    pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
+    for name, mixer in MIXERS.items()
+    for options in OPTIONS
+    if set(options) <= set(mixer.arguments())
+]
+
+
+def build(name: str, options: dict, dtype: torch.dtype = torch.float64, hidden_size: int = 12, **sizes):
+    torch.manual_seed(0)
+    settings = {"hidden_size": hidden_size, "num_heads": 2, "head_dim": 4} | sizes | options
+    return get_mixer(name).from_config(SimpleNamespace(**settings)).to(dtype)
