@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import ACTIVATIONS, RMSNorm, ShortConvolution, record_linear
 from deltaproduct.ops import delta_product, delta_product_step
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.spans import Spans, delta_product_span
@@ -209,10 +209,10 @@ class DeltaProduct(Mixer):
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> DeltaProductState:
         n, heads, key_heads, batch = self.num_householder, self.num_v_heads, self.num_heads, tape.batch_size
         with tape.together():
-            projected = [tape.product(x, proj.weight) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-            logits = tape.product(x, self.b_proj.weight, bias=self.b_proj.bias)
-            rate = tape.product(x, self.a_proj.weight) if self.use_forget_gate else None
-            output_gate = tape.product(x, self.g_proj.weight) if self.use_output_gate else None
+            projected = [record_linear(tape, proj, x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            logits = record_linear(tape, self.b_proj, x)
+            rate = record_linear(tape, self.a_proj, x) if self.use_forget_gate else None
+            output_gate = record_linear(tape, self.g_proj, x) if self.use_output_gate else None
         convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.use_short_conv else [None] * 3
         with tape.together():
             qkv, histories = zip(
@@ -235,7 +235,7 @@ class DeltaProduct(Mixer):
         o = self.o_norm.record(tape, o).view(batch, -1)
         if output_gate is not None:
             o = tape.silu_times(output_gate, o)
-        tape.product(o, self.o_proj.weight, onto=onto)
+        record_linear(tape, self.o_proj, o, onto)
         return DeltaProductState(recurrent, *histories)
 
 

@@ -27,6 +27,11 @@ class Mixer(nn.Module, ABC):
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
     divisible: ClassVar[bool] = False  # whether `spans` is looked at
     spans: Spans | None = None  # the processes that a sequence is divided over; None: this one has all of it
+    _form: Any = None  # of its states, once a state has been given
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._form = None
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
@@ -51,12 +56,15 @@ class Mixer(nn.Module, ABC):
         """Mix x [B,T,D] along T.
 
         Args:
-            state: from `init_state` or an earlier call; None starts afresh.
+            state: from `init_state` or an earlier call, of B sequences or with cu_seqlens of S; None starts afresh.
             cu_seqlens: [S+1] ints from 0 to T, B = 1: packed sequences, each with a state of its own.
             mask: [B,T] bool, True = a real token. The others are skipped: they leave the state alone and give y = 0.
 
         Returns:
             (y [B,T,D], state).
+
+        Raises:
+            UsageError: cu_seqlens, mask or state are not of the kind and the shapes that they should be.
         """
         if self.spans is not None and (mask is not None or cu_seqlens is not None):
             raise UsageError("A sequence divided over processes can be neither padded nor packed.")
@@ -71,9 +79,23 @@ class Mixer(nn.Module, ABC):
             return packed.new_zeros(x.shape).masked_scatter(mask[..., None], packed), state
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x)
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            state = self.init_state(sequences)
+        elif not torch.compiler.is_compiling():  # a compiled graph has been traced with states of its own sizes
+            self.check_state(state, sequences, x.device)
         return self.mix(x, state, cu_seqlens)
+
+    def check_state(self, state: Any, sequences: int, device: torch.device | None = None) -> None:
+        """`UsageError` unless a state is one of this mixer's, of so many sequences and on the device, if one is named.
+
+        Its numbers may be of any floating-point dtype; every mixer converts them.
+        """
+        if self._form is not None and _problem(self._form, state, sequences, device) is None:
+            return
+        self._form = _form_of(self.init_state(1), grows=self.state_size_after(1) != self.state_size)
+        if problem := _problem(self._form, state, sequences, device):
+            raise UsageError(f"This state is not one of {type(self).__name__}'s for this call: {problem}.")
 
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> Any:
         """Record one token for native decoding: the mixer's output for x [B,D] is added to `onto` [B,D].
@@ -97,3 +119,46 @@ class Mixer(nn.Module, ABC):
     def from_config(cls, config: Any) -> Self:
         """Build from whatever object has this mixer's arguments as attributes of the same names."""
         return cls(**{name: getattr(config, name) for name in cls.arguments() if hasattr(config, name)})
+
+
+def _form_of(state: Any, grows: bool) -> Any:
+    """What every state of a mixer has in common with this one: (shape after the batch, dtype) of each tensor, in (class,
+    names, forms) of each tuple. A size of None is any: that of no tokens, where the state grows with them."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return tuple(None if grows and size == 0 else size for size in state.shape[1:]), state.dtype
+    names = getattr(state, "_fields", tuple(map(str, range(len(state)))))
+    return type(state), names, tuple(_form_of(part, grows) for part in state)
+
+
+def _problem(form: Any, state: Any, sequences: int, device: torch.device | None, name: str = "it") -> str | None:
+    """What is wrong with a state, as a sentence; None if nothing is."""
+    if form is None:
+        return None if state is None else f"{name} is a {type(state).__name__} and should be None"
+    if len(form) == 3:
+        kind, names, parts = form
+        if not isinstance(state, kind) or len(state) != len(parts):
+            return f"{name} is a {type(state).__name__} and should be a {kind.__name__}"
+        for part_name, part_form, part in zip(names, parts, state, strict=True):
+            if problem := _problem(part_form, part, sequences, device, part_name):
+                return problem
+        return None
+    sizes, dtype = form
+    if not isinstance(state, Tensor):
+        return f"{name} is a {type(state).__name__} and should be a tensor"
+    shape = state.shape
+    if shape != (sequences, *sizes) and (
+        None not in sizes
+        or len(shape) != 1 + len(sizes)
+        or shape[0] != sequences
+        or any(want is not None and size != want for size, want in zip(shape[1:], sizes, strict=True))
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in (sequences, *sizes))
+        return f"{name} has shape {list(shape)} and should have [{wanted}], for {sequences} sequences"
+    found = state.dtype
+    if found != dtype and not (found.is_floating_point and dtype.is_floating_point):
+        return f"{name} is {found} and should be {dtype}"
+    if device is not None and state.device != device:
+        return f"{name} is on {state.device} and the input on {device}"
+    return None

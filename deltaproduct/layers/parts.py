@@ -15,6 +15,11 @@ from deltaproduct.ops.tape import Tape
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
 
 
+def record_linear(tape: Tape, linear: nn.Linear, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Record a projection, and its bias if there is one, for native decoding; its output is added to `onto` if given."""
+    return tape.product(x, linear.weight, bias=linear.bias, onto=onto)
+
+
 class RMSNorm(nn.Module):
     """x / √(mean x² + eps) · weight over the last dimension, computed in float32 or better."""
 
@@ -102,5 +107,5 @@ class SwiGLU(nn.Module):
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> None:
         """Record this for native decoding: the output is added to `onto`."""
         with tape.together():
-            gate, up = tape.product(x, self.gate_proj.weight), tape.product(x, self.up_proj.weight)
-        tape.product(tape.silu_times(gate, up), self.down_proj.weight, onto=onto)
+            gate, up = record_linear(tape, self.gate_proj, x), record_linear(tape, self.up_proj, x)
+        record_linear(tape, self.down_proj, tape.silu_times(gate, up), onto)

@@ -35,6 +35,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise UsageError(f"{path} cannot be written: {e}.") from e
 
 
+def check_layers(state: Any, layers: int) -> None:
+    """`UsageError` unless a model's state has a part for each of its layers."""
+    if not isinstance(state, tuple | list) or len(state) != layers:
+        what = f"of {len(state)} layers" if isinstance(state, tuple | list) else f"a {type(state).__name__}"
+        raise UsageError(
+            f"The state is {what} and this model has {layers}; give it the state that this model returned, or None."
+        )
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) if there is an MLP."""
 
@@ -121,6 +130,8 @@ class SequenceModel(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """What the head would see: (x [B,T,D], state), with the arguments of `forward`. A loss that takes the head's
         weight beside it need never hold the logits of all positions."""
+        if state is not None:
+            check_layers(state, len(self.blocks))
         x = self.embedding(tokens)
         again = self.recompute and torch.is_grad_enabled()
         states = []
@@ -132,6 +143,17 @@ class SequenceModel(nn.Module):
                 x, after = block(x, before, cu_seqlens=cu_seqlens, mask=mask)
             states.append(after)
         return self.norm(x), tuple(states)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens go: the device of its first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding share their weight, whatever the configuration says."""
+        weight = getattr(self.head, "weight", None)
+        return weight is not None and weight is getattr(self.embedding, "weight", None)
 
     @property
     def state_size(self) -> int:
@@ -149,7 +171,7 @@ class SequenceModel(nn.Module):
 
     def use_backend(self, name: str) -> Self:
         """Choose the operator's backend for every layer; `UsageError` if it cannot serve this model's device."""
-        weight = self.embedding.weight
+        weight = next(self.parameters())
         resolve_backend(name, device=weight.device, dtype=weight.dtype)
         for mixer in self.mixers():
             mixer.backend = name

@@ -13,14 +13,16 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.layers.plain import unusual
 from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.decoder import Decoder
+from deltaproduct.models.decoder import Decoder, NotDecodable
 from deltaproduct.models.sampling import Sampling, draw
 from deltaproduct.models.sequence_model import SequenceModel, write_tensors
-from deltaproduct.models.states import from_named, initial_state, named_tensors
+from deltaproduct.models.states import check_state, from_named, initial_state, named_tensors
 
 PIECE = 512  # tokens of a prompt that are read at once: memory is for so many, however long the prompt is
 STREAM = "stream.json"
@@ -37,12 +39,13 @@ class ModelDecoder:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits [1,V] after one more token, tokens [1]."""
-        logits, self.state = self._model(tokens[:, None].to(self._model.embedding.weight.device), self.state)
+        logits, self.state = self._model(tokens[:, None].to(self._model.device), self.state)
         return logits[:, 0]
 
     def load(self, state: tuple[Any, ...] | None) -> None:
         """Go on from such a state; None starts afresh."""
-        self.state = state
+        device = self._model.device
+        self.state = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
 
 def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
@@ -51,7 +54,7 @@ def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
         return ModelDecoder(model)
     try:
         return Decoder(model)
-    except UsageError:
+    except NotDecodable:
         return ModelDecoder(model)
 
 
@@ -149,15 +152,34 @@ class Stream:
 
     @torch.no_grad()
     def _prefill(self, piece: Tensor) -> None:
-        x, state = self.model.hidden(piece[None].to(self.model.embedding.weight.device), self.state)
-        self.logits = self.model.head(x[:, -1])[0].cpu()  # the others would be V numbers for each token
-        self._decoder.load(state)
-        self.position += len(piece)
+        piece, model = piece[None].to(self.model.device), self.model
+        if unusual(model, owner=SequenceModel) is None:
+            x, state = model.hidden(piece, self.state)
+            logits = model.head(x[:, -1])  # the others would be V numbers for each token
+        else:
+            logits, state = model(piece, self.state)
+            logits = logits[:, -1]
+        try:
+            self._decoder.load(state)
+        except NotDecodable:
+            self._call_the_model(state)
+        self.logits = logits[0].cpu()
+        self.position += piece.shape[1]
 
     @torch.no_grad()
     def _step(self, token: Tensor) -> None:
-        self.logits = self._decoder(token)[0].cpu()
+        try:
+            logits = self._decoder(token)
+        except NotDecodable:  # since it was chosen, the model has become one that only the model can compute
+            self._call_the_model(self.state)
+            logits = self._decoder(token)
+        self.logits = logits[0].cpu()
         self.position += 1
+
+    def _call_the_model(self, state: tuple[Any, ...] | None) -> None:
+        """From here on, in place of the native engine."""
+        self._decoder = ModelDecoder(self.model)
+        self._decoder.load(state)
 
     def save(self, folder: str | Path) -> None:
         """Write stream.json, stream.safetensors and manifest.json, replacing an earlier save in one step.
@@ -201,7 +223,7 @@ class Stream:
         _check_same(folder, saved, model)
         tensors = safetensors.torch.load_file(folder / TENSORS)
         stream = cls(model, Sampling(**saved["sampling"]))
-        device = model.embedding.weight.device
+        device = model.device
         template = initial_state(model, 1)
         wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
         if wanted != set(tensors):
