@@ -122,8 +122,8 @@ class Mixer(nn.Module, ABC):
 
 
 def _form_of(state: Any, grows: bool) -> Any:
-    """What every state of a mixer has in common with this one: (shape after the batch, dtype) of each tensor, in (class,
-    names, forms) of each tuple. A size of None is any: that of no tokens, where the state grows with them."""
+    """What all states of a mixer have in common with this one: (shape after the batch, dtype) for each tensor, and
+    (class, names, forms) for each tuple. A size of None is any: that of no tokens, where the state grows with them."""
     if state is None:
         return None
     if isinstance(state, Tensor):

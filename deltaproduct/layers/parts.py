@@ -16,7 +16,7 @@ ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
 
 
 def record_linear(tape: Tape, linear: nn.Linear, x: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Record a projection, and its bias if there is one, for native decoding; its output is added to `onto` if given."""
+    """Record a projection, and its bias if there is one, for native decoding; it is added to `onto` if given."""
     return tape.product(x, linear.weight, bias=linear.bias, onto=onto)
 
 

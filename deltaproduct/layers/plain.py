@@ -51,6 +51,14 @@ def unusual(module: nn.Module, owner: type[nn.Module] | None = None) -> str | No
     return None
 
 
+def first_unusual(model: nn.Module, owner: type[nn.Module]) -> str | None:
+    """`unusual` of the first module of a model for which there is something, as a whole clause with its name."""
+    for name, module in model.named_modules():
+        if reason := unusual(module, owner if module is model else None):
+            return f"{name or 'the model'} {reason}"
+    return None
+
+
 def runs_as_written(module: nn.Module, owner: type[nn.Module] | None = None) -> bool:
     """Whether forward and backward of a module may be replaced by what its weights say: `unusual` finds nothing, and no
     hook sees its gradients."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import Mixer
 from deltaproduct.layers.parts import record_linear
-from deltaproduct.layers.plain import Watch, unusual
+from deltaproduct.layers.plain import Watch, first_unusual
 from deltaproduct.models.sequence_model import Block, SequenceModel
 from deltaproduct.models.states import check_state
 from deltaproduct.ops.tape import Tape
@@ -106,20 +106,16 @@ def _copy(state: tuple[Any, ...] | None, into: tuple[Any, ...]) -> None:
 
 def unsupported_reason(model: SequenceModel) -> str | None:
     """Why the weights of a model do not say all that it computes, or not to the native engine; None if they do."""
-    if reason := unusual(model, owner=SequenceModel):
-        return f"the model {reason}"
     for name, module in model.named_modules():
-        if module is model:
-            continue
         if isinstance(module, Mixer) and type(module).record is Mixer.record:
             return f"{name} ({type(module).__name__}) has no native decoding"
         if isinstance(module, Mixer) and module.spans is not None:
             return f"{name} has a sequence divided over processes"
-        if reason := unusual(module):
-            return f"{name} {reason}"
-        for parameter, x in module.named_parameters(recurse=False):
-            if reason := _tensor_reason(x):
-                return f"{name}.{parameter} is {reason}, and the engine takes contiguous float32 on the CPU"
+    if reason := first_unusual(model, owner=SequenceModel):
+        return reason
+    for name, x in model.named_parameters():
+        if reason := _tensor_reason(x):
+            return f"{name} is {reason}, and the engine takes contiguous float32 on the CPU"
     return _structure_reason(model)
 
 

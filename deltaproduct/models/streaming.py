@@ -222,7 +222,12 @@ class Stream:
         saved = read_json(folder / STREAM)
         _check_same(folder, saved, model)
         tensors = safetensors.torch.load_file(folder / TENSORS)
-        stream = cls(model, Sampling(**saved["sampling"]))
+        try:
+            stream = cls(model, Sampling(**saved["sampling"]))
+        except TypeError as e:
+            raise UsageError(f"{folder / STREAM} is of another version of this library: its sampling is.") from e
+        if not isinstance(saved["position"], int) or saved["position"] < 1:
+            raise UsageError(f"{folder / STREAM} is damaged: its position is {saved['position']!r}.")
         device = model.device
         template = initial_state(model, 1)
         wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
@@ -231,8 +236,15 @@ class Stream:
             raise UsageError(
                 f"The {WHAT} {folder} is of another version of this library: its tensors differ in {name}."
             )
-        stream._decoder.load(from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state"))
-        stream._generator.set_state(tensors["generator"])
+        state = from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state")
+        try:
+            check_state(model, state, 1, device)
+            if tensors["logits"].shape != (model.config.vocab_size,):
+                raise UsageError(f"It has logits of {list(tensors['logits'].shape)}.")
+            stream._generator.set_state(tensors["generator"])
+        except (UsageError, RuntimeError, TypeError) as e:
+            raise UsageError(f"The {WHAT} {folder} is damaged. {str(e).splitlines()[0]}") from e
+        stream._decoder.load(state)
         stream.logits, stream.position = tensors["logits"], saved["position"]
         return stream
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import recover_folder, write_json
-from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
 from deltaproduct.layers.plain import runs_as_written
+from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.training.config import LanguageConfig, LanguageRun

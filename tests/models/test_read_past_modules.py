@@ -1,8 +1,9 @@
 """Weights that are read past their modules: the native decoder and the loss without logits.
 
 Neither calls the modules that it reads, so neither may be used where a module computes something else than its weight.
-Tolerance, relative to the largest logit, between the native decoder, the model token by token and the model in one piece:
-that of tests/test_decoder.py, 8·u·L·(√n + T·N), with L = 2, n = 24, T = 8 and N = 2. The loss is compared in float64.
+Tolerance, relative to the largest logit, between the native decoder, the model token by token and the model in one
+piece: that of tests/test_decoder.py, 8·u·L·(√n + T·N), with L = 2, n = 24, T = 8 and N = 2. The loss is compared in
+float64.
 """
 
 import copy

@@ -15,7 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
 from deltaproduct.models.hf.config import DeltaProductConfig
-from deltaproduct.models.sequence_model import SequenceModel
+from deltaproduct.models.sequence_model import SequenceModel, check_layers
 
 
 class DeltaProductPreTrainedModel(CheckpointedModel):
@@ -67,6 +67,7 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
             use_cache = cache is not None or (self.config.use_cache and not self.training)
 
         before = [None] * len(self.blocks) if cache is None or cache.state is None else cache.state
+        check_layers(before, len(self.blocks))
         after, between = [], []
         for block, state in zip(self.blocks, before, strict=True):
             if keep_all:
