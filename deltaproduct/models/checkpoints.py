@@ -74,13 +74,14 @@ def write_fla(model: SequenceModel, folder: str | Path, layout: Layout = "fused"
     folder in one step.
 
     Raises:
-        UsageError: flash-linear-attention cannot hold this model, or the folder cannot be written.
+        UsageError: flash-linear-attention cannot hold this model, the model is no longer the one that its configuration
+            describes, or the folder cannot be written.
     """
-    values = to_fla_config(model.config, layout)
-    tensors = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    config, tensors = model.as_saved()
+    values = to_fla_config(config, layout)
     with replaced_folder(Path(folder)) as fresh:
         write_json(fresh / CONFIG, values)
-        foreign = to_fla_state(tensors, model.config, layout)
+        foreign = to_fla_state(tensors, config, layout)
         write_tensors(fresh / WEIGHTS, {name: x.contiguous() for name, x in foreign.items()})
 
 

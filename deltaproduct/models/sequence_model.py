@@ -4,7 +4,7 @@ B batch · T tokens · D hidden size · S packed sequences.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from deltaproduct.files import read_json, replaced_folder, verified_folder, writ
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
@@ -199,19 +200,50 @@ class SequenceModel(nn.Module):
         """Write the configuration and the weights into a folder that someone else puts in place.
 
         weights: in place of the model's own, for one whose parameters lie on several processes.
+
+        Raises:
+            UsageError: as `save_pretrained`.
         """
-        write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | self.config.to_dict())
-        weights = self.state_dict() if weights is None else weights
-        tensors = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
-        if self.config.tie_word_embeddings:
-            tensors.pop("head.weight", None)
+        config, tensors = self.as_saved(weights)
+        write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | config.to_dict())
         write_tensors(folder / WEIGHTS, tensors)
+
+    def as_saved(self, weights: Mapping[str, Tensor] | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
+        """What a checkpoint of the model as it is now holds, on the CPU; of a tied head no weight of its own.
+
+        weights, Raises: as `write_files`.
+        """
+        whole = self.state_dict() if weights is None else dict(weights)
+        embedding, head = (whole.get(f"{name}.weight") for name in ("embedding", "head"))
+        config = self._saved_config(embedding, head, gathered=weights is not None)
+        if config.tie_word_embeddings and embedding is not None:
+            whole["head.weight"] = embedding
+        with torch.device("meta"):
+            described = own_class(self)(config)
+        check_is_its_configuration(self, described, whole)
+        if config.tie_word_embeddings:
+            del whole["head.weight"]
+        return config, without_sharing(whole)
+
+    def _saved_config(self, embedding: Tensor | None, head: Tensor | None, *, gathered: bool) -> ModelConfig:
+        """The configuration, with the embedding and the head tied if they are, which may be otherwise than it says."""
+        tied = self.is_tied
+        if not tied and gathered and self.config.tie_word_embeddings:  # gathering may have made two tensors of one
+            tied = head is None or (embedding is not None and torch.equal(embedding, head))
+        if tied == self.config.tie_word_embeddings:
+            return self.config
+        return replace(self.config, tie_word_embeddings=tied)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and manifest.json (sizes and sha256), replacing the folder in one step.
 
+        What is written is the model as it is: the configuration says that head and embedding are tied if they share
+        their weight now, whatever it said when the model was built.
+
         Raises:
-            UsageError: the folder cannot be written; what was there before is untouched.
+            UsageError: the folder cannot be written, or the model is no longer the one that its configuration describes
+                (a part was replaced, resized, wrapped, quantised or given other options); the message says where. What
+                was there before is untouched.
         """
         with replaced_folder(Path(folder)) as fresh:
             self.write_files(fresh)

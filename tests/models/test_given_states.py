@@ -226,8 +226,9 @@ def test_a_saved_conversation_with_other_tensors_is_refused(tmp_path):
     stream = Stream(model)
     stream.read([1, 2, 3])
     stream.save(tmp_path / "saved")
-    tensors, said = load_file(tmp_path / "saved" / "stream.safetensors"), json.loads(
-        (tmp_path / "saved" / "stream.json").read_text()
+    tensors, said = (
+        load_file(tmp_path / "saved" / "stream.safetensors"),
+        json.loads((tmp_path / "saved" / "stream.json").read_text()),
     )
 
     def rewritten(changed: dict, more: dict) -> None:
