@@ -8,32 +8,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_json, recover_folder, replaced_folder, verified_folder, write_json
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.folders import CONFIG, MODEL_TYPE, why_no_checkpoint
 from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
+from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-MODEL_TYPE = "deltaproduct"
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; `UsageError` if that fails, for instance on a full disk."""
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as e:
-        raise UsageError(f"{path} cannot be written: {e}.") from e
 
 
 def check_layers(state: Any, layers: int) -> None:
@@ -250,20 +239,23 @@ class SequenceModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
-        """Load what `save_pretrained` wrote, in evaluation mode.
+        """Load what `save_pretrained` wrote, ours or that of `models.hf`, whole or in shards, in evaluation mode.
 
         Raises:
-            UsageError: it is missing or corrupt, or weights and configuration do not belong together.
+            UsageError: it is missing or corrupt, or weights and configuration do not belong together. Of a folder of
+                another kind (a run's, flash-linear-attention's, an adapter's, …) the message says what loads it.
         """
         folder = Path(folder)
+        recover_folder(folder)
+        if reason := why_no_checkpoint(folder):
+            raise UsageError(reason)
         return cls.read_files(folder, verified_folder(folder, "checkpoint")).to(device).eval()
 
     @classmethod
     def read_files(cls, folder: Path, files: list[str]) -> Self:
         """The inverse of `write_files`, for a folder whose `files` have been verified; `UsageError` as there."""
-        for name in (CONFIG, WEIGHTS):
-            if name not in files:
-                raise UsageError(f"The checkpoint {folder} has no {name}.")
+        if CONFIG not in files:
+            raise UsageError(f"The checkpoint {folder} has no {CONFIG}.")
         values = read_json(folder / CONFIG)
         kind = values.pop("model_type", None) if isinstance(values, dict) else None
         if kind != MODEL_TYPE:
@@ -271,10 +263,7 @@ class SequenceModel(nn.Module):
         if "transformers_version" in values:  # models.hf wrote it, with entries of transformers' beside ours
             values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
         config = ModelConfig.from_dict(values)
-        try:
-            tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        except safetensors.SafetensorError as e:
-            raise UsageError(f"{folder / WEIGHTS} is not a safetensors file: {e}.") from e
+        tensors = read_weights(folder, files, pickles=False)
         with torch.device("meta"):
             model = cls(config)
         if config.tie_word_embeddings and "embedding.weight" in tensors:
