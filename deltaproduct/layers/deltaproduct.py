@@ -159,10 +159,27 @@ class DeltaProduct(Mixer):
             )  # fmt: skip
             assert final is not None  # it was asked for
             recurrent = final
+        return self._output(o, x), DeltaProductState(recurrent, *histories)
+
+    def mix_aligned(self, x: Tensor, state: DeltaProductState, lengths: Tensor) -> tuple[Tensor, DeltaProductState]:
+        q, k, v, beta, g, histories = self.project(x, state, lengths=lengths)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        # With β = 0 and no decay a token leaves the state as it is.
+        beta = beta.masked_fill(~real[..., None, None], 0)
+        g = None if g is None else g.masked_fill(~real[..., None], 0)
+        o, recurrent = delta_product(
+            q, k, v, beta, g, initial_state=state.recurrent, output_final_state=True, qk_l2norm=True,
+            backend=self.backend,
+        )  # fmt: skip
+        assert recurrent is not None  # it was asked for
+        return self._output(o, x), DeltaProductState(recurrent, *histories)
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """What the heads read, o [B,T,HV,V], and the layer's input → y [B,T,D]."""
         o = self.o_norm(o)
         if self.use_output_gate:
             o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
-        return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), DeltaProductState(recurrent, *histories)
+        return self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
 
     def _before_my_span(self, x: Tensor, state: DeltaProductState, spans: Spans) -> DeltaProductState:
         """The state with the histories that this rank's convolutions begin with: what the last tokens of the rank
@@ -180,16 +197,21 @@ class DeltaProduct(Mixer):
         return DeltaProductState(state.recurrent, *histories)
 
     def project(
-        self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: DeltaProductState,
+        cu_seqlens: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with
-        `qk_l2norm=True`, and the convolutions' histories after the last token."""
+        `qk_l2norm=True`, and the convolutions' histories after the last token, or after the first `lengths` [B]."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         histories: list[Tensor | None] = [None, None, None]
         if self.use_short_conv:
-            q, histories[0] = self.q_conv1d(q, state.q_history, cu_seqlens=cu_seqlens)
-            k, histories[1] = self.k_conv1d(k, state.k_history, cu_seqlens=cu_seqlens)
-            v, histories[2] = self.v_conv1d(v, state.v_history, cu_seqlens=cu_seqlens)
+            q, histories[0] = self.q_conv1d(q, state.q_history, cu_seqlens=cu_seqlens, lengths=lengths)
+            k, histories[1] = self.k_conv1d(k, state.k_history, cu_seqlens=cu_seqlens, lengths=lengths)
+            v, histories[2] = self.v_conv1d(v, state.v_history, cu_seqlens=cu_seqlens, lengths=lengths)
         activation = ACTIVATIONS[self.qkv_activation]
         q, k, v = activation(q), activation(k), activation(v)
         n = self.num_householder

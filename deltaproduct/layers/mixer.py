@@ -73,6 +73,8 @@ class Mixer(nn.Module, ABC):
                 raise UsageError("Give either cu_seqlens or mask, not both.")
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
                 raise UsageError(f"mask must be bool {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}.")
+            if torch.compiler.is_compiling():
+                return self._mix_masked(x, state, mask)
             # Real tokens, packed: the one way in which padding cannot touch any state, a convolution's included.
             ends = mask.sum(1).cumsum(0)
             packed, state = self.forward(x[mask][None], state, cu_seqlens=torch.cat((ends.new_zeros(1), ends)))
@@ -85,6 +87,32 @@ class Mixer(nn.Module, ABC):
         elif not torch.compiler.is_compiling():  # a compiled graph has been traced with states of its own sizes
             self.check_state(state, sequences, x.device)
         return self.mix(x, state, cu_seqlens)
+
+    def _mix_masked(self, x: Tensor, state: Any, mask: Tensor) -> tuple[Tensor, Any]:
+        """`forward` with a mask, in shapes that do not depend on its values: for a graph, which may be exported."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if x.shape[1] == 0:
+            return self.mix(x, state, None)
+        counted = mask.cumsum(1)
+        lengths = counted[:, -1]
+        # A row's real tokens in their order, then its padding.
+        place = torch.where(mask, counted - 1, lengths[:, None] + (~mask).cumsum(1) - 1)[..., None]
+        x = x.masked_fill(~mask[..., None], 0)
+        y, state = self.mix_aligned(torch.zeros_like(x).scatter(1, place.expand_as(x), x), state, lengths)
+        return y.gather(1, place.expand_as(y)).masked_fill(~mask[..., None], 0), state
+
+    def mix_aligned(self, x: Tensor, state: Any, lengths: Tensor) -> tuple[Tensor, Any]:
+        """`mix` for rows whose first `lengths` [B] tokens are real and whose others are zeros, which leave the states
+        alone; y is of no meaning behind a row's end. All shapes are static.
+
+        Raises:
+            UsageError: this mixer cannot do that.
+        """
+        raise UsageError(
+            f"{type(self).__name__} cannot be exported or compiled into one graph with a mask; leave the mask out and "
+            "give rows of one length, or call the model without that."
+        )
 
     def check_state(self, state: Any, sequences: int, device: torch.device | None = None) -> None:
         """`UsageError` unless a state is one of this mixer's, of so many sequences and on the device, if one is named.

@@ -44,6 +44,7 @@ class ShortConvolution(nn.Module):
     """A causal convolution along time, one filter of width w per channel, whose history is carried as a state.
 
     forward(x [B,T,D], history [B,w−1,D]) → (y [B,T,D], history); with cu_seqlens [S+1], B is 1 and histories [S,w−1,D].
+    With lengths [B], only so many first tokens of a row are real, and its history is the one after them.
     """
 
     def __init__(self, channels: int, width: int):
@@ -62,14 +63,19 @@ class ShortConvolution(nn.Module):
     def init_state(self, batch_size: int) -> Tensor:
         return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])
 
-    def forward(self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         past = self.width - 1
         if not past:  # every token by itself
             return self._filter(x), history
         history = history.to(x.dtype)
         if cu_seqlens is None:
             extended = torch.cat((history, x), dim=1)
-            return self._filter(extended), extended[:, extended.shape[1] - past :]
+            if lengths is None:
+                return self._filter(extended), extended[:, extended.shape[1] - past :]
+            last = (lengths[:, None] + torch.arange(past, device=x.device))[..., None]
+            return self._filter(extended), extended.gather(1, last.expand(-1, -1, x.shape[2]))
         # Every packed sequence gets its history in front of it, so that one filter pass never looks into a neighbour.
         sequences = torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(x.shape[1], device=x.device), right=True)

@@ -89,14 +89,20 @@ class Watch:
         self._holders, self._names = [holder for holder, _ in parameters], [name for _, name in parameters]
         self._holders_sizes = list(map(len, self._holders))
         self._addresses = self._current_addresses()
-        options = [
-            (vars(module), name, value)
-            for module in modules
-            if type(module) not in LEAVES or isinstance(module, nn.Embedding)
-            for name, value in vars(module).items()
-            if name != "training" and isinstance(value, bool | int | float | str | None)
-        ]
-        self._owners, self._fields, self._values = ([o[i] for o in options] for i in range(3))
+        self._owners: list[dict[str, Any]] = []
+        self._fields: list[str] = []
+        for module in modules:
+            if type(module) in LEAVES and not isinstance(module, nn.Embedding):
+                continue
+            for name, value in vars(module).items():
+                if (
+                    name != "training"
+                    and not name.startswith("_")
+                    and isinstance(value, bool | int | float | str | None)
+                ):
+                    self._owners.append(vars(module))
+                    self._fields.append(name)
+        self._values = list(map(dict.get, self._owners, self._fields))
 
     def changed(self) -> bool:
         """Whether what was read may no longer be what the model computes."""

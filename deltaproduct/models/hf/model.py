@@ -6,6 +6,7 @@ B batch · T tokens · D hidden size · L layers · S packed sequences.
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -232,4 +233,6 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> T
             f"{[batch, tokens_seen + tokens]}, not {list(attention_mask.shape)}."
         )
     mask = attention_mask[:, -tokens:].bool()
+    if torch.compiler.is_compiling():  # a graph cannot depend on what the mask says
+        return mask
     return None if bool(mask.all()) else mask
