@@ -33,6 +33,12 @@ class Mixer(nn.Module, ABC):
         super().__init__()
         self._form = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "mix_aligned" not in own and ("mix" in own or "project" in own):  # what it inherits is another mixer's
+            cls.mix_aligned = Mixer.mix_aligned  # type: ignore[method-assign]
+
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """x [B,T,D] and a state for each sequence → y [B,T,D] and the states after the last token."""

@@ -92,6 +92,16 @@ def test_the_other_mixers_say_that_they_cannot(name, in_a_graph):
     assert "\n" not in str(refused.value) and "leave the mask out" in str(refused.value)
 
 
+@pytest.mark.parametrize("method", ["mix", "project"])
+def test_somebodys_own_mixer_is_not_computed_as_the_one_it_inherits_from(method, in_a_graph):
+    inherited = getattr(DeltaProduct, method)
+    own = type("Own", (DeltaProduct,), {method: lambda self, *given, **named: inherited(self, *given, **named)})
+    mixer = own(D, 2, 4).double()
+    in_a_graph()
+    with pytest.raises(UsageError, match="Own cannot be exported or compiled"):
+        mixer(noise(B, T, D), mask=some_mask())
+
+
 # Graphs
 
 
