@@ -308,8 +308,8 @@ def test_generalised_delta_rule_in_float32_in_the_hard_regime(level):
         inputs = [x.to(dtype).requires_grad_() for x in rounded]
         out = generalised_delta_rule(*inputs)
         results.append((*out, *gradients(out, inputs)))
-    # At the limit a chunk's 16 gates of 8 are added up to exponents of 64 to 128, whose roundings are 2⁻¹⁸ each at most.
-    # The gradient in g, exp(−8) of its terms, is their sum.
+    # At the limit a chunk's 16 gates of 8 add up to exponents of up to 128, whose roundings are 2⁻¹⁸ each at most. The
+    # gradient in g, exp(−8) of its terms, is their sum.
     limit = 16 * 2**-18
     names = ["o", "state", "dq", "dk", "dv", "dg", "du", "dz", "d initial state"]
     for name, got, want in zip(names, *results, strict=True):

@@ -73,7 +73,7 @@ def bench_step(
         raise UsageError("bench step measures models whose layers are all DeltaProduct or its presets.")
 
     # Of an embedding that is not the head as well, a step reads only the rows of its tokens.
-    table = 0 if config.tie_word_embeddings else model.embedding.weight.numel()
+    table = 0 if model.is_tied else model.embedding.weight.numel()
     rows = 0 if config.tie_word_embeddings else batch_size * config.hidden_size
     weight_bytes = FLOAT * (model.num_parameters - table + rows)
     state_bytes = FLOAT * model.state_size * batch_size

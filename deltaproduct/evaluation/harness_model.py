@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.states import device_of
+from deltaproduct.layers.plain import unusual
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import Tokenizer
 
@@ -65,12 +65,17 @@ class HarnessModel(LM):
     Every text begins with the document token, as in training. A context is read once, whatever the number of its
     continuations: each goes on from the context's state. Texts of any length are one stream, in pieces, and nothing is
     cut off.
+
+    Raises:
+        UsageError: the model has a hook or a forward of its own, which would not be called.
     """
 
     def __init__(self, model: SequenceModel, tokenizer: Tokenizer, batch_size: int = 8):
         super().__init__()
+        if reason := unusual(model, owner=SequenceModel):
+            raise UsageError(f"The harness calls the parts of a model and not the model itself, and this one {reason}.")
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = device_of(model.embedding)
+        self._device = model.device
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""

@@ -106,6 +106,13 @@ class Attention(Mixer):
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return AttentionState(keys, values, torch.zeros(batch_size, dtype=torch.long, device=device))
 
+    def check_state(self, state: AttentionState, sequences: int, device: torch.device | None = None) -> None:
+        super().check_state(state, sequences, device)
+        if state.keys.shape[1] != state.values.shape[1]:
+            raise UsageError(
+                f"This state's cache has keys of {state.keys.shape[1]} tokens and values of {state.values.shape[1]}."
+            )
+
     def mix(self, x: Tensor, state: AttentionState, cu_seqlens: Tensor | None) -> tuple[Tensor, AttentionState]:
         q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.num_heads)
         k = rearrange(self.k_proj(x), "b t (g k) -> b t g k", g=self.num_kv_heads)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution
+from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, record_linear
 from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops import delta_product, delta_product_step
 from deltaproduct.ops.inputs import compute_dtype
@@ -172,10 +172,27 @@ class DeltaProduct(Mixer):
             )  # fmt: skip
             assert final is not None  # it was asked for
             recurrent = final
+        return self._output(o, x), DeltaProductState(recurrent, *histories)
+
+    def mix_aligned(self, x: Tensor, state: DeltaProductState, lengths: Tensor) -> tuple[Tensor, DeltaProductState]:
+        q, k, v, beta, g, histories = self.project(x, state, lengths=lengths)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        # With β = 0 and no decay a token leaves the state as it is.
+        beta = beta.masked_fill(~real[..., None, None], 0)
+        g = None if g is None else g.masked_fill(~real[..., None], 0)
+        o, recurrent = delta_product(
+            q, k, v, beta, g, initial_state=state.recurrent, output_final_state=True, qk_l2norm=True,
+            backend=self.backend,
+        )  # fmt: skip
+        assert recurrent is not None  # it was asked for
+        return self._output(o, x), DeltaProductState(recurrent, *histories)
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """What the heads read, o [B,T,HV,V], and the layer's input → y [B,T,D]."""
         o = self.o_norm(o)
         if self.use_output_gate:
             o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
-        return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), DeltaProductState(recurrent, *histories)
+        return self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
 
     def _before_my_span(self, x: Tensor, state: DeltaProductState, spans: Spans) -> DeltaProductState:
         """The state with the histories that this rank's convolutions begin with: what the last tokens of the rank
@@ -193,10 +210,15 @@ class DeltaProduct(Mixer):
         return DeltaProductState(state.recurrent, *histories)
 
     def project(
-        self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: DeltaProductState,
+        cu_seqlens: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """The operator's inputs (q, k, v, beta, g) for x [B,T,D], shaped as `delta_product` takes them with
-        `qk_l2norm=True`, and the convolutions' histories after the last token.
+        `qk_l2norm=True`, and the convolutions' histories after the last token, or after the first `lengths` [B].
 
         Raises:
             UsageError: the layer's weights are offloaded, and this is no part of a call of the layer.
@@ -204,9 +226,9 @@ class DeltaProduct(Mixer):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         histories: list[Tensor | None] = [None, None, None]
         if self.use_short_conv:
-            q, histories[0] = self.q_conv1d(q, state.q_history, cu_seqlens=cu_seqlens)
-            k, histories[1] = self.k_conv1d(k, state.k_history, cu_seqlens=cu_seqlens)
-            v, histories[2] = self.v_conv1d(v, state.v_history, cu_seqlens=cu_seqlens)
+            q, histories[0] = self.q_conv1d(q, state.q_history, cu_seqlens=cu_seqlens, lengths=lengths)
+            k, histories[1] = self.k_conv1d(k, state.k_history, cu_seqlens=cu_seqlens, lengths=lengths)
+            v, histories[2] = self.v_conv1d(v, state.v_history, cu_seqlens=cu_seqlens, lengths=lengths)
         activation = ACTIVATIONS[self.qkv_activation]
         q, k, v = activation(q), activation(k), activation(v)
         n = self.num_householder
@@ -232,10 +254,10 @@ class DeltaProduct(Mixer):
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> DeltaProductState:
         n, heads, key_heads, batch = self.num_householder, self.num_v_heads, self.num_heads, tape.batch_size
         with tape.together():
-            projected = [tape.product(x, proj.weight) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-            logits = tape.product(x, self.b_proj.weight, bias=self.b_proj.bias)
-            rate = tape.product(x, self.a_proj.weight) if self.use_forget_gate else None
-            output_gate = tape.product(x, self.g_proj.weight) if self.use_output_gate else None
+            projected = [record_linear(tape, proj, x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            logits = record_linear(tape, self.b_proj, x)
+            rate = record_linear(tape, self.a_proj, x) if self.use_forget_gate else None
+            output_gate = record_linear(tape, self.g_proj, x) if self.use_output_gate else None
         convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.use_short_conv else [None] * 3
         with tape.together():
             qkv, histories = zip(
@@ -258,7 +280,7 @@ class DeltaProduct(Mixer):
         o = self.o_norm.record(tape, o).view(batch, -1)
         if output_gate is not None:
             o = tape.silu_times(output_gate, o)
-        tape.product(o, self.o_proj.weight, onto=onto)
+        record_linear(tape, self.o_proj, o, onto)
         return DeltaProductState(recurrent, *histories)
 
 

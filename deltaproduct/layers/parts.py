@@ -18,6 +18,11 @@ from deltaproduct.ops.tape import Tape
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
 
 
+def record_linear(tape: Tape, linear: nn.Linear, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Record a projection, and its bias if there is one, for native decoding; it is added to `onto` if given."""
+    return tape.product(x, linear.weight, bias=linear.bias, onto=onto)
+
+
 class RMSNorm(nn.Module):
     """x / √(mean x² + eps) · weight over the last dimension, computed in float32 or better."""
 
@@ -100,6 +105,7 @@ class ShortConvolution(nn.Module):
     """A causal convolution along time, one filter of width w per channel, whose history is carried as a state.
 
     forward(x [B,T,D], history [B,w−1,D]) → (y [B,T,D], history); with cu_seqlens [S+1], B is 1 and histories [S,w−1,D].
+    With lengths [B], only so many first tokens of a row are real, and its history is the one after them.
     """
 
     def __init__(self, channels: int, width: int):
@@ -126,13 +132,20 @@ class ShortConvolution(nn.Module):
         dtype, device = input_options(self, dtype, device)
         return torch.zeros(batch_size, self.width - 1, self.channels, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, history: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         past = self.width - 1
+        if not past:  # every token by itself
+            return self._filter(x), history
         history = history.to(x.dtype)
         if cu_seqlens is None:
             extended = torch.cat((history, x), dim=1)
-            # A copy: the slice would keep the projections of all tokens in memory.
-            return self._filter(extended), extended[:, extended.shape[1] - past :].clone()
+            if lengths is None:
+                # A copy: the slice would keep the projections of all tokens in memory.
+                return self._filter(extended), extended[:, extended.shape[1] - past :].clone()
+            last = (lengths[:, None] + torch.arange(past, device=x.device))[..., None]
+            return self._filter(extended), extended.gather(1, last.expand(-1, -1, x.shape[2]))
         # Every packed sequence gets its history in front of it, so that one filter pass never looks into a neighbour.
         sequences = torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(x.shape[1], device=x.device), right=True)
@@ -172,5 +185,5 @@ class SwiGLU(nn.Module):
     def record(self, tape: Tape, x: Tensor, onto: Tensor) -> None:
         """Record this for native decoding: the output is added to `onto`."""
         with tape.together():
-            gate, up = tape.product(x, self.gate_proj.weight), tape.product(x, self.up_proj.weight)
-        tape.product(tape.silu_times(gate, up), self.down_proj.weight, onto=onto)
+            gate, up = record_linear(tape, self.gate_proj, x), record_linear(tape, self.up_proj, x)
+        record_linear(tape, self.down_proj, tape.silu_times(gate, up), onto)

@@ -126,7 +126,7 @@ class SLSTM(Mixer):
 
     def run(self, inputs: Tensor, state: SLSTMState, real: Tensor | None = None) -> tuple[Tensor, SLSTMState]:
         """W x + b as inputs [B,T,H,4K] → h [B,T,H,K] and the state; where real [B,T] is False, it stays as it is."""
-        c, n, h, m = state[:4]
+        c, n, h, m = (s.to(inputs.dtype) for s in state[:4])
         recurrent, outputs = self.recurrent.to(inputs.dtype), []
         h = h.transpose(0, 1)  # [H,B,K], as bmm wants it
         c, n, m = c.transpose(0, 1), n.transpose(0, 1), m.transpose(0, 1)

@@ -48,13 +48,3 @@ def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
 def copied(state: Any) -> Any:
     """The same state in tensors of its own."""
     return tree_map(lambda s: s.clone() if isinstance(s, Tensor) else s, state)
-
-
-def check_device(state: Any, x: Tensor) -> None:
-    """`UsageError` unless every tensor of the state, a tensor or a tuple of them, is where x is."""
-    for tensor in state if isinstance(state, tuple) else (state,):
-        if isinstance(tensor, Tensor) and tensor.device != x.device:
-            raise UsageError(
-                f"The state is on {tensor.device} and x on {x.device}. Move one of them, or make the state with "
-                "init_state(batch_size, x.dtype, x.device)."
-            )

@@ -17,12 +17,10 @@ All of these are read, and each is written under its name (`--to fla`, `fla-per-
 release were run on checkpoints of each kind, and their logits agree with those of the model read here.
 """
 
-import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -31,12 +29,12 @@ from deltaproduct.files import MANIFEST, read_json, recover_folder, replaced_fol
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.fla_config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
-from deltaproduct.models.sequence_model import CONFIG, MODEL_TYPE, WEIGHTS, SequenceModel, write_tensors
+from deltaproduct.models.sequence_model import CONFIG, MODEL_TYPE, SequenceModel
+from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
 
 __all__ = ["checkpoint_kind", "from_fla_config", "from_fla_state", "read_fla", "to_fla_config", "to_fla_state",
            "write_fla"]  # fmt: skip
 
-PICKLED_WEIGHTS = "pytorch_model.bin"
 _OUTER = {"embedding": "model.embeddings", "norm": "model.norm", "head": "lm_head"}
 _INNER = {"mixer_norm": "attn_norm", "mixer": "attn", "mlp_norm": "mlp_norm", "mlp": "mlp"}
 # How state dicts name what torch.compile and DistributedDataParallel wrap.
@@ -74,7 +72,7 @@ def read_fla(folder: str | Path) -> SequenceModel:
     if (folder / MANIFEST).is_file():  # it was written here, and can be checked
         verified_folder(folder, "checkpoint")
     config = from_fla_config(read_json(folder / CONFIG))
-    tensors = {name: _widened(name, x) for name, x in _unwrapped(_read_weights(folder)).items()}
+    tensors = {name: _widened(name, x) for name, x in _unwrapped(read_weights(folder)).items()}
     model = _outline(config)
     model.load_state_dict(from_fla_state(tensors, config), assign=True)
     if config.tie_word_embeddings:
@@ -87,13 +85,14 @@ def write_fla(model: SequenceModel, folder: str | Path, layout: Layout = "fused"
     folder in one step.
 
     Raises:
-        UsageError: flash-linear-attention cannot hold this model, or the folder cannot be written.
+        UsageError: flash-linear-attention cannot hold this model, the model is no longer the one that its configuration
+            describes, or the folder cannot be written.
     """
-    values = to_fla_config(model.config, layout)
-    tensors = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    config, tensors = model.as_saved()
+    values = to_fla_config(config, layout)
     with replaced_folder(Path(folder)) as fresh:
         write_json(fresh / CONFIG, values)
-        foreign = to_fla_state(tensors, model.config, layout)
+        foreign = to_fla_state(tensors, config, layout)
         write_tensors(fresh / WEIGHTS, {name: x.contiguous() for name, x in foreign.items()})
 
 
@@ -207,51 +206,3 @@ def _widened(name: str, x: Any) -> Tensor:
         what = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise UsageError(f"The checkpoint's {name} is {what}; only floating-point tensors can be read.")
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _read_weights(folder: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint, from the first of the four ways of storing them that is there."""
-    for whole in (WEIGHTS, PICKLED_WEIGHTS):
-        if (folder / whole).is_file():
-            return _read_file(folder / whole)
-        if (folder / f"{whole}.index.json").is_file():
-            return _read_shards(folder, f"{whole}.index.json")
-    raise UsageError(f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}, whole or with an index of shards.")
-
-
-def _read_shards(folder: Path, index: str) -> dict[str, Any]:
-    values = read_json(folder / index)
-    places = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UsageError(f"{folder / index} has no weight_map from tensors to files.")
-    shards = {}
-    for file in sorted(set(places.values())):
-        if Path(file).name != file:
-            raise UsageError(f"{folder / index} names the file {file!r}, which is not in its own folder.")
-        if not (folder / file).is_file():
-            raise UsageError(f"The checkpoint {folder} is incomplete: {file} is missing.")
-        shards[file] = _read_file(folder / file)
-    for name, file in places.items():
-        if name not in shards[file]:
-            raise UsageError(f"The checkpoint {folder} is incomplete: {file} does not hold {name}.")
-    return {name: shards[file][name] for name, file in places.items()}
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file or, going by its ending, of a pickle."""
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UsageError(f"{path} is not a safetensors file: {e}.") from e
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        # PyTorch's own message is a page of advice, some of it to run the pickle after all.
-        raise UsageError(
-            f"{path} is damaged, or holds more than tensors and was not read. If you trust it, load it "
-            "with flash-linear-attention and call save_pretrained, which writes safetensors."
-        ) from e
-    if not isinstance(tensors, dict):
-        raise UsageError(f"{path} holds a {type(tensors).__name__}, not tensors by name.")
-    return tensors

@@ -45,18 +45,26 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self._template = initial_state(model, 1)
-        self.names = list(named_tensors(self._template))
+        named = named_tensors(self._template)
+        # A convolution of width 1 has an empty history, of which a program knows nothing.
+        self.names = [name for name, x in named.items() if x.numel()]
+        self._empty = {name: x for name, x in named.items() if not x.numel()}
 
     def initial(self, batch_size: int) -> list[Tensor]:
         """The state of `batch_size` sequences before their first token."""
         # Clones: a mixer may begin with one tensor of zeros in two places, which tracing would take for one input.
-        return [x.contiguous().clone() for x in named_tensors(initial_state(self.model, batch_size)).values()]
+        return [x.contiguous().clone() for x in self._full(initial_state(self.model, batch_size))]
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        carried = from_named(self._template, dict(zip(self.names, state, strict=True)))
-        logits, carried = self.model(tokens[:, None], carried)
+        given = dict(zip(self.names, state, strict=True))
+        given |= {name: x.new_zeros(tokens.shape[0], *x.shape[1:]) for name, x in self._empty.items()}
+        logits, carried = self.model(tokens[:, None], from_named(self._template, given))
         # Contiguous, as compiled code takes its inputs to be: a convolution's history is a view that leaves gaps.
-        return tuple(x.contiguous() for x in (logits[:, 0], *named_tensors(carried).values()))
+        return tuple(x.contiguous() for x in (logits[:, 0], *self._full(carried)))
+
+    def _full(self, state: tuple[Any, ...]) -> list[Tensor]:
+        named = named_tensors(state)
+        return [named[name] for name in self.names]
 
 
 def trace(step: Step) -> ExportedProgram:

@@ -4,37 +4,36 @@ B batch · T tokens · D hidden size · S packed sequences.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_json, recover_folder, replaced_folder, verified_folder, write_json
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.layers.states import device_of
 from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.folders import CONFIG, MODEL_TYPE, why_no_checkpoint
+from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
+from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-MODEL_TYPE = "deltaproduct"
 
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; `UsageError` if that fails, for instance on a full disk."""
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as e:
-        raise UsageError(f"{path} cannot be written: {e}.") from e
+def check_layers(state: Any, layers: int) -> None:
+    """`UsageError` unless a model's state has a part for each of its layers."""
+    if not isinstance(state, tuple | list) or len(state) != layers:
+        what = f"of {len(state)} layers" if isinstance(state, tuple | list) else f"a {type(state).__name__}"
+        raise UsageError(
+            f"The state is {what} and this model has {layers}; give it the state that this model returned, or None."
+        )
 
 
 class Block(nn.Module):
@@ -144,6 +143,8 @@ class SequenceModel(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """What the head would see: (x [B,T,D], state), with the arguments of `forward`. A loss that takes the head's
         weight beside it need never hold the logits of all positions."""
+        if state is not None:
+            check_layers(state, len(self.blocks))
         x = self.embedding(tokens)
         again = self.recompute and torch.is_grad_enabled()
         states = []
@@ -155,6 +156,12 @@ class SequenceModel(nn.Module):
                 x, after = block(x, before, cu_seqlens=cu_seqlens, mask=mask)
             states.append(after)
         return self.norm(x), tuple(states)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding share their weight, whatever the configuration says."""
+        weight = getattr(self.head, "weight", None)
+        return weight is not None and weight is getattr(self.embedding, "weight", None)
 
     @property
     def state_size(self) -> int:
@@ -209,39 +216,73 @@ class SequenceModel(nn.Module):
         """Write the configuration and the weights into a folder that someone else puts in place.
 
         weights: in place of the model's own, for one whose parameters lie on several processes.
+
+        Raises:
+            UsageError: as `save_pretrained`.
         """
-        write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | self.config.to_dict())
-        weights = self.state_dict() if weights is None else weights
-        tensors = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
-        if self.config.tie_word_embeddings:
-            tensors.pop("head.weight", None)
+        config, tensors = self.as_saved(weights)
+        write_json(folder / CONFIG, {"model_type": MODEL_TYPE} | config.to_dict())
         write_tensors(folder / WEIGHTS, tensors)
+
+    def as_saved(self, weights: Mapping[str, Tensor] | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
+        """What a checkpoint of the model as it is now holds, on the CPU; of a tied head no weight of its own.
+
+        weights, Raises: as `write_files`.
+        """
+        whole = self.state_dict() if weights is None else dict(weights)
+        embedding, head = (whole.get(f"{name}.weight") for name in ("embedding", "head"))
+        config = self._saved_config(embedding, head, gathered=weights is not None)
+        if config.tie_word_embeddings and embedding is not None:
+            whole["head.weight"] = embedding
+        with torch.device("meta"):
+            described = own_class(self)(config)
+        check_is_its_configuration(self, described, whole)
+        if config.tie_word_embeddings:
+            del whole["head.weight"]
+        return config, without_sharing(whole)
+
+    def _saved_config(self, embedding: Tensor | None, head: Tensor | None, *, gathered: bool) -> ModelConfig:
+        """The configuration, with the embedding and the head tied if they are, which may be otherwise than it says."""
+        tied = self.is_tied
+        if not tied and gathered and self.config.tie_word_embeddings:  # gathering may have made two tensors of one
+            tied = head is None or (embedding is not None and torch.equal(embedding, head))
+        if tied == self.config.tie_word_embeddings:
+            return self.config
+        return replace(self.config, tie_word_embeddings=tied)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and manifest.json (sizes and sha256), replacing the folder in one step.
 
+        What is written is the model as it is: the configuration says that head and embedding are tied if they share
+        their weight now, whatever it said when the model was built.
+
         Raises:
-            UsageError: the folder cannot be written; what was there before is untouched.
+            UsageError: the folder cannot be written, or the model is no longer the one that its configuration describes
+                (a part was replaced, resized, wrapped, quantised or given other options); the message says where. What
+                was there before is untouched.
         """
         with replaced_folder(Path(folder)) as fresh:
             self.write_files(fresh)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
-        """Load what `save_pretrained` wrote, in evaluation mode.
+        """Load what `save_pretrained` wrote, ours or that of `models.hf`, whole or in shards, in evaluation mode.
 
         Raises:
-            UsageError: it is missing or corrupt, or weights and configuration do not belong together.
+            UsageError: it is missing or corrupt, or weights and configuration do not belong together. Of a folder of
+                another kind (a run's, flash-linear-attention's, an adapter's, …) the message says what loads it.
         """
         folder = Path(folder)
+        recover_folder(folder)
+        if reason := why_no_checkpoint(folder):
+            raise UsageError(reason)
         return cls.read_files(folder, verified_folder(folder, "checkpoint")).to(device).eval()
 
     @classmethod
     def read_files(cls, folder: Path, files: list[str]) -> Self:
         """The inverse of `write_files`, for a folder whose `files` have been verified; `UsageError` as there."""
-        for name in (CONFIG, WEIGHTS):
-            if name not in files:
-                raise UsageError(f"The checkpoint {folder} has no {name}.")
+        if CONFIG not in files:
+            raise UsageError(f"The checkpoint {folder} has no {CONFIG}.")
         values = read_json(folder / CONFIG)
         kind = values.pop("model_type", None) if isinstance(values, dict) else None
         if kind != MODEL_TYPE:
@@ -249,10 +290,7 @@ class SequenceModel(nn.Module):
         if "transformers_version" in values:  # models.hf wrote it, with entries of transformers' beside ours
             values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
         config = ModelConfig.from_dict(values)
-        try:
-            tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        except safetensors.SafetensorError as e:
-            raise UsageError(f"{folder / WEIGHTS} is not a safetensors file: {e}.") from e
+        tensors = read_weights(folder, files, pickles=False)
         with torch.device("meta"):
             model = cls(config)
         if config.tie_word_embeddings and "embedding.weight" in tensors:

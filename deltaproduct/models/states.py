@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaproduct.models.sequence_model import Block, SequenceModel
+from deltaproduct.models.sequence_model import Block, SequenceModel, check_layers
 
 
 def initial_state(
@@ -14,6 +14,20 @@ def initial_state(
     """The state of `batch_size` sequences before their first token, a layer's after another's (`Mixer.init_state`)."""
     blocks = (block for block in model.blocks if isinstance(block, Block))
     return tuple(block.mixer.init_state(batch_size, dtype, device) for block in blocks)
+
+
+def check_state(model: SequenceModel, state: Any, sequences: int, device: torch.device | None = None) -> None:
+    """`UsageError` unless a state is the model's, of so many sequences; None, which starts afresh, always is, and so is
+    None in a layer's place.
+
+    The model checks a state itself when it is called with one; this is for what is kept or loaded before that.
+    """
+    if state is None:
+        return
+    check_layers(state, len(model.blocks))
+    for block, part in zip(model.blocks, state, strict=True):
+        if part is not None and isinstance(block, Block):
+            block.mixer.check_state(part, sequences, device)
 
 
 def named_tensors(state: Any, name: str = "") -> dict[str, Tensor]:

@@ -13,14 +13,16 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.layers.plain import unusual
 from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.decoder import Decoder
+from deltaproduct.models.decoder import Decoder, NotDecodable
 from deltaproduct.models.sampling import Sampling, draw
 from deltaproduct.models.sequence_model import SequenceModel, write_tensors
-from deltaproduct.models.states import from_named, initial_state, named_tensors
+from deltaproduct.models.states import check_state, from_named, initial_state, named_tensors
 
 PIECE = 512  # tokens of a prompt that are read at once: memory is for so many, however long the prompt is
 STREAM = "stream.json"
@@ -42,7 +44,8 @@ class ModelDecoder:
 
     def load(self, state: tuple[Any, ...] | None) -> None:
         """Go on from such a state; None starts afresh."""
-        self.state = state
+        device = self._model.device
+        self.state = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
 
 def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
@@ -51,7 +54,7 @@ def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
         return ModelDecoder(model)
     try:
         return Decoder(model)
-    except UsageError:
+    except NotDecodable:
         return ModelDecoder(model)
 
 
@@ -149,15 +152,34 @@ class Stream:
 
     @torch.no_grad()
     def _prefill(self, piece: Tensor) -> None:
-        x, state = self.model.hidden(piece[None].to(self.model.device), self.state)
-        self.logits = self.model.head(x[:, -1])[0].cpu()  # the others would be V numbers for each token
-        self._decoder.load(state)
-        self.position += len(piece)
+        piece, model = piece[None].to(self.model.device), self.model
+        if unusual(model, owner=SequenceModel) is None:
+            x, state = model.hidden(piece, self.state)
+            logits = model.head(x[:, -1])  # the others would be V numbers for each token
+        else:
+            logits, state = model(piece, self.state)
+            logits = logits[:, -1]
+        try:
+            self._decoder.load(state)
+        except NotDecodable:
+            self._call_the_model(state)
+        self.logits = logits[0].cpu()
+        self.position += piece.shape[1]
 
     @torch.no_grad()
     def _step(self, token: Tensor) -> None:
-        self.logits = self._decoder(token)[0].cpu()
+        try:
+            logits = self._decoder(token)
+        except NotDecodable:  # since it was chosen, the model has become one that only the model can compute
+            self._call_the_model(self.state)
+            logits = self._decoder(token)
+        self.logits = logits[0].cpu()
         self.position += 1
+
+    def _call_the_model(self, state: tuple[Any, ...] | None) -> None:
+        """From here on, in place of the native engine."""
+        self._decoder = ModelDecoder(self.model)
+        self._decoder.load(state)
 
     def save(self, folder: str | Path) -> None:
         """Write stream.json, stream.safetensors and manifest.json, replacing an earlier save in one step.
@@ -200,7 +222,12 @@ class Stream:
         saved = read_json(folder / STREAM)
         _check_same(folder, saved, model)
         tensors = safetensors.torch.load_file(folder / TENSORS)
-        stream = cls(model, Sampling(**saved["sampling"]))
+        try:
+            stream = cls(model, Sampling(**saved["sampling"]))
+        except TypeError as e:
+            raise UsageError(f"{folder / STREAM} is of another version of this library: its sampling is.") from e
+        if not isinstance(saved["position"], int) or saved["position"] < 1:
+            raise UsageError(f"{folder / STREAM} is damaged: its position is {saved['position']!r}.")
         device = model.device
         template = initial_state(model, 1, device="meta")  # for its names alone
         wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
@@ -209,8 +236,15 @@ class Stream:
             raise UsageError(
                 f"The {WHAT} {folder} is of another version of this library: its tensors differ in {name}."
             )
-        stream._decoder.load(from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state"))
-        stream._generator.set_state(tensors["generator"])
+        state = from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state")
+        try:
+            check_state(model, state, 1, device)
+            if tensors["logits"].shape != (model.config.vocab_size,):
+                raise UsageError(f"It has logits of {list(tensors['logits'].shape)}.")
+            stream._generator.set_state(tensors["generator"])
+        except (UsageError, RuntimeError, TypeError) as e:
+            raise UsageError(f"The {WHAT} {folder} is damaged. {str(e).splitlines()[0]}") from e
+        stream._decoder.load(state)
         stream.logits, stream.position = tensors["logits"], saved["position"]
         return stream
 

@@ -71,6 +71,9 @@ class Tape:
     def product(self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """x [B,D] times weight [O,D] transposed, plus bias [O]; added to `onto` [B,O] in place if that is given."""
         rows, columns = weight.shape
+        self._check_sizes("A product", x, columns, (weight, (rows, columns)), (bias, (rows,)))
+        if onto is not None:
+            self._check_sizes("A product", onto, rows)
         y = self.buffer(self.batch_size, rows) if onto is None else onto
         kind = Kind.PRODUCT if onto is None else Kind.PRODUCT_ADDED
         self._record(kind, batch=self.batch_size, rows=rows, columns=columns, w=weight, x=x, u=bias, y=y)
@@ -79,6 +82,7 @@ class Tape:
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / √(mean x² + eps) · weight over the last dimension, [..., D] with weight [D]."""
         y, size = self.buffer(*x.shape), x.shape[-1]
+        self._check_sizes("A norm", x, size, (weight, (size,)))
         self._record(Kind.NORM, rows=x.numel() // size, columns=size, w=weight, x=x, y=y, a=eps)
         return y
 
@@ -90,6 +94,7 @@ class Tape:
         size, y, history, width = x.shape[-1], self.buffer(*x.shape), None, 0
         if weight is not None:
             width = weight.shape[-1]
+            self._check_sizes("A convolution", x, size, (weight, (size, 1, width)))
             history = self.buffer(self.batch_size, width - 1, size)
         self._record(
             Kind.CONVOLUTION, activation=ACTIVATION_CODES[activation], batch=self.batch_size, rows=size, columns=width,
@@ -99,6 +104,7 @@ class Tape:
 
     def silu_times(self, x: Tensor, y: Tensor) -> Tensor:
         """silu(x) · y of the same shape."""
+        self._check_sizes("A gate", x, x.shape[-1], (y, tuple(x.shape)))
         out = self.buffer(*y.shape)
         self._record(Kind.SILU_TIMES, rows=y.numel(), x=x, u=y, y=out)
         return out
@@ -111,7 +117,8 @@ class Tape:
 
     def gate(self, x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
         """−exp(a_log) · softplus(x + dt_bias), with a number of either per column of x [B,HV]."""
-        y = self.buffer(*x.shape)
+        y, size = self.buffer(*x.shape), x.shape[-1]
+        self._check_sizes("A gate", x, size, (a_log, (size,)), (dt_bias, (size,)))
         self._record(Kind.GATE, rows=x.numel(), columns=x.shape[-1], w=a_log, x=x, u=dt_bias, y=y)
         return y
 
@@ -129,6 +136,16 @@ class Tape:
         self._alive += [x for x in (q, k, v, beta, g, state, o) if x is not None]
         return o, state
 
+    @staticmethod
+    def _check_sizes(what: str, x: Tensor, size: int, *weights: tuple[Tensor | None, tuple[int, ...]]) -> None:
+        """The engine takes pointers and would read past the end of what is too small."""
+        for given, wanted in ((x, (*x.shape[:-1], size)), *weights):
+            if given is not None and tuple(given.shape) != wanted:
+                raise UsageError(
+                    f"{what} of the native decoder takes a tensor of {list(wanted)} and was given {list(given.shape)}; "
+                    "the model's modules are not of the sizes that its options say."
+                )
+
     def play(self) -> None:
         """Run all instructions once, on as many threads as PyTorch uses."""
         if self._tape is None:
@@ -144,7 +161,7 @@ class Tape:
         for x in tensors.values():
             if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
                 raise UsageError(f"Native decoding needs contiguous float32 on the CPU, not {x.dtype} on {x.device}.")
-        self._alive += tensors.values()
+        self._alive += [x.detach() for x in tensors.values()]  # the storage itself: a parameter can be given another
         after = len(self._instructions) if self._together is None else self._together
         pointers = {name: x.data_ptr() for name, x in tensors.items()}
         instruction = Instruction(kind=kind, activation=activation, after=after, a=a, **sizes, **pointers)

@@ -38,7 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaproduct.errors import UsageError
 from deltaproduct.layers.deltaproduct import DeltaProductState
+from deltaproduct.layers.plain import first_unusual
 from deltaproduct.models import SequenceModel
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise
 from deltaproduct.ops.reference import householder_step
@@ -127,7 +129,14 @@ def certificates(model: SequenceModel, automaton: Automaton) -> list[Certificate
 
 @torch.no_grad()
 def certify(model: SequenceModel, automaton: Automaton, exploration: Exploration) -> Certificate:
-    """The certificate of a model in its own dtype, by the exploration of the same model in float32."""
+    """The certificate of a model in its own dtype, by the exploration of the same model in float32.
+
+    Raises:
+        UsageError: a module computes something else than its weights say (an adapter, a hook), and only weights can be
+            bounded.
+    """
+    if reason := first_unusual(model, owner=SequenceModel):
+        raise UsageError(f"A certificate bounds what weights do, and this model's say too little: {reason}.")
     evidence = _Evidence(model, automaton, exploration)
     for tries in batches(exploration):
         evidence.add(*tries)

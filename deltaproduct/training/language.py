@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import recover_folder, write_json
+from deltaproduct.layers.plain import runs_as_written
 from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
@@ -24,7 +25,7 @@ from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, new_model, new_optimizer, open_run
-from deltaproduct.training.loss import summed_cross_entropy
+from deltaproduct.training.loss import summed_cross_entropy, summed_cross_entropy_of
 from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
 
 MEMORY = 0.95  # of the running mean of the loss
@@ -32,7 +33,12 @@ VALIDATION_WINDOWS = 32
 
 
 class LanguageLoss(nn.Module):
-    """A model with its loss inside: FSDP has the head's weight whole only within the forward pass of what it wraps."""
+    """A model with its loss inside: FSDP has the head's weight whole only within the forward pass of what it wraps.
+
+    The head is not called where its weight says all that it computes, and its logits are then never there at once. An
+    adapter, a hook, a parametrization, a bias or another module in its place is called, and so is the model itself
+    where it has a hook or a forward of its own.
+    """
 
     def __init__(self, model: SequenceModel):
         super().__init__()
@@ -40,8 +46,15 @@ class LanguageLoss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The sum of the tokens' cross-entropies in nats; inputs and targets [b,T]."""
-        x, _ = self.model.hidden(inputs, cu_seqlens=cu_seqlens)
-        return summed_cross_entropy(x.flatten(0, 1), self.model.head.weight, targets.flatten())
+        model, targets = self.model, targets.flatten()
+        if not runs_as_written(model, owner=SequenceModel):
+            logits, _ = model(inputs, cu_seqlens=cu_seqlens)
+            return summed_cross_entropy_of(logits.flatten(0, 1), targets)
+        x, _ = model.hidden(inputs, cu_seqlens=cu_seqlens)
+        head = model.head
+        if isinstance(head, nn.Linear) and head.bias is None and runs_as_written(head):
+            return summed_cross_entropy(x.flatten(0, 1), head.weight, targets)
+        return summed_cross_entropy_of(head(x).flatten(0, 1), targets)
 
 
 def train_language(
@@ -258,8 +271,8 @@ class _Meter:
 
     def __init__(self, model: SequenceModel, settings: LanguageConfig, ranks: Ranks):
         self.parameters = model.num_parameters
-        tied = model.config.tie_word_embeddings
-        multiplied = self.parameters - (0 if tied else model.embedding.weight.numel())
+        table = sum(p.numel() for p in model.embedding.parameters())
+        multiplied = self.parameters - (0 if model.is_tied else table)
         peak = peak_flops(ranks.device)
         # 6 FLOP per token and weight in a product, forward and backward: the usual count, which leaves out the
         # recurrence (2N·HV·K·V·… of it, a few percent) and whatever is computed a second time.

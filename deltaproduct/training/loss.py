@@ -46,6 +46,17 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, block: in
         return _SummedCrossEntropy.apply(x, weight, labels, dtype, max(1, block // weight.shape[0]))
 
 
+def summed_cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ −log softmax(logits)[label] over all positions whose label is not `IGNORED`, for logits [M,V] that are there.
+
+    Returns:
+        The sum, float32 (float64 if the logits are).
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="sum")
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, rows: int) -> Tensor:

@@ -1,14 +1,17 @@
 """Folders that transformers and SequenceModel both load."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import updated_folder
+from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 
 REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
 SOURCE = Path(__file__).with_name("remote.py")
@@ -17,7 +20,8 @@ AUTO_MAP = {
     "AutoModel": f"{REMOTE}.DeltaProductModel",
     "AutoModelForCausalLM": f"{REMOTE}.DeltaProductForCausalLM",
 }
-VOCABULARY = {"embedding.weight", "head.weight"}
+HEAD = "head.weight"
+VOCABULARY = {"embedding.weight", HEAD}
 
 
 class CheckpointedModel(PreTrainedModel):
@@ -26,13 +30,41 @@ class CheckpointedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """transformers' files, a manifest of them, and the module that `trust_remote_code=True` runs.
 
-        Other files in the folder, such as a tokenizer's, stay.
+        Other files in the folder, such as a tokenizer's, stay. What is written is the model as it is: the configuration
+        says that head and embedding are tied if they share their weight now. An adapter that transformers has put into
+        the model is saved by itself, and a quantised model with its quantisation, as transformers does for every model.
 
         Raises:
-            UsageError: the folder cannot be written; what this method wrote there before is untouched.
+            UsageError: the folder cannot be written, or the model is no longer the one that its configuration describes
+                (a part was replaced, resized, wrapped or given other options); the message says where. What this method
+                wrote there before is untouched.
         """
         if kwargs.pop("push_to_hub", False):
             raise UsageError("save_pretrained only writes a folder; model.push_to_hub(...) uploads the model.")
+        tied, says = self._is_tied(), self.config.tie_word_embeddings
+        self.config.tie_word_embeddings = says if tied is None else tied
+        try:
+            if kwargs.get("state_dict") is None and not self._saved_by_transformers():
+                with torch.device("meta"):
+                    described = own_class(self)(copy.deepcopy(self.config))
+                tensors = self.state_dict()
+                check_is_its_configuration(self, described, tensors)
+                if shares_memory(tensors):  # which transformers knows of head and embedding alone
+                    kwargs["state_dict"] = without_sharing({n: x for n, x in tensors.items() if not tied or n != HEAD})
+            self._save(save_directory, is_main_process, **kwargs)
+        finally:
+            self.config.tie_word_embeddings = says
+
+    def _is_tied(self) -> bool | None:
+        """Whether head and embedding share their weight; None for a model without a head, or a head without one."""
+        weights = [getattr(getattr(self, name, None), "weight", None) for name in ("embedding", "head")]
+        return None if any(weight is None for weight in weights) else weights[0] is weights[1]
+
+    def _saved_by_transformers(self) -> bool:
+        """Whether it is not the model itself that is written: an adapter's weights, or quantised ones."""
+        return bool(getattr(self, "_hf_peft_config_loaded", False)) or getattr(self, "hf_quantizer", None) is not None
+
+    def _save(self, save_directory: str | Path, is_main_process: bool, **kwargs: Any) -> None:
         self.config.auto_map = dict(AUTO_MAP)
         if not is_main_process:  # it takes part in gathering the weights and writes nothing
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)

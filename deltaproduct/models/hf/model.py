@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
 from deltaproduct.models.hf.config import DeltaProductConfig
-from deltaproduct.models.sequence_model import SequenceModel, draw_with_deviation
+from deltaproduct.models.sequence_model import SequenceModel, check_layers, draw_with_deviation
 
 
 class DeltaProductPreTrainedModel(CheckpointedModel):
@@ -88,6 +88,7 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
             use_cache = cache is not None or (self.config.use_cache and not self.training)
 
         before = [None] * len(self.blocks) if cache is None or cache.state is None else cache.state
+        check_layers(before, len(self.blocks))
         after, between = [], []
         for block, state in zip(self.blocks, before, strict=True):
             if keep_all:
@@ -252,4 +253,6 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> T
             f"{[batch, tokens_seen + tokens]}, not {list(attention_mask.shape)}."
         )
     mask = attention_mask[:, -tokens:].bool()
+    if torch.compiler.is_compiling():  # a graph cannot depend on what the mask says
+        return mask
     return None if bool(mask.all()) else mask

@@ -1,0 +1,88 @@
+"""The tensors of a checkpoint's folder: in one file or in shards with an index, as safetensors or as pickles."""
+
+import pickle
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import read_json
+
+WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; `UsageError` if that fails, for instance on a full disk."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as e:
+        raise UsageError(f"{path} cannot be written: {e}.") from e
+
+
+def read_weights(folder: Path, files: Container[str] | None = None, *, pickles: bool = True) -> dict[str, Any]:
+    """All tensors of a checkpoint, from the first of the four ways of storing them that is there.
+
+    Args:
+        files: which of the folder's files may be read, those that were verified; None: all.
+        pickles: whether pickles are looked at too. What they contain is not run.
+
+    Raises:
+        UsageError: there are none, a shard is missing or does not hold what the index says, or a file is damaged.
+    """
+    for whole in (WEIGHTS, PICKLED_WEIGHTS)[: 1 + pickles]:
+        if _there(folder, whole, files):
+            return _read_file(folder / whole)
+        if _there(folder, f"{whole}.index.json", files):
+            return _read_shards(folder, f"{whole}.index.json", files)
+    if not pickles:
+        raise UsageError(f"The checkpoint {folder} has no {WEIGHTS}, whole or with an index of shards.")
+    raise UsageError(f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}, whole or with an index of shards.")
+
+
+def _there(folder: Path, name: str, files: Container[str] | None) -> bool:
+    return (folder / name).is_file() and (files is None or name in files)
+
+
+def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict[str, Any]:
+    values = read_json(folder / index)
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UsageError(f"{folder / index} has no weight_map from tensors to files.")
+    shards = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise UsageError(f"{folder / index} names the file {file!r}, which is not in its own folder.")
+        if not (folder / file).is_file():
+            raise UsageError(f"The checkpoint {folder} is incomplete: {file} is missing.")
+        if not _there(folder, file, files):
+            raise UsageError(f"The checkpoint {folder} has {file}, which its manifest does not list; it was not read.")
+        shards[file] = _read_file(folder / file)
+    for name, file in places.items():
+        if name not in shards[file]:
+            raise UsageError(f"The checkpoint {folder} is incomplete: {file} does not hold {name}.")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file or, going by its ending, of a pickle."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as e:
+            raise UsageError(f"{path} is not a safetensors file: {e}.") from e
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        # PyTorch's own message is a page of advice, some of it to run the pickle after all.
+        raise UsageError(
+            f"{path} is damaged, or holds more than tensors and was not read. If you trust it, load it "
+            "with the library that wrote it and save it there as safetensors (save_pretrained does that)."
+        ) from e
+    if not isinstance(tensors, dict):
+        raise UsageError(f"{path} holds a {type(tensors).__name__}, not tensors by name.")
+    return tensors
