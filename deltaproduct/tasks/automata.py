@@ -177,7 +177,8 @@ class Automaton:
 
         Whatever is the number of a state may be its name. Transitions may be {state: {symbol: state}} or a list of
         [state, symbol, state], which also say what states and symbols there are; those that are missing there lead to
-        one more state, "sink", which nothing leaves. Numbers serve as names of symbols, and 0, 1, … of states. automata-lib's names of the fields are known.
+        one more state, "sink", which nothing leaves. Numbers serve as names of symbols, and 0, 1, … of states.
+        automata-lib's names of the fields are known.
 
         Raises UsageError, in one line with an example, for anything else.
         """
