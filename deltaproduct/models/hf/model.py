@@ -135,6 +135,8 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             raise UsageError("Give either input_ids or inputs_embeds.")
         cache = None if past_key_values is None else require_cache(past_key_values)
         seen = 0 if cache is None else cache.tokens_seen
+        if kwargs.get("output_attentions") is None:
+            kwargs["output_attentions"] = self.config.output_attentions
         check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, _names(type(self)), seen)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         packing = {
@@ -277,6 +279,25 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=done.past_key_values, hidden_states=done.hidden_states
         )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`.
+
+        Raises:
+            UsageError: past_key_values has read the whole prompt, or more, so that nothing is left to go on from.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, DeltaProductCache) and cache.tokens_seen:
+            prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+            length = next((x.shape[1] for x in prompts if x is not None), 1)  # 1: BOS alone
+            # A mask that is longer is of the whole text, and the prompt of its new tokens.
+            if cache.tokens_seen >= length and (mask is None or mask.shape[1] <= length):
+                raise UsageError(
+                    f"past_key_values has already read {cache.tokens_seen} tokens, and the prompt has {length}: give "
+                    "the whole text, with at least one token that has not been read, or an attention_mask of the whole "
+                    "text beside the new tokens."
+                )
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
