@@ -239,7 +239,8 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of that many last positions, 0 for all, or of these positions (a 1-D
                 tensor of ints).
             num_logits_to_keep: the older name of logits_to_keep.
-            kwargs: `num_items_in_batch`, by which the Trainer divides the loss; `ignore_index` in place of -100;
+            kwargs: `num_items_in_batch`, the labels of a whole step, by which the Trainer has the loss divided (less the
+                share of them that begin packed sequences); `ignore_index` in place of -100;
                 `shift_labels`, labels [B,T] that have been shifted already; the rest as there.
 
         Returns:
@@ -259,10 +260,15 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
             "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
         }  # fmt: skip
+        count = kwargs.get("num_items_in_batch")
         if labels is not None:
+            ignored, given = loss_options.get("ignore_index", -100), labels
             cache = None if past_key_values is None else require_cache(past_key_values)
-            layout = read_layout(labels, attention_mask, cache, packing)
-            labels = layout.without_borders(labels, loss_options.get("ignore_index", -100))
+            labels = read_layout(labels, attention_mask, cache, packing).without_borders(labels, ignored)
+            if count is not None and labels is not given:
+                # The count is of all calls of a step. The other calls are taken to have as many such borders.
+                before, now = ((x[:, 1:] != ignored).sum() for x in (given, labels))
+                count = count * torch.where(now > 0, now / before.clamp(min=1), 1)
         done = self.model(
             input_ids, attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
             use_cache=use_cache, output_hidden_states=output_hidden_states, token_type_ids=token_type_ids,
@@ -274,7 +280,7 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
         if wanted:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"), **loss_options,
+                num_items_in_batch=count, **loss_options,
             )  # fmt: skip
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=done.past_key_values, hidden_states=done.hidden_states

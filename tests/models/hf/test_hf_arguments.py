@@ -103,8 +103,13 @@ def test_no_loss_asks_how_the_next_sample_begins():
     want = loss_alone(model)
     for packing in ({"position_ids": positions()}, {"seq_idx": numbers()}, {"cu_seqlens": torch.tensor([0, 5, 6, 9, 13])}):
         assert torch.isclose(model(given, labels=given, **packing).loss, want, rtol=1e-5)
-        counted = model(given, labels=given, num_items_in_batch=torch.tensor(18), **packing).loss
-        assert torch.isclose(2 * counted, want, rtol=1e-5)  # 9 of 18
+        # As the Trainer counts: 12 labels of this call have a token before them, 9 in their own sample.
+        for count in (torch.tensor(12), 12):
+            assert torch.isclose(model(given, labels=given, num_items_in_batch=count, **packing).loss, want, rtol=1e-5)
+        ones = model(given, labels=given, num_items_in_batch=3, seq_idx=torch.arange(13)[None]).loss
+        assert ones == 0  # samples of one token each
+        half = model(given, labels=given, num_items_in_batch=torch.tensor(24), **packing).loss
+        assert torch.isclose(2 * half, want, rtol=1e-5)
     ignored = given.clone()
     ignored[0, :5] = 3
     renamed = model(given, labels=ignored, ignore_index=3, position_ids=positions()).loss
