@@ -224,7 +224,7 @@ def _ends(packing: Mapping[str, Any], x: Tensor) -> Tensor | None:
 
 
 def _begins(name: str, value: Tensor, row: Tensor, column: Tensor, first: Tensor) -> Tensor:
-    """Where position_ids or seq_idx [N] of the tokens at (row, column) begin a sequence, beside the `first` of a row."""
+    """Where position_ids or seq_idx [N] of the tokens at (row, column) begin a sequence, `first` of a row or not."""
     step, begins = value.diff(), first.clone()
     if name == "seq_idx":
         begins[1:] |= step != 0
@@ -255,7 +255,7 @@ def _check_goes_on(positions: Tensor, mask: Tensor | None, attention_mask: Tenso
     if mask is not None:
         begins = begins & mask.any(1)
     if attention_mask is not None and attention_mask.shape[1] > positions.shape[1]:
-        begins = begins & attention_mask[:, :-positions.shape[1]].any(1)
+        begins = begins & attention_mask[:, : -positions.shape[1]].any(1)
     if bool(begins.any()):
         raise UsageError(
             f"position_ids begin at 0, but past_key_values has already read {seen} tokens of the same sequence: leave "

@@ -51,8 +51,8 @@ class DeltaProductCache(DynamicCache):
             )
         if self.batch_size not in (-1, sequences):
             raise UsageError(
-                f"past_key_values hold {self.batch_size} sequences, and the tokens are of {sequences}: repeat or choose "
-                "rows with their batch_repeat_interleave and batch_select_indices."
+                f"past_key_values hold {self.batch_size} sequences, and the tokens are of {sequences}: repeat or "
+                "choose rows with their batch_repeat_interleave and batch_select_indices."
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -33,7 +33,7 @@ THEIRS = {
     "use_bfloat16",
 }
 # Of `from_pretrained`, for the hub, which it does not take out by itself.
-HUB = {"adapter_kwargs", "code_revision", "gguf_file", "revision", "trust_remote_code", "use_auth_token", "weights_only"}
+HUB = {"adapter_kwargs", "code_revision", "gguf_file", "revision", "trust_remote_code", "weights_only"}
 
 
 class DeltaProductConfig(PreTrainedConfig):
@@ -66,7 +66,8 @@ class DeltaProductConfig(PreTrainedConfig):
     ):
         for theirs, ours in self.attribute_map.items():
             if theirs in kwargs and kwargs.setdefault(ours, kwargs[theirs]) != kwargs[theirs]:
-                raise UsageError(f"{theirs} and {ours} are one field; they were set to {kwargs[theirs]} and {kwargs[ours]}.")
+                values = f"{kwargs[theirs]} and {kwargs[ours]}"
+                raise UsageError(f"{theirs} and {ours} are one field, and they are set to {values}.")
             kwargs.pop(theirs, None)
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         _check_known(kwargs)

@@ -137,7 +137,7 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
         seen = 0 if cache is None else cache.tokens_seen
         if kwargs.get("output_attentions") is None:
             kwargs["output_attentions"] = self.config.output_attentions
-        check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, _names(type(self)), seen)
+        check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, _names(), seen)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         packing = {
             "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
@@ -239,9 +239,9 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of that many last positions, 0 for all, or of these positions (a 1-D
                 tensor of ints).
             num_logits_to_keep: the older name of logits_to_keep.
-            kwargs: `num_items_in_batch`, the labels of a whole step, by which the Trainer has the loss divided (less the
-                share of them that begin packed sequences); `ignore_index` in place of -100;
-                `shift_labels`, labels [B,T] that have been shifted already; the rest as there.
+            kwargs: `num_items_in_batch`, the labels of a whole step, by which the Trainer has the loss divided (less
+                the share of them that begin packed sequences); `ignore_index` in place of -100; `shift_labels`, labels
+                [B,T] that have been shifted already; the rest as there.
 
         Returns:
             loss, the mean cross-entropy in nats, if there are labels; logits; past_key_values; hidden_states.
@@ -340,6 +340,6 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
 
 
 @functools.cache
-def _names(model: type[nn.Module]) -> tuple[str, ...]:
-    """The arguments of its forward."""
-    return tuple(inspect.signature(model.forward).parameters)
+def _names() -> tuple[str, ...]:
+    """The arguments of forward, of which a misspelt one may have been meant."""
+    return tuple(inspect.signature(DeltaProductForCausalLM.forward).parameters)

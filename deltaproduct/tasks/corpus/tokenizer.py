@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, a BPE of one's own, a tokenizer.json, or one of transformers'.
 
 A tokenizer's folder holds what its library reads and `META`, which says which library that is, how many tokens there
-are, and which of them starts a document. `AutoTokenizer.from_pretrained` of transformers reads every such folder too, and
+are, and which of them starts a document. transformers' `AutoTokenizer.from_pretrained` reads every such folder too, and
 gives the same ids.
 """
 
@@ -80,7 +80,7 @@ class ByteTokenizer(Tokenizer):
         special = {"id": BYTES, "content": DOCUMENT, "single_word": False, "lstrip": False, "rstrip": False,
                    "normalized": False, "special": True}  # fmt: skip
         vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())} | {DOCUMENT: BYTES}
-        values = {
+        values: dict[str, Any] = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
             "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
             "model": {

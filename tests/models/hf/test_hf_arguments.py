@@ -1,5 +1,7 @@
 """models.hf: what a call is given beside its tokens decides the answer, or is refused."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -99,9 +101,10 @@ def test_samples_of_the_flattening_collator_stay_apart(changed, way):
 @torch.no_grad()
 def test_no_loss_asks_how_the_next_sample_begins():
     """Labels without the collator's -100, which count the first tokens of samples."""
-    model, given = build(), ids(*sum(SAMPLES, []))
+    model, given = build(), ids(*chain(*SAMPLES))
     want = loss_alone(model)
-    for packing in ({"position_ids": positions()}, {"seq_idx": numbers()}, {"cu_seqlens": torch.tensor([0, 5, 6, 9, 13])}):
+    ends = torch.tensor([0, 5, 6, 9, 13])
+    for packing in ({"position_ids": positions()}, {"seq_idx": numbers()}, {"cu_seqlens": ends}):
         assert torch.isclose(model(given, labels=given, **packing).loss, want, rtol=1e-5)
         # As the Trainer counts: 12 labels of this call have a token before them, 9 in their own sample.
         for count in (torch.tensor(12), 12):
@@ -154,7 +157,7 @@ def test_packed_samples_have_the_gradients_of_separate_ones():
     gradients = []
     for packed in (False, True):
         model = build().train()
-        given = ids(*sum(SAMPLES, []))
+        given = ids(*chain(*SAMPLES))
         if packed:
             model(given, labels=given, position_ids=positions()).loss.backward()
         else:
@@ -186,7 +189,7 @@ def test_positions_that_only_count_change_nothing():
 
 
 def test_what_contradicts_itself_is_refused():
-    model, given = build(), ids(*sum(SAMPLES, []))
+    model, given = build(), ids(*chain(*SAMPLES))
     ends = torch.tensor([0, 5, 6, 9, 13])
     other = torch.tensor([0, 4, 6, 9, 13])
     refusal("cu_seqlens and cu_seq_lens_k differ", model, given, cu_seqlens=ends, cu_seq_lens_k=other)
