@@ -1,8 +1,8 @@
 """Text to token ids and back: bytes, a BPE of one's own, a tokenizer.json, or one of transformers'.
 
 A tokenizer's folder holds what its library reads and `META`, which says which library that is, how many tokens there
-are, and which of them starts a document. transformers' `AutoTokenizer.from_pretrained` reads every such folder too, and
-gives the same ids.
+are, and which of them starts a document. transformers' `AutoTokenizer.from_pretrained` reads every such folder too. It
+gives the same ids for every text, except where a file or a tokenizer of the hub adds special tokens of its own there.
 """
 
 import re
