@@ -49,10 +49,17 @@ def plain_modeling(name: str) -> ModuleType:
     import transformers.utils
 
     module = f"transformers.models.{name}.modeling_{name}"
-    hidden = dict.fromkeys([*KERNELS, *(m for m in sys.modules if m.partition(".")[0] in KERNELS)])
-    with mock.patch.dict(sys.modules, hidden), mock.patch.object(transformers.utils, "is_xlstm_available", bool):
-        sys.modules.pop(module, None)
-        return importlib.import_module(module)
+    hidden = {*KERNELS, *(m for m in sys.modules if m.partition(".")[0] in KERNELS)}
+    # (mock.patch.dict would also take back what else is imported meanwhile, and parts of PyTorch load only once.)
+    before = {m: sys.modules.pop(m) for m in (module, *hidden) if m in sys.modules}
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        with mock.patch.object(transformers.utils, "is_xlstm_available", bool):
+            return importlib.import_module(module)
+    finally:
+        for m in (module, *hidden):
+            sys.modules.pop(m, None)
+        sys.modules.update(before)
 
 
 @functools.cache
