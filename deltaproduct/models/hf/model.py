@@ -5,7 +5,7 @@ B batch · T tokens · D hidden size · L layers · S packed sequences.
 
 import functools
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,9 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
         if kwargs.get("output_attentions") is None:
             kwargs["output_attentions"] = self.config.output_attentions
         check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, _names(), seen)
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
+            raise UsageError(f"inputs_embeds must be [B,T,{self.config.hidden_size}], not {list(x.shape)}.")
         packing = {
             "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
             "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
@@ -169,6 +171,11 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=(*between, y) if keep_all else None,
         )
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2:
+            raise UsageError(f"input_ids must be [B,T], not {list(input_ids.shape)}.")
+        return self.embedding(input_ids)
 
 
 class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
@@ -260,7 +267,10 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
             "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
         }  # fmt: skip
-        count = kwargs.get("num_items_in_batch")
+        count, tokens = kwargs.get("num_items_in_batch"), input_ids if inputs_embeds is None else inputs_embeds
+        for name, value in (("labels", labels), ("shift_labels", loss_options.get("shift_labels"))):
+            if value is not None and tokens is not None and value.shape != tokens.shape[:2]:
+                raise UsageError(f"{name} must be [B,T] = {list(tokens.shape[:2])}, not {list(value.shape)}.")
         if labels is not None:
             ignored, given = loss_options.get("ignore_index", -100), labels
             cache = None if past_key_values is None else require_cache(past_key_values)
@@ -290,7 +300,8 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
         """transformers' `generate`.
 
         Raises:
-            UsageError: past_key_values has read the whole prompt, or more, so that nothing is left to go on from.
+            UsageError: past_key_values has read the whole prompt, or more, so that nothing is left to go on from; or
+                the cache is asked for in pages.
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(cache, DeltaProductCache) and cache.tokens_seen:
@@ -303,7 +314,18 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
                     "the whole text, with at least one token that has not been read, or an attention_mask of the whole "
                     "text beside the new tokens."
                 )
+        if kwargs.get("cache_implementation") == "paged":
+            self.init_continuous_batching()
         return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused with a `UsageError`, for `generate_batch` and the server too: it keeps keys and values by pages."""
+        raise UsageError(
+            "Continuous batching keeps pages of keys and values, and this model carries states; call generate with a "
+            "batch of prompts that are padded on the left."
+        )
+
+    generate_batch = init_continuous_batching
 
     def prepare_inputs_for_generation(
         self,

@@ -268,3 +268,12 @@ def test_arguments_that_would_change_the_answer_are_refused():
     refusal("no argument 'labels'", model.model, given, labels=given)
     model.config.output_attentions = True
     refusal("no attention weights", model, given)
+
+
+def test_shapes_are_checked():
+    model, given = build(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    refusal(r"input_ids must be \[B,T\], not \[3\]", model, given[0])
+    refusal(r"inputs_embeds must be \[B,T,16\], not \[2, 3, 5\]", model, inputs_embeds=torch.zeros(2, 3, 5))
+    for labels in (given[:1], given[:, :2], given[None]):
+        refusal(r"labels must be \[B,T\] = \[2, 3\]", model, given, labels=labels)
+        refusal(r"shift_labels must be \[B,T\] = \[2, 3\]", model, given, shift_labels=labels)

@@ -107,3 +107,16 @@ def test_generating_with_positions_and_kinds_of_tokens():
         model.generate(given, token_type_ids=torch.ones_like(given), **GREEDY)
     with pytest.raises(UsageError, match="no attention weights"):
         model.generate(given, output_attentions=True, return_dict_in_generate=True, **GREEDY)
+
+
+def test_pages_of_keys_are_refused():
+    """transformers catches what its loop over pages raises, and gives the prompts back as if they were answers."""
+    model, (given, _) = build(), prompts()
+    for call in (
+        lambda: model.generate(given, cache_implementation="paged", max_new_tokens=3),
+        lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=3),
+        lambda: model.init_continuous_batching(),
+    ):
+        with pytest.raises(UsageError, match="carries states") as error:
+            call()
+        assert "\n" not in str(error.value)
