@@ -5,6 +5,7 @@ are, and which of them starts a document. transformers' `AutoTokenizer.from_pret
 gives the same ids for every text, except where a file or a tokenizer of the hub adds special tokens of its own there.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json, write_text
 
 META = "corpus_tokenizer.json"
 LIBRARY_FILE = "tokenizer.json"  # the name that both libraries use
@@ -89,7 +90,7 @@ class ByteTokenizer(Tokenizer):
                 "vocab": vocabulary, "merges": [],
             },
         }  # fmt: skip
-        write_json(folder / LIBRARY_FILE, values)
+        write_text(folder / LIBRARY_FILE, json.dumps(values, ensure_ascii=False, separators=(",", ":")))
         _write_library_config(folder, DOCUMENT)
 
 
