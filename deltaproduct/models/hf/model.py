@@ -39,9 +39,10 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     parts: ClassVar[tuple[str, ...]] = ("embedding", "blocks", "norm")  # of SequenceModel
+    with_head: nn.Module | None = None  # the model whose parts these are
 
-    def __init__(self, config: DeltaProductConfig, modules: nn.Module | None = None, **unknown: Any):
-        """modules: who has the parts, if they are there already; `UsageError` if anything else is given."""
+    def __init__(self, config: DeltaProductConfig, with_head: nn.Module | None = None, **unknown: Any):
+        """with_head: a model that has the parts already; `UsageError` if anything else is given."""
         if unknown:
             name = min(unknown)
             raise UsageError(
@@ -49,12 +50,12 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
                 "configuration are given to DeltaProductConfig."
             )
         super().__init__(config)
-        if modules is None:
-            modules = SequenceModel(config.model_config())
-            for block in modules.blocks:
-                block.__class__ = Block
+        self.__dict__["with_head"] = with_head  # which is no module of this one
+        whole = SequenceModel(config.model_config()) if with_head is None else with_head
+        for block in whole.blocks if with_head is None else ():
+            block.__class__ = Block
         for name in self.parts:
-            self.add_module(name, getattr(modules, name))
+            self.add_module(name, getattr(whole, name))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -76,9 +77,13 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        head = self.__dict__.get("with_head")
-        if head is not None and name in self.parts:
-            setattr(head, name, value)
+        if name in self.parts and self.with_head is not None:
+            setattr(self.with_head, name, value)
+
+    def init_weights(self) -> None:
+        """Draw the weights, unless they are another model's, which draws them itself."""
+        if self.with_head is None:
+            super().init_weights()
 
     @can_return_tuple
     def forward(
@@ -194,7 +199,6 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
         base = self.__dict__.get("_without_head")
         if base is None or base.with_head is not self:  # a replica or a shallow copy has the other's
             base = DeltaProductModel(self.config, self)
-            base.__dict__["with_head"] = self
             self.__dict__["_without_head"] = base
         for name in DeltaProductModel.parts:
             if base._modules[name] is not self._modules[name]:
