@@ -45,7 +45,7 @@ def plain_modeling(name: str) -> ModuleType:
     transformers chooses while that module is imported. So it is imported anew here, as if no kernels were installed,
     and nobody else finds this copy of it.
     """
-    pytest.importorskip(f"transformers.models.{name}")
+    package = pytest.importorskip(f"transformers.models.{name}")
     import transformers.utils
 
     module = f"transformers.models.{name}.modeling_{name}"
@@ -53,6 +53,7 @@ def plain_modeling(name: str) -> ModuleType:
     # (mock.patch.dict would also take back what else is imported meanwhile, and parts of PyTorch load only once.)
     before = {m: sys.modules.pop(m) for m in (module, *hidden) if m in sys.modules}
     sys.modules.update(dict.fromkeys(hidden))
+    attribute = vars(package).get(f"modeling_{name}")
     try:
         with mock.patch.object(transformers.utils, "is_xlstm_available", bool):
             return importlib.import_module(module)
@@ -60,6 +61,9 @@ def plain_modeling(name: str) -> ModuleType:
         for m in (module, *hidden):
             sys.modules.pop(m, None)
         sys.modules.update(before)
+        vars(package).pop(f"modeling_{name}", None)
+        if attribute is not None:
+            setattr(package, f"modeling_{name}", attribute)
 
 
 @functools.cache

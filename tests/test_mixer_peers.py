@@ -4,7 +4,9 @@ Peers compute in float32 and in another order: 1e-4 of the largest output, a few
 norm. Loops are float64 like the mixers: 1e-11, as in test_mixers.py.
 """
 
-from types import SimpleNamespace
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +173,29 @@ def test_gated_deltanet_is_that_of_transformers(name, settings):
     assert close(*(torch.autograd.grad(y, x, weights)[0] for y in (got, want)), PEER)
     with torch.no_grad():
         assert close(in_pieces(mixer, x)[0], want, PEER)
+
+
+def test_the_peers_are_plain_pytorch(monkeypatch):
+    """With a kernel installed that cannot run here, as flash-linear-attention's where there is no GPU."""
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, **options):
+        raise AssertionError("a kernel")
+
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
+    plain = plain_modeling.__wrapped__("qwen3_next")
+    package, name = sys.modules["transformers.models.qwen3_next"], "modeling_qwen3_next"
+    assert vars(package).get(name) is not plain and sys.modules.get(plain.__name__) is not plain
+    monkeypatch.setitem(vars(package), name, None)
+    monkeypatch.setitem(sys.modules, plain.__name__, None)
+    del sys.modules[plain.__name__]
+    theirs = importlib.import_module(plain.__name__)
+    x = torch.ones(1, 3, 2, 8)
+    inputs = (x, x, x, -torch.ones(1, 3, 2), torch.ones(1, 3, 2))
+    assert plain.torch_chunk_gated_delta_rule(*inputs)[0].isfinite().all()
+    with pytest.raises(AssertionError, match="a kernel"):  # else the peers would not have to be plain
+        theirs.torch_chunk_gated_delta_rule(*inputs)
 
 
 def ifzo(ours: Tensor, dim: int) -> Tensor:
