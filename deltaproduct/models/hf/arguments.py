@@ -137,6 +137,8 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> T
         )
     recent = attention_mask[:, -tokens:] if tokens else attention_mask[:, :0]
     mask = recent == 1
+    if torch.compiler.is_compiling():  # a graph cannot depend on what the mask says
+        return mask
     if bool(mask.all()):
         return None
     others = recent[~mask & (recent != 0)]
