@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · S packed sequences · N real tokens of all rows.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +151,8 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> T
     return mask
 
 
-def check_other_arguments(given: Mapping[str, Any], known: tuple[str, ...], tokens_seen: int) -> None:
-    """Whether what forward was given beside its own arguments, `known`, can be left aside.
+def check_other_arguments(given: Mapping[str, Any], forward: Callable[..., Any], tokens_seen: int) -> None:
+    """Whether what `forward` was given beside its own arguments can be left aside.
 
     transformers gives every model some arguments that mean nothing to this one. An argument that would change the
     answer of a model which understood it is refused, and so is one that nobody knows.
@@ -174,9 +175,8 @@ def check_other_arguments(given: Mapping[str, Any], known: tuple[str, ...], toke
                     "cache_position out, since this model's cache counts by itself."
                 )
         elif name not in _HARMLESS:
-            raise UsageError(
-                f"This model's forward has no argument {name!r}{did_you_mean(name, (*known, *_REFUSED))}; leave it out."
-            )
+            known = (*inspect.signature(forward).parameters, *_REFUSED)
+            raise UsageError(f"This model's forward has no argument {name!r}{did_you_mean(name, known)}; leave it out.")
 
 
 # Counted for a loss, whether or not there are labels in the call.

@@ -44,7 +44,12 @@ class DeltaProductCache(DynamicCache):
         """`UsageError` unless the state is of so many sequences and of a model with such layers."""
         if self.state is None:
             return
-        if len(self.state) != len(layers_of) or self.layers_of not in (None, layers_of):
+        if len(self.state) != len(layers_of):
+            raise UsageError(
+                f"past_key_values are of {len(self.state)} layers and this model has {len(layers_of)}; leave them out, "
+                "and read the tokens before with this model."
+            )
+        if self.layers_of not in (None, layers_of):
             raise UsageError(
                 "past_key_values are of a model with other layers than this one; leave them out, and read the tokens "
                 "before with this model."

@@ -3,8 +3,6 @@
 B batch · T tokens · D hidden size · L layers · S packed sequences.
 """
 
-import functools
-import inspect
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -29,6 +27,14 @@ class Block(GradientCheckpointingLayer, sequence_model.Block):
     each by itself where a model is sharded."""
 
 
+def _drawn(config: DeltaProductConfig) -> SequenceModel:
+    """The modules with fresh weights."""
+    whole = SequenceModel(config.model_config())
+    for block in whole.blocks:
+        block.__class__ = Block
+    return whole
+
+
 class DeltaProductPreTrainedModel(CheckpointedModel):
     """What the model with and without a head have in common."""
 
@@ -51,9 +57,7 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
             )
         super().__init__(config)
         self.__dict__["with_head"] = with_head  # which is no module of this one
-        whole = SequenceModel(config.model_config()) if with_head is None else with_head
-        for block in whole.blocks if with_head is None else ():
-            block.__class__ = Block
+        whole = _drawn(config) if with_head is None else with_head
         for name in self.parts:
             self.add_module(name, getattr(whole, name))
         self.gradient_checkpointing = False
@@ -136,16 +140,13 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             UsageError: arguments contradict each other, or a mask or a cache is of another kind, or an argument is one
                 that this model does not know or cannot follow.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("Give either input_ids or inputs_embeds.")
+        x = self._embedded(input_ids, inputs_embeds)
         cache = None if past_key_values is None else require_cache(past_key_values)
         seen = 0 if cache is None else cache.tokens_seen
         if kwargs.get("output_attentions") is None:
             kwargs["output_attentions"] = self.config.output_attentions
-        check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, _names(), seen)
-        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
-            raise UsageError(f"inputs_embeds must be [B,T,{self.config.hidden_size}], not {list(x.shape)}.")
+        called = self if self.with_head is None else self.with_head
+        check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, called.forward, seen)
         packing = {
             "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
             "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
@@ -177,7 +178,15 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             hidden_states=(*between, y) if keep_all else None,
         )
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B,T,D], of either."""
+        width = self.config.hidden_size
+        if input_ids is None and inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+                raise UsageError(f"inputs_embeds must be [B,T,{width}], not {list(inputs_embeds.shape)}.")
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
+            raise UsageError("Give either input_ids or inputs_embeds.")
         if input_ids.dim() != 2:
             raise UsageError(f"input_ids must be [B,T], not {list(input_ids.shape)}.")
         return self.embedding(input_ids)
@@ -363,9 +372,3 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes the cache: a plain DynamicCache could not count this model's tokens
-
-
-@functools.cache
-def _names() -> tuple[str, ...]:
-    """The arguments of forward, of which a misspelt one may have been meant."""
-    return tuple(inspect.signature(DeltaProductForCausalLM.forward).parameters)

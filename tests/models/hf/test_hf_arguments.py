@@ -229,7 +229,12 @@ def test_a_cache_of_other_sequences_or_another_model_is_refused():
     refusal("hold 2 sequences, and the tokens are of 6", model, torch.zeros(6, 1).long(), past_key_values=cache)
     refusal("hold 2 sequences", model.generate, ids(1, 2, 3), past_key_values=cache, max_new_tokens=2)
     for changed in (MIXERS["lstm"], {"num_hidden_layers": 1}, {"head_dim": 4}):
-        refusal("model with other layers", build(changed), torch.tensor([[1], [2]]), past_key_values=cache)
+        refusal(
+            "model with other layers|of 2 layers and this model has 1",
+            build(changed),
+            torch.tensor([[1], [2]]),
+            past_key_values=cache,
+        )
     assert cache.tokens_seen == 2
     cache.batch_repeat_interleave(3)
     assert model(torch.zeros(6, 1).long(), past_key_values=cache).logits.shape == (6, 1, VOCAB)
@@ -262,10 +267,12 @@ def test_arguments_that_would_change_the_answer_are_refused():
         ("encoder_hidden_states", torch.ones(1, 2, 16), "no argument 'encoder_hidden_states'"),
         ("atention_mask", torch.ones_like(given), "did you mean 'attention_mask'"),
         ("position_id", torch.ones_like(given), "did you mean 'position_ids'"),
+        ("is_casual", False, "did you mean 'is_causal'"),
     ):
         refusal(match, model, given, **{name: value})
         refusal(match, model.model, given, **{name: value})
-    refusal("no argument 'labels'", model.model, given, labels=given)
+    refusal("no argument 'labels'", type(model.model)(model.config), given, labels=given)
+    refusal("no argument 'lables' .did you mean 'labels'", model, given, lables=given)
     model.config.output_attentions = True
     refusal("no attention weights", model, given)
 
