@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ from deltaproduct.tasks.corpus.writer import prepare
 
 TEXTS = [f"Text {i}: " + "the cat, the hat \u00e9\u4e16\U0001f600\n" * (i % 7 + 1) for i in range(40)]
 TRICKY = f"a{DOCUMENT}b <s> \x00\r\n \u00a0\u200d\ufffd\U0001f9d1\u200d\U0001f680 e\u0301"
+
+with_library = pytest.mark.skipif(find_spec("tokenizers") is None, reason="the tokenizers library is not installed")
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def bpe():
+    pytest.importorskip("tokenizers")
     return train_bpe(400, TEXTS)
 
 
@@ -148,7 +152,7 @@ def test_what_is_no_tokenizer(spec, files, tmp_path):
 # -------------------------------------------------------------------------------------------------- what is in a corpus
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:400"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("bpe:400", marks=with_library)])
 def test_every_document_is_in_one_split_as_it_was(files, tmp_path, small_batches, tokenizer):
     corpus = make(files, tmp_path / "out", tokenizer=tokenizer, shard_tokens=333)
     found = {}
@@ -175,6 +179,7 @@ def test_tokens_across_shards(files, tmp_path):
         split.tokens(0, split.num_tokens + 1)
 
 
+@with_library
 def test_ids_beyond_16_bits(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -197,6 +202,7 @@ def test_sources_follow_each_other_and_blank_documents_are_left_out(files, tmp_p
     assert corpus.split("validation").num_documents == corpus.split("validation").num_tokens == 0
 
 
+@with_library
 def test_the_fingerprint_is_of_all_that_is_in_it(files, tmp_path):
     one, same = make(files, tmp_path / "a"), make(files, tmp_path / "b")
     assert one.fingerprint == same.fingerprint == hashlib.sha256((tmp_path / "a" / SIDECAR).read_bytes()).hexdigest()
@@ -338,6 +344,7 @@ def test_json_lines_that_are_none(line, tmp_path):
 # ------------------------------------------------------------------------------------------ workers, kills and resuming
 
 
+@with_library
 def test_the_number_of_workers_changes_nothing(files, tmp_path, small_batches):
     for workers in (1, 2):
         make(files, tmp_path / str(workers), workers=workers, tokenizer="bpe:300")
@@ -359,7 +366,7 @@ def killed_after(count: int):
     return progress
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("bpe:300", marks=with_library)])
 def test_resuming_after_a_kill_at_any_moment_gives_the_same_bytes(files, tmp_path, small_batches, tokenizer):
     moments = []
     make(files, tmp_path / "whole", tokenizer=tokenizer, progress=moments.append)
@@ -489,7 +496,9 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=with_library if name == "another tokenizer" else ()) for name in DAMAGE]
+)
 def test_damage_is_one_clear_line(name, files, tmp_path):
     damage, why = DAMAGE[name]
     make(files, tmp_path / "out")

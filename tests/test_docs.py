@@ -27,6 +27,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         exec(decoding, names)
         assert names["logits"].shape == (2, 6)
     exec(exact, {})
+    pytest.importorskip("transformers")
     SequenceModel(ModelConfig(257, 257, hidden_size=8)).save_pretrained(tmp_path / "runs/lm/checkpoint")
     monkeypatch.chdir(tmp_path)
     exec(transformers, names)
@@ -57,6 +58,8 @@ PAGES = sorted((ROOT / "docs" / "theory").glob("*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_pages_python_runs(page):
     """Every formula of a page is followed by a block that asserts it; a page's blocks are one program."""
+    if page.stem == "extraction":
+        pytest.importorskip("aalpy")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
@@ -109,6 +112,7 @@ def test_table_shows_median_and_range_and_rounds_nothing_up_to_one():
 
 @pytest.mark.parametrize("runs", [RUNS, RUNS[:1]])
 def test_figure_is_written_whole(tmp_path, runs):
+    pytest.importorskip("matplotlib")
     accuracy_by_length(runs, tmp_path / "a.png", title="t")
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG") and b"IEND" in data[-12:]

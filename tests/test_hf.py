@@ -313,7 +313,8 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(reentr
     tolerance = 1e-5 if reentrant else 0
     model, (given, mask) = build(HYBRID), padded((4, 9), 9)
     gradients, runs = [], []
-    model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    # A hook of the block's own may stand outside of what is recomputed: so it does in transformers 5.23.
+    model.blocks[0].mixer.register_forward_pre_hook(lambda *_: runs.append(1))
     for checkpointed in (False, True):
         if checkpointed:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -4,10 +4,13 @@ Peers compute in float32 and in another order: 1e-4 of the largest output, a few
 norm. Loops are float64 like the mixers: 1e-11, as in test_mixers.py.
 """
 
-from types import SimpleNamespace
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from peers import plain_modeling
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -65,15 +68,13 @@ def mamba_weights(mixer) -> dict[str, Tensor]:
     "sizes", [{}, {"ssm_state_size": 5, "expand": 3, "conv_size": 3, "time_step_rank": 7}], ids=str
 )
 def test_mamba_is_that_of_transformers(sizes):
-    pytest.importorskip("transformers")
-    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
-
+    modeling = plain_modeling("mamba")
     mixer = build("mamba", **sizes)
-    config = MambaConfig(
+    config = modeling.MambaConfig(
         hidden_size=D, state_size=sizes.get("ssm_state_size", 16), expand=sizes.get("expand", 2), num_hidden_layers=1,
         conv_kernel=sizes.get("conv_size", 4), time_step_rank=sizes.get("time_step_rank", 2),
     )  # fmt: skip
-    peer = MambaMixer(config, 0).eval()
+    peer = modeling.MambaMixer(config, 0).eval()
     copy_weights(peer, mamba_weights(mixer))
     x = some_input()
     with torch.no_grad():
@@ -82,16 +83,14 @@ def test_mamba_is_that_of_transformers(sizes):
 
 @pytest.mark.parametrize("sizes", [{}, {"ssm_state_size": 5, "expand": 3, "conv_size": 3, "head_dim": 16}], ids=str)
 def test_mamba2_is_that_of_transformers(sizes):
-    pytest.importorskip("transformers")
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
-
+    modeling = plain_modeling("mamba2")
     mixer = build("mamba2", **sizes)
-    config = Mamba2Config(
+    config = modeling.Mamba2Config(
         hidden_size=D, state_size=sizes.get("ssm_state_size", 16), expand=sizes.get("expand", 2), n_groups=1,
         conv_kernel=sizes.get("conv_size", 4), head_dim=mixer.head_dim, num_heads=mixer.num_heads, chunk_size=16,
         layer_norm_epsilon=1e-5, num_hidden_layers=1,
     )  # fmt: skip
-    peer = Mamba2Mixer(config, 0).eval()
+    peer = modeling.Mamba2Mixer(config, 0).eval()
     copy_weights(peer, mamba_weights(mixer))
     x = some_input()
     with torch.no_grad():
@@ -99,11 +98,7 @@ def test_mamba2_is_that_of_transformers(sizes):
 
 
 def test_mlstm_is_that_of_transformers():
-    pytest.importorskip("transformers")
-    # Beside an xlstm package without its kernels, transformers' module cannot be imported.
-    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm", exc_type=ImportError)
-    if not hasattr(modeling, "xLSTMLayer"):
-        pytest.skip("with the xlstm package installed, transformers has no layer of its own")
+    modeling = plain_modeling("xlstm")  # with the xlstm package, it has no layer of its own
     mixer = build("mlstm", head_dim=16)
     config = modeling.xLSTMConfig(
         hidden_size=D, num_heads=2, qk_dim_factor=1.0, v_dim_factor=1.0, norm_eps=1e-5, eps=1e-9, gate_soft_cap=1e6,
@@ -161,7 +156,7 @@ def qwen3_next_weights(mixer) -> dict[str, Tensor]:
     ids=str,
 )
 def test_gated_deltanet_is_that_of_transformers(name, settings):
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    modeling = plain_modeling("qwen3_next")
     mixer = build(name, **settings)
     with torch.no_grad():  # queries and keys so short that the eps of their norm shows
         mixer.q_proj.weight *= 0.1
@@ -180,6 +175,29 @@ def test_gated_deltanet_is_that_of_transformers(name, settings):
     assert close(*(torch.autograd.grad(y, x, weights)[0] for y in (got, want)), PEER)
     with torch.no_grad():
         assert close(in_pieces(mixer, x)[0], want, PEER)
+
+
+def test_the_peers_are_plain_pytorch(monkeypatch):
+    """With a kernel installed that cannot run here, as flash-linear-attention's where there is no GPU."""
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, **options):
+        raise AssertionError("a kernel")
+
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
+    plain = plain_modeling.__wrapped__("qwen3_next")
+    package, name = sys.modules["transformers.models.qwen3_next"], "modeling_qwen3_next"
+    assert vars(package).get(name) is not plain and sys.modules.get(plain.__name__) is not plain
+    monkeypatch.setitem(vars(package), name, None)
+    monkeypatch.setitem(sys.modules, plain.__name__, None)
+    del sys.modules[plain.__name__]
+    theirs = importlib.import_module(plain.__name__)
+    x = torch.ones(1, 3, 2, 8)
+    inputs = (x, x, x, -torch.ones(1, 3, 2), torch.ones(1, 3, 2))
+    assert plain.torch_chunk_gated_delta_rule(*inputs)[0].isfinite().all()
+    with pytest.raises(AssertionError, match="a kernel"):  # else the peers would not have to be plain
+        theirs.torch_chunk_gated_delta_rule(*inputs)
 
 
 def ifzo(ours: Tensor, dim: int) -> Tensor:

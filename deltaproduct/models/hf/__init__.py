@@ -7,6 +7,7 @@ It needs transformers 5.17 or newer, which nothing else of the library does.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deltaproduct.models.hf.cache import DeltaProductCache
 from deltaproduct.models.hf.config import DeltaProductConfig
@@ -15,5 +16,8 @@ from deltaproduct.models.hf.model import DeltaProductForCausalLM, DeltaProductMo
 AutoConfig.register(DeltaProductConfig.model_type, DeltaProductConfig, exist_ok=True)
 AutoModel.register(DeltaProductConfig, DeltaProductModel, exist_ok=True)
 AutoModelForCausalLM.register(DeltaProductConfig, DeltaProductForCausalLM, exist_ok=True)
+# The Auto classes find a class by what is registered above. The Trainer's label smoothing, which has to know that
+# labels are shifted, the pipelines, the server and the model cards go by this name.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[DeltaProductConfig.model_type] = DeltaProductForCausalLM.__name__
 
 __all__ = ["DeltaProductCache", "DeltaProductConfig", "DeltaProductForCausalLM", "DeltaProductModel"]

@@ -30,11 +30,35 @@ class DeltaProductCache(DynamicCache):
         super().__init__()
         self.state: tuple[Any, ...] | None = None  # as SequenceModel takes and returns it
         self.tokens_seen = 0
+        self.layers_of: tuple[Any, ...] | None = None  # what the state belongs to, layer by layer
 
-    def advance(self, state: tuple[Any, ...], tokens: int) -> None:
-        """Replace the state by the one after so many more tokens of each sequence, padding counted."""
-        self.state = state
+    def advance(self, state: tuple[Any, ...], tokens: int, layers_of: tuple[Any, ...] | None = None) -> None:
+        """Replace the state by the one after so many more tokens of each sequence, padding counted.
+
+        layers_of: of the model that computed it, as `check` compares it.
+        """
+        self.state, self.layers_of = state, layers_of
         self.tokens_seen += tokens
+
+    def check(self, sequences: int, layers_of: tuple[Any, ...]) -> None:
+        """`UsageError` unless the state is of so many sequences and of a model with such layers."""
+        if self.state is None:
+            return
+        if len(self.state) != len(layers_of):
+            raise UsageError(
+                f"past_key_values are of {len(self.state)} layers and this model has {len(layers_of)}; leave them out, "
+                "and read the tokens before with this model."
+            )
+        if self.layers_of not in (None, layers_of):
+            raise UsageError(
+                "past_key_values are of a model with other layers than this one; leave them out, and read the tokens "
+                "before with this model."
+            )
+        if self.batch_size not in (-1, sequences):
+            raise UsageError(
+                f"past_key_values hold {self.batch_size} sequences, and the tokens are of {sequences}: repeat or "
+                "choose rows with their batch_repeat_interleave and batch_select_indices."
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """T, tokens seen of each sequence, padding counted: the columns of the attention mask that are behind it."""
@@ -60,7 +84,7 @@ class DeltaProductCache(DynamicCache):
 
     def reset(self) -> None:
         """Start afresh."""
-        self.state, self.tokens_seen = None, 0
+        self.state, self.tokens_seen, self.layers_of = None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, beam_idx [B] ints: beam search."""

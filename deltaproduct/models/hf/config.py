@@ -7,7 +7,33 @@ from transformers import PreTrainedConfig
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.hf.names import did_you_mean
 from deltaproduct.models.sequence_model import MODEL_TYPE
+
+OWN = tuple(f.name for f in fields(ModelConfig))
+# What transformers takes or writes beside a class's own fields, in this version or an earlier one. (It would also take
+# the parameters of `generate`, and drop them without a word.)
+THEIRS = {
+    *(f.name for f in fields(PreTrainedConfig)),
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "gradient_checkpointing",
+    "model_type",
+    "name_or_path",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "sep_token_id",
+    "task_specific_params",
+    "tie_last_hidden_states",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_weights",
+    "use_bfloat16",
+}
+# Of `from_pretrained`, for the hub, which it does not take out by itself.
+HUB = {"adapter_kwargs", "code_revision", "gguf_file", "revision", "trust_remote_code", "weights_only"}
 
 
 class DeltaProductConfig(PreTrainedConfig):
@@ -21,7 +47,7 @@ class DeltaProductConfig(PreTrainedConfig):
         kwargs: other fields of `ModelConfig`, and `PreTrainedConfig`'s.
 
     Raises:
-        UsageError: a value is impossible, or num_labels differs from vocab_size.
+        UsageError: a value is impossible, num_labels differs from vocab_size, or there is no such field.
     """
 
     model_type = MODEL_TYPE
@@ -38,7 +64,13 @@ class DeltaProductConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ):
-        own = {f.name: kwargs.pop(f.name) for f in fields(ModelConfig) if f.name in kwargs}
+        for theirs, ours in self.attribute_map.items():
+            if theirs in kwargs and kwargs.setdefault(ours, kwargs[theirs]) != kwargs[theirs]:
+                values = f"{kwargs[theirs]} and {kwargs[ours]}"
+                raise UsageError(f"{theirs} and {ours} are one field, and they are set to {values}.")
+            kwargs.pop(theirs, None)
+        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
+        _check_known(kwargs)
         labels = vocab_size if num_labels is None else num_labels
         for name, value in _validated(own | {"vocab_size": vocab_size, "num_labels": labels}).to_dict().items():
             if name != "num_labels":
@@ -61,7 +93,7 @@ class DeltaProductConfig(PreTrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """The configuration of the `SequenceModel` that this one describes; `UsageError` if it is impossible."""
-        return _validated({f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        return _validated({name: getattr(self, name) for name in OWN})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `SequenceModel.from_pretrained` reads them too."""
@@ -73,11 +105,23 @@ class DeltaProductConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From JSON's values; `UsageError` if they describe another architecture."""
+        """From JSON's values; `UsageError` if they describe another architecture, or there is no such field."""
         kind = config_dict.get("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
             raise UsageError(f"This checkpoint is of model type {kind!r}, not {MODEL_TYPE!r}.")
-        return super().from_dict(config_dict, **kwargs)
+        also_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if also_unused:  # whoever asks for them has a use for them: `from_pretrained` of a model
+            return config, unused
+        _check_known({name: value for name, value in unused.items() if name not in HUB})
+        return config
+
+
+def _check_known(given: dict[str, Any]) -> None:
+    for name in given:
+        if name not in THEIRS and not name.startswith("_"):  # the others are transformers' own notes
+            own = (*OWN, "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+            raise UsageError(f"A configuration of this model has no field {name!r}{did_you_mean(name, own)}.")
 
 
 def _validated(values: dict[str, Any]) -> ModelConfig:

@@ -1,9 +1,11 @@
 """Text to token ids and back: bytes, a BPE of one's own, a tokenizer.json, or one of transformers'.
 
-A tokenizer's folder holds what its library reads (for a BPE also `AutoTokenizer.from_pretrained`) and `META`, which
-says which library that is, how many tokens there are, and which of them starts a document.
+A tokenizer's folder holds what its library reads and `META`, which says which library that is, how many tokens there
+are, and which of them starts a document. transformers' `AutoTokenizer.from_pretrained` reads every such folder too. It
+gives the same ids for every text, except where a file or a tokenizer of the hub adds special tokens of its own there.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json, write_text
 
 META = "corpus_tokenizer.json"
 LIBRARY_FILE = "tokenizer.json"  # the name that both libraries use
+LIBRARY_CONFIG = "tokenizer_config.json"  # transformers' own settings beside it
 DOCUMENT = "<|document|>"
 # What the published vocabularies call the token that starts a text, or stands between two.
 DOCUMENT_NAMES = (DOCUMENT, "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
@@ -70,7 +73,25 @@ class ByteTokenizer(Tokenizer):
         return bytes(ids).decode(errors="replace")
 
     def _write(self, folder: Path) -> None:
-        pass  # `META` says it all
+        """The same tokenizer for the tokenizers library, which is not needed for that; `META` says it all to us.
+
+        It is a byte-level BPE without merges: its 256 letters stand for the bytes, and a letter's id is its byte.
+        """
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        special = {"id": BYTES, "content": DOCUMENT, "single_word": False, "lstrip": False, "rstrip": False,
+                   "normalized": False, "special": True}  # fmt: skip
+        vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())} | {DOCUMENT: BYTES}
+        values: dict[str, Any] = {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+            "model": {
+                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                "vocab": vocabulary, "merges": [],
+            },
+        }  # fmt: skip
+        write_text(folder / LIBRARY_FILE, json.dumps(values, ensure_ascii=False, separators=(",", ":")))
+        _write_library_config(folder, DOCUMENT)
 
 
 class LibraryTokenizer(Tokenizer):
@@ -94,9 +115,7 @@ class LibraryTokenizer(Tokenizer):
 
     def _write(self, folder: Path) -> None:
         self.inner.save(str(folder / LIBRARY_FILE))
-        name = self.inner.id_to_token(self.document_token)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name}
-        write_json(folder / "tokenizer_config.json", config)  # for transformers
+        _write_library_config(folder, self.inner.id_to_token(self.document_token))
 
     @classmethod
     def from_file(cls, path: Path) -> "LibraryTokenizer":
@@ -137,6 +156,26 @@ class HubTokenizer(Tokenizer):
     def from_name(cls, name: str) -> "HubTokenizer":
         """Load by folder or hub name; `UsageError` if there is no such tokenizer."""
         return cls(_auto_tokenizer(name))
+
+
+def byte_letters() -> list[str]:
+    """The 256 letters in which a byte-level vocabulary writes the bytes 0 … 255 (GPT-2's `bytes_to_unicode`): those of
+    Latin-1 that can be seen stand for themselves, and the letters from U+0100 on for the others, in order."""
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(BYTES, 2 * BYTES))
+    return [chr(byte if byte in seen else next(others)) for byte in range(BYTES)]
+
+
+def _write_library_config(folder: Path, document: str) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": document,
+        "eos_token": document,
+        "split_special_tokens": True,  # a text that spells out the document token must not start a document
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / LIBRARY_CONFIG, config)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
