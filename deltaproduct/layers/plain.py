@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from deltaproduct.layers.parts import ShortConvolution
+from deltaproduct.layers.parts import GateProjection, ShortConvolution
 
 METHODS = ("forward", "hidden", "mix", "project")  # what says how a module computes
-LEAVES = (nn.Linear, nn.Embedding, nn.ModuleList, ShortConvolution)  # modules that have no `record` and need none
+# Modules that have no `record` and need none.
+LEAVES = (nn.Linear, GateProjection, nn.Embedding, nn.ModuleList, ShortConvolution)
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -22,7 +23,7 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def unusual(module: nn.Module, owner: type[nn.Module] | None = None) -> str | None:
     """Why the weights inside a module do not say what it computes, as the rest of a sentence; None if they do.
 
-    Known are PyTorch's own Linear and Embedding, and every class that has a `record` of its own: whoever overrides its
+    Known are the classes of LEAVES and every class that has a `record` of its own: whoever overrides its
     forward without its `record` is not known.
 
     Args:
