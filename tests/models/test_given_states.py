@@ -268,7 +268,7 @@ def test_transformers_model_refuses_a_cache_of_other_layers():
         with pytest.raises(UsageError, match="of 3 layers and this model has 2"):
             two(tokens, past_key_values=cache)
         cache = two(tokens[:1], use_cache=True).past_key_values
-        with pytest.raises(UsageError, match="recurrent has shape"):
+        with pytest.raises(UsageError, match="hold 1 sequences, and the tokens are of 2"):
             two(tokens, past_key_values=cache)
 
 
