@@ -3,6 +3,10 @@
 Tolerances are relative to the largest entry of what is compared. With ‖k‖ = 1 and β in [0,2] no transition enlarges an
 error, so after s steps of a few roundings each the error is at most a few s·u, and about a few √s·u in practice
 (u = 2⁻²⁴ or 2⁻⁵³). The longest problems here have 300 steps: √300 · 6e-8 · a few ≈ 5e-6, and 1e-14 in float64.
+
+Over the instruction sets that PyTorch, MKL, oneDNN and the engine can be told to use, the largest error is 0.26 of the
+tolerance, the final state after 40 steps of one key direction in one chunk; 0.42 where MKL is told to compute as on its
+oldest processors (MKL_CBWR=COMPATIBLE), and 0.15 in everything else.
 """
 
 from dataclasses import dataclass

@@ -231,7 +231,7 @@ def delta_product_step(
 
     Raises:
         UsageError: shapes, dtypes or devices disagree, or a state to be overwritten is not of the dtype that states are
-            computed in.
+            computed in, or one is to be overwritten inside of `torch.func` or with tangents.
     """
     k_t, v_t = k.unsqueeze(1), v.unsqueeze(1)
     check_step_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
