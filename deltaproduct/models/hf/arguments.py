@@ -27,7 +27,7 @@ class Layout:
         mask: [B,T] bools, True at real tokens; None if all are.
         cu_seqlens: [S+1] ints from 0 to N: the sequences of the real tokens of all rows, one row after the other; None
             if every row is one sequence.
-        starts: [B,T] bools, True where a packed sequence begins; None with cu_seqlens.
+        starts: [B,T] bools, True where a packed sequence begins; None where cu_seqlens is.
     """
 
     mask: Tensor | None
@@ -49,8 +49,8 @@ class Layout:
         if self.cu_seqlens is None:
             return y
         if self.mask is None:
-            return y.view(x.shape)
-        return y.new_zeros(x.shape).masked_scatter(self.mask[..., None], y)
+            return y.reshape(x.shape)
+        return y.new_zeros(x.shape).masked_scatter(self.mask[..., None].to(y.device), y)
 
     def without_borders(self, labels: Tensor, ignored: int) -> Tensor:
         """Labels [B,T] that ask of no sequence how the next one in its row begins."""
@@ -217,11 +217,9 @@ def _ends(packing: Mapping[str, Any], x: Tensor) -> Tensor | None:
             ends, name = value, other
         elif not isinstance(value, Tensor) or not torch.equal(value.to(ends), ends):
             raise UsageError(f"{name} and {other} differ; this model reads each of its sequences from the beginning.")
-    if ends is not None:
-        longest = int(ends.diff().max())
-        for other in ("max_length_q", "max_length_k"):
-            if packing[other] is not None and packing[other] < longest:
-                raise UsageError(f"{other}={int(packing[other])}, but {name} holds a sequence of {longest} tokens.")
+    for other in ("max_length_q", "max_length_k"):
+        if ends is not None and packing[other] is not None and packing[other] < (longest := int(ends.diff().max())):
+            raise UsageError(f"{other}={int(packing[other])}, but {name} holds a sequence of {longest} tokens.")
     return ends
 
 
