@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.mamba2 import MambaState, initial_time_steps
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.ops.inputs import compute_dtype
@@ -72,10 +73,12 @@ class Mamba(Mixer):
         recurrent = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
         return MambaState(recurrent, self.conv1d.init_state(batch_size))
 
-    def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
+    def mix(
+        self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         n = self.ssm_state_size
         x, z = self.in_proj(x).chunk(2, -1)
-        x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
+        x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
         x = F.silu(x + self.conv_bias)
         dt, b, c = self.x_proj(x).split((self.rank, n, n), -1)
         dtype = compute_dtype(x)
@@ -83,6 +86,8 @@ class Mamba(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.dt_proj.weight.to(dtype), self.dt_proj.bias.to(dtype)
             dt = F.softplus(F.linear(dt.to(dtype), weight, bias))
+            if lengths is not None:  # in no time nothing decays and nothing is written
+                dt = dt.masked_fill(~real_tokens(x, lengths)[..., None], 0)
             x, a, b, c = x.to(dtype), -self.A_log.to(dtype).exp(), b.to(dtype), c.to(dtype)
             y, recurrent = selective_scan(
                 x, dt, a, b, c, allow_neg_eigval=self.allow_neg_eigval, initial_state=state.recurrent,
@@ -90,3 +95,6 @@ class Mamba(Mixer):
             )  # fmt: skip
             y = y + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), MambaState(recurrent, history)
+
+    def mix_aligned(self, x: Tensor, state: MambaState, lengths: Tensor) -> tuple[Tensor, MambaState]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -16,7 +16,7 @@ from deltaproduct.layers import MIXERS, DeltaProduct
 from deltaproduct.models import ModelConfig, SequenceModel
 
 B, T, D, V = 5, 9, 12, 7
-IN_GRAPHS = [name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaProduct)]
+IN_GRAPHS = sorted(set(MIXERS) - {"attention", "ttt_linear", "lstm", "gru"})
 CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name in IN_GRAPHS
@@ -165,13 +165,13 @@ def test_a_model_compiled_into_one_graph_takes_any_mask():
 def test_a_compiled_model_of_another_mixer_still_packs():
     """Where graphs may break, they break there, and the answer is the right one."""
     torch._dynamo.reset()
-    model, tokens, mask = model_of(mixer="gla", num_hidden_layers=1), some_tokens(), some_mask()
+    model, tokens, mask = model_of(mixer="lstm", num_hidden_layers=1), some_tokens(), some_mask()
     assert_near(torch.compile(model, backend="eager")(tokens, mask=mask), model(tokens, mask=mask))
 
 
 def test_exporting_another_mixer_with_a_mask_is_one_line():
-    model = model_of(mixer="gla", num_hidden_layers=1)
-    with pytest.raises(UsageError, match="GatedLinearAttention cannot be exported") as refused, torch.no_grad():
+    model = model_of(mixer="lstm", num_hidden_layers=1)
+    with pytest.raises(UsageError, match="LSTM cannot be exported") as refused, torch.no_grad():
         torch.export.export(Masked(model), (some_tokens(), some_mask()))
     assert "\n" not in str(refused.value)
 
