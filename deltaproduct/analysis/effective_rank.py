@@ -68,7 +68,7 @@ def effective_ranks(
     """
     layers = traced_layers(model)
     check_length(text, length)
-    device = model.device
+    device = next(model.parameters()).device
     ranks = {
         layer: torch.empty(length, mixer.num_householder, mixer.num_v_heads, dtype=torch.float64)
         for layer, mixer in layers.items()

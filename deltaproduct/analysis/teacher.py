@@ -96,7 +96,7 @@ class Teacher:
     def __init__(self, model: SequenceModel, vocabulary: Vocabulary):
         self.model, self.symbols, self.num_labels = model, len(vocabulary.spelling), model.config.num_labels
         self.asked = 0
-        self._device = model.device
+        self._device = next(model.parameters()).device
         self._bos, self._spelling = vocabulary.bos, torch.tensor(vocabulary.spelling)  # [s,k]
         self.before = int(self._call(torch.full((1, 1), self._bos))[0].argmax())
 

@@ -75,7 +75,7 @@ class HarnessModel(LM):
         if reason := unusual(model, owner=SequenceModel):
             raise UsageError(f"The harness calls the parts of a model and not the model itself, and this one {reason}.")
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = model.device
+        self._device = next(model.parameters()).device
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""

@@ -43,7 +43,7 @@ def evaluate_length(
     if sequences < 1:
         raise UsageError(f"sequences must be at least 1, not {sequences}.")
     generator = evaluation_generator(seed, length)
-    device = model.device
+    device = next(model.parameters()).device
     right_at = torch.zeros(1 + length, dtype=torch.long)
     exact_at = torch.zeros(1 + length, dtype=torch.long)
     scored_at = torch.zeros(1 + length, dtype=torch.long)

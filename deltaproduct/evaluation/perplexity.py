@@ -209,7 +209,7 @@ def _sums(
     """The sum of the losses at each position [L] float64, and of how many [L]; every window from a fresh state."""
     if piece is not None and piece < 1:
         raise UsageError(f"piece must be at least 1, not {piece}.")
-    device = model.device
+    device = next(model.parameters()).device
     length, done = max(map(len, windows)), 0
     total, predicted = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.long)
     with _evaluating(model):

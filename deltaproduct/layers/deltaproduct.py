@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, record_linear
 from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops import delta_product, delta_product_step
@@ -176,7 +177,7 @@ class DeltaProduct(Mixer):
 
     def mix_aligned(self, x: Tensor, state: DeltaProductState, lengths: Tensor) -> tuple[Tensor, DeltaProductState]:
         q, k, v, beta, g, histories = self.project(x, state, lengths=lengths)
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        real = real_tokens(x, lengths)
         # With β = 0 and no decay a token leaves the state as it is.
         beta = beta.masked_fill(~real[..., None, None], 0)
         g = None if g is None else g.masked_fill(~real[..., None], 0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import BiasedLinear, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -134,11 +134,12 @@ class DenseLinearRNN(Mixer):
         return DenseLinearRNNState(recurrent, history)
 
     def mix(
-        self, x: Tensor, state: DenseLinearRNNState, cu_seqlens: Tensor | None
+        self, x: Tensor, state: DenseLinearRNNState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, DenseLinearRNNState]:
-        history, real = None, None
+        history = None
+        real = None if lengths is None else real_tokens(x, lengths)
         if self.use_short_conv:
-            x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
+            x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
             x = F.silu(x)
         if cu_seqlens is not None:
             x, real = unpack(x, cu_seqlens)
@@ -158,6 +159,9 @@ class DenseLinearRNN(Mixer):
                 a = torch.where(at, a, torch.eye(self.head_dim, dtype=dtype, device=a.device))
                 write = torch.where(at, write, 0)
             o, recurrent = matrix_scan(a, write, q, state.recurrent.to(dtype))
-        o = o if real is None else pack(o, real)
+        o = o if cu_seqlens is None or real is None else pack(o, real)
         y = self.o_proj(rearrange(self.o_norm(o).to(x.dtype), "b t h k -> b t (h k)"))
         return y, DenseLinearRNNState(recurrent, history)
+
+    def mix_aligned(self, x: Tensor, state: DenseLinearRNNState, lengths: Tensor) -> tuple[Tensor, DenseLinearRNNState]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -84,7 +85,7 @@ class GatedLinearAttention(Mixer):
         return GatedLinearAttentionState(torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device))
 
     def mix(
-        self, x: Tensor, state: GatedLinearAttentionState, cu_seqlens: Tensor | None
+        self, x: Tensor, state: GatedLinearAttentionState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, GatedLinearAttentionState]:
         q, k, v, gate, logits = (
             rearrange(proj(x), "b t (h k) -> b t h k", h=self.num_heads)
@@ -92,6 +93,14 @@ class GatedLinearAttention(Mixer):
         )
         # In float32 even under autocast: α is so near 1 that bfloat16 would round most of its range to 1.
         g = F.logsigmoid(logits.to(compute_dtype(logits))) / self.gate_logit_normalizer
+        if lengths is not None:  # neither a decay nor a key
+            behind = ~real_tokens(x, lengths)[..., None, None]
+            k, g = k.masked_fill(behind, 0), g.masked_fill(behind, 0)
         o, recurrent = gated_linear_attention(q, k, v, g, initial_state=state.recurrent, cu_seqlens=cu_seqlens)
         o = self.o_norm(o) * F.silu(gate)
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), GatedLinearAttentionState(recurrent)
+
+    def mix_aligned(
+        self, x: Tensor, state: GatedLinearAttentionState, lengths: Tensor
+    ) -> tuple[Tensor, GatedLinearAttentionState]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -84,7 +85,7 @@ class LinearAttention(Mixer):
         return LinearAttentionState(recurrent, normalizer)
 
     def mix(
-        self, x: Tensor, state: LinearAttentionState, cu_seqlens: Tensor | None
+        self, x: Tensor, state: LinearAttentionState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, LinearAttentionState]:
         q, k, v = (
             rearrange(proj(x), "b t (h k) -> b t h k", h=self.num_heads)
@@ -92,6 +93,8 @@ class LinearAttention(Mixer):
         )
         dtype, phi = compute_dtype(q), FEATURE_MAPS[self.feature_map]
         q, k = phi(q.to(dtype)), phi(k.to(dtype))
+        if lengths is not None:  # a key of zeros adds nothing, to the normaliser neither
+            k = k.masked_fill(~real_tokens(x, lengths)[..., None, None], 0)
         start = state.recurrent
         if state.normalizer is not None:  # z is the state's column for a value that is always 1
             v = F.pad(v, (0, 1), value=1.0)
@@ -105,3 +108,8 @@ class LinearAttention(Mixer):
             o = o / (total + NORMALIZER_EPS)
             new = LinearAttentionState(end[..., :-1].clone(), end[..., -1].clone())
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)").to(x.dtype)), new
+
+    def mix_aligned(
+        self, x: Tensor, state: LinearAttentionState, lengths: Tensor
+    ) -> tuple[Tensor, LinearAttentionState]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deltaproduct.layers.initialization import draw_time_steps, fill
 from deltaproduct.layers.mamba2 import MambaState
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -82,16 +83,20 @@ class Mamba(Mixer):
         recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         return MambaState(recurrent, self.conv1d.init_state(batch_size, dtype, device))
 
-    def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
+    def mix(
+        self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         n = self.ssm_state_size
         x, z = self.in_proj(x).chunk(2, -1)
-        x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
+        x, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
         x = biased_silu(x, self.conv_bias)
         dt, b, c = self.x_proj(x).split((self.rank, n, n), -1)
         dtype, dt = compute_dtype(x), self.dt_proj(dt)
         # In float32 even under autocast: decays near 1 or −1 are what carries a state far.
         with torch.autocast(x.device.type, enabled=False):
             dt = F.softplus(dt.to(dtype))
+            if lengths is not None:  # in no time nothing decays and nothing is written
+                dt = dt.masked_fill(~real_tokens(x, lengths)[..., None], 0)
             x, a, b, c = x.to(dtype), -self.A_log.to(dtype).exp(), b.to(dtype), c.to(dtype)
             y, recurrent = selective_scan(
                 x, dt, a, b, c, allow_neg_eigval=self.allow_neg_eigval, initial_state=state.recurrent,
@@ -101,3 +106,6 @@ class Mamba(Mixer):
                 recurrent = recurrent.clone()  # off the engine it is a slice of the states of all tokens
             y = y + self.D * x
         return self.out_proj(y.to(z.dtype) * F.silu(z)), MambaState(recurrent, history)
+
+    def mix_aligned(self, x: Tensor, state: MambaState, lengths: Tensor) -> tuple[Tensor, MambaState]:
+        return self.mix(x, state, None, lengths=lengths)

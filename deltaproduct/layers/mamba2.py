@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -100,15 +101,19 @@ class Mamba2(Mixer):
         recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         return MambaState(recurrent, self.conv1d.init_state(batch_size, dtype, device))
 
-    def mix(self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState]:
+    def mix(
+        self, x: Tensor, state: MambaState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         inner, n = self.num_heads * self.head_dim, self.ssm_state_size
         z, xbc, dt = self.in_proj(x).split((inner, self.channels, self.num_heads), -1)
-        xbc, history = self.conv1d(xbc, state.history, cu_seqlens=cu_seqlens)
+        xbc, history = self.conv1d(xbc, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
         values, k, q = biased_silu(xbc, self.conv_bias).split((inner, n, n), -1)
         values = rearrange(values, "b t (h p) -> b t h p", h=self.num_heads)
         # In float32 even under autocast: decays near 1 or −1 are what carries a state far.
         dtype = compute_dtype(dt)
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        if lengths is not None:  # in no time nothing decays and nothing is written
+            dt = dt.masked_fill(~real_tokens(x, lengths)[..., None], 0)
         a = (-dt * self.A_log.to(dtype).exp()).exp()
         if self.allow_neg_eigval:
             a = 2 * a - 1
@@ -118,3 +123,6 @@ class Mamba2(Mixer):
         )  # fmt: skip
         o = rearrange(o + self.D[:, None] * values, "b t h p -> b t (h p)")
         return self.out_proj(self.norm(o.to(z.dtype) * F.silu(z))), MambaState(recurrent, history)
+
+    def mix_aligned(self, x: Tensor, state: MambaState, lengths: Tensor) -> tuple[Tensor, MambaState]:
+        return self.mix(x, state, None, lengths=lengths)

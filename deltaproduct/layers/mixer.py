@@ -118,6 +118,9 @@ class Mixer(nn.Module, ABC):
 
     def _mix_masked(self, x: Tensor, state: Any, mask: Tensor) -> tuple[Tensor, Any]:
         """`forward` with a mask, in shapes that do not depend on its values: for a graph, which may be exported."""
+        if type(self).mix_aligned is Mixer.mix_aligned:
+            # Before anything at which a compiler breaks the graph: it then runs `forward` without one, which packs.
+            return self.mix_aligned(x, state, mask)
         if state is None:
             state = self.init_state(x.shape[0], dtype=x.dtype, device=x.device)
         if x.shape[1] == 0:

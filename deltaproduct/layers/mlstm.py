@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, LayerNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -19,6 +20,7 @@ from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.scan import gated_linear_attention, running_max
 
 MAX_EXPONENT = 80.0  # exp of it is finite in float32; a lower bound beyond it makes the output 0 either way
+NEVER = -1e30  # log of an input gate that is closed; finite, so that differences are
 
 
 class MLSTMState(NamedTuple):
@@ -80,7 +82,9 @@ class MLSTM(Mixer):
         recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         return MLSTMState(recurrent, recurrent.new_zeros(shape[:3]), recurrent.new_zeros(shape[:2]))
 
-    def mix(self, x: Tensor, state: MLSTMState, cu_seqlens: Tensor | None) -> tuple[Tensor, MLSTMState]:
+    def mix(
+        self, x: Tensor, state: MLSTMState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MLSTMState]:
         q, k, v, gate = (
             rearrange(proj(x), "b t (h k) -> b t h k", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
@@ -88,6 +92,9 @@ class MLSTM(Mixer):
         i, f = self.i_proj(x), self.f_proj(x)
         dtype = compute_dtype(i)
         log_i, log_f = i.to(dtype), F.logsigmoid(f.to(dtype))
+        if lengths is not None:  # the forget gate is 1 and the input gate 0
+            behind = ~real_tokens(x, lengths)[..., None]
+            log_i, log_f = log_i.masked_fill(behind, NEVER), log_f.masked_fill(behind, 0)
         before, m = running_max(log_f, log_i, state.stabilizer, cu_seqlens)
         k = k.to(dtype) * (self.head_dim**-0.5 * (log_i - m).exp().unsqueeze(-1))
         v = F.pad(v.to(dtype), (0, 1), value=1.0)  # n is C's column for a value that is always 1
@@ -105,3 +112,6 @@ class MLSTM(Mixer):
             last = state.stabilizer.index_copy(0, full.nonzero()[:, 0], m[0, cu_seqlens[1:][full].long() - 1])
         y = self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
         return y, MLSTMState(end[..., :-1].clone(), end[..., -1].clone(), last)
+
+    def mix_aligned(self, x: Tensor, state: MLSTMState, lengths: Tensor) -> tuple[Tensor, MLSTMState]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -16,6 +16,11 @@ def unpack(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return rows.masked_scatter(real.view(*real.shape, *[1] * (packed.dim() - 2)), packed), real
 
 
+def real_tokens(x: Tensor, lengths: Tensor) -> Tensor:
+    """[B,T] bool: which tokens of rows x [B,T,…] belong to the first `lengths` [B] of theirs."""
+    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+
 def pack(rows: Tensor, real: Tensor) -> Tensor:
     """The inverse of `unpack`: rows [S,T,…] and real [S,T] → [1,N,…]."""
     return rows[real][None]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -119,8 +119,10 @@ class RWKV7(Mixer):
         recurrent = torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device)
         return RWKV7State(recurrent, torch.zeros(batch_size, self.mix_weight.shape[1], dtype=dtype, device=device))
 
-    def mix(self, x: Tensor, state: RWKV7State, cu_seqlens: Tensor | None) -> tuple[Tensor, RWKV7State]:
-        real = None
+    def mix(
+        self, x: Tensor, state: RWKV7State, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, RWKV7State]:
+        real = None if lengths is None else real_tokens(x, lengths)
         if cu_seqlens is not None:
             x, real = unpack(x, cu_seqlens)
         extended = torch.cat((state.previous[:, None].to(x.dtype), x), 1)
@@ -145,5 +147,8 @@ class RWKV7(Mixer):
             o, recurrent = generalised_delta_rule(r, write, v, log_w, u, removal, state.recurrent.to(dtype))
             o = F.layer_norm(o, (self.head_dim,), eps=HEAD_EPS) * self.norm_weight + self.norm_bias
             p = (o + (r * self.bonus * k).sum(-1, keepdim=True) * v) * g
-        p = p if real is None else pack(p, real)
+        p = p if cu_seqlens is None or real is None else pack(p, real)
         return self.o_proj(rearrange(p, "b t h k -> b t (h k)").to(out_dtype)), RWKV7State(recurrent, previous)
+
+    def mix_aligned(self, x: Tensor, state: RWKV7State, lengths: Tensor) -> tuple[Tensor, RWKV7State]:
+        return self.mix(x, state, None, lengths=lengths)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -106,23 +106,28 @@ class SLSTM(Mixer):
         history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
         return SLSTMState(cell, normaliser, hidden, torch.full_like(cell, EMPTY), history)
 
-    def mix(self, x: Tensor, state: SLSTMState, cu_seqlens: Tensor | None) -> tuple[Tensor, SLSTMState]:
+    def mix(
+        self, x: Tensor, state: SLSTMState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, SLSTMState]:
         conv, history = x, None
         if self.use_short_conv:
-            conv, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens)
+            conv, history = self.conv1d(x, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
             conv = F.silu(conv)
         inputs = torch.cat((self.zo_proj(x), self.if_proj(conv)), -1)
         inputs = rearrange(inputs, "b t (g h k) -> b t h (g k)", g=4, h=self.num_heads)
-        real = None
+        real = None if lengths is None else real_tokens(x, lengths)
         if cu_seqlens is not None:
             inputs, real = unpack(inputs, cu_seqlens)
         with torch.autocast(x.device.type, enabled=False):  # in float32: rounding would add up from token to token
             dtype = compute_dtype(x)
             h, state = self.run(inputs.to(dtype) + self.bias.to(dtype), state, real)
-            h = h if real is None else pack(h, real)
+            h = h if cu_seqlens is None or real is None else pack(h, real)
             h = F.layer_norm(h, (self.head_dim,), eps=self.norm_eps) * self.norm_weight  # a group a head
         y = self.o_proj(rearrange(h, "b t h k -> b t (h k)").to(x.dtype))
         return y, state._replace(history=history)
+
+    def mix_aligned(self, x: Tensor, state: SLSTMState, lengths: Tensor) -> tuple[Tensor, SLSTMState]:
+        return self.mix(x, state, None, lengths=lengths)
 
     def run(self, inputs: Tensor, state: SLSTMState, real: Tensor | None = None) -> tuple[Tensor, SLSTMState]:
         """W x + b as inputs [B,T,H,4K] → h [B,T,H,K] and the state; where real [B,T] is False, it stays as it is."""

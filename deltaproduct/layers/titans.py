@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
-from deltaproduct.layers.packing import pack, unpack
+from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -168,10 +168,13 @@ class Titans(Mixer):
         history = self.conv1d.init_state(batch_size, dtype, device) if self.use_short_conv else None
         return TitansState(recurrent, history)
 
-    def mix(self, x: Tensor, state: TitansState, cu_seqlens: Tensor | None) -> tuple[Tensor, TitansState]:
-        qkv, history, real = self.qkv_proj(x), None, None
+    def mix(
+        self, x: Tensor, state: TitansState, cu_seqlens: Tensor | None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, TitansState]:
+        qkv, history = self.qkv_proj(x), None
+        real = None if lengths is None else real_tokens(x, lengths)
         if self.use_short_conv:
-            qkv, history = self.conv1d(qkv, state.history, cu_seqlens=cu_seqlens)
+            qkv, history = self.conv1d(qkv, state.history, cu_seqlens=cu_seqlens, lengths=lengths)
         inputs = torch.cat((F.silu(qkv), self.gate_proj(x)), -1)
         if cu_seqlens is not None:
             inputs, real = unpack(inputs, cu_seqlens)
@@ -182,6 +185,9 @@ class Titans(Mixer):
             alpha, eta, theta = torch.sigmoid(gates.to(dtype)).chunk(3, -1)
             q, k, recurrent = l2_normalise(q), l2_normalise(k), state.recurrent.to(dtype)
             o, recurrent = memory_scan(q, k, v, 1 - alpha, eta, (2 - alpha) * theta, recurrent, real)
-        o = o if real is None else pack(o, real)
+        o = o if cu_seqlens is None or real is None else pack(o, real)
         o = self.o_norm(o) * F.silu(rearrange(self.g_proj(x), "b t (h k) -> b t h k", h=self.num_heads))
         return self.o_proj(rearrange(o.to(x.dtype), "b t h k -> b t (h k)")), TitansState(recurrent, history)
+
+    def mix_aligned(self, x: Tensor, state: TitansState, lengths: Tensor) -> tuple[Tensor, TitansState]:
+        return self.mix(x, state, None, lengths=lengths)

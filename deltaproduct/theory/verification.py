@@ -83,7 +83,7 @@ def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) ->
     if length < 1 or words < 1:
         raise UsageError(f"At least one word of at least one symbol is needed, not {words} of {length}.")
     model, automaton = compiled.model, compiled.automaton
-    device = model.device
+    device = next(model.parameters()).device
     symbols = draw_words(automaton, words, length, seed)
     want = run_automaton(automaton, torch.from_numpy(symbols))
     bos = torch.full((words, 1), len(automaton.alphabet))
