@@ -89,10 +89,9 @@ class _RMSNorm(torch.autograd.Function):
         transforms.refuse_batched(d_y)
         if transforms.beyond_first(x, weight, d_y):
             return _gradients(x, weight, ctx.eps, d_y)
-        normal = x * factor
-        d_y = d_y.to(normal.dtype)
-        product = d_y * normal
+        wide, d_y = x.to(factor.dtype), d_y.to(factor.dtype)
+        product = (d_y * wide).mul_(factor)
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = (product @ weight.to(product.dtype)).unsqueeze(-1) / normal.shape[-1]
-        d_x = torch.addcmul(d_y * weight, normal, along, value=-1) * factor
+        along = (product @ weight.to(product.dtype)).unsqueeze(-1) * factor / wide.shape[-1]
+        d_x = torch.addcmul(d_y * weight, wide, along, value=-1) * factor
         return d_x.to(x.dtype), d_weight, None
