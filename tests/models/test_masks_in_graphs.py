@@ -129,6 +129,11 @@ def assert_near(got, want) -> None:
         assert a is b is None or (a.shape == b.shape and (a - b).abs().max() <= 1e-6 * max(1, b.abs().max()))
 
 
+class MaskedLogits(Masked):
+    def forward(self, tokens, mask):
+        return super().forward(tokens, mask)[0]
+
+
 GATED = {"use_forget_gate": True, "use_output_gate": True, "num_householder": 3}
 
 
@@ -212,12 +217,10 @@ def test_compiled_by_inductor(name, way, tmp_path):
         if way == "compiled":
             assert_near(torch.compile(model, fullgraph=True)(tokens, mask=mask), want)
         else:
-            program = torch.export.export(Masked(model), (tokens, mask))
-            own = {str(node.target) for node in program.graph.nodes if "deltaproduct" in str(node.target)}
-            if own:
-                pytest.skip(f"a whole sequence runs {min(own)}, which only this library has")
+            # The logits alone: PyTorch writes no named tuples, as states are, into a package.
+            program = torch.export.export(MaskedLogits(model), (tokens, mask))
             path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-            assert_near(torch._inductor.aoti_load_package(path)(tokens, mask), want)
+            assert_near(torch._inductor.aoti_load_package(path)(tokens, mask), want[0])
 
 
 class Transformers(nn.Module):
