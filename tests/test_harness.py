@@ -451,3 +451,24 @@ def flat(nested):
             yield from flat(x)
         else:
             yield x
+
+
+# --------------------------------------------------------------------------------- models of which parts are not the whole
+
+
+class Halved(SequenceModel):
+    def forward(self, *arguments, **options):
+        logits, state = super().forward(*arguments, **options)
+        return logits / 2, state
+
+
+@with_lm_eval
+def test_a_model_whose_call_is_more_than_its_parts_is_refused():
+    config = ModelConfig(BYTES.vocab_size, BYTES.vocab_size, **SMALL)
+    hooked, replaced = SequenceModel(config), SequenceModel(config)
+    hooked.register_forward_hook(lambda model, given, done: (done[0] / 2, done[1]))
+    replaced.forward = Halved(config).forward
+    for model, reason in ((hooked, "a hook"), (replaced, "a forward"), (Halved(config), "a forward")):
+        with pytest.raises(UsageError, match=f"this one has {reason}") as refusal:
+            harness_model(model)
+        assert "\n" not in str(refusal.value)

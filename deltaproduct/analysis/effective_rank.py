@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltaproduct.analysis.trace import trace, traced_layers
 from deltaproduct.evaluation.windows import Progress, Text, check_length
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 
 PAPERS_LENGTH = 16_384  # tokens over which the papers record it
@@ -68,7 +69,7 @@ def effective_ranks(
     """
     layers = traced_layers(model)
     check_length(text, length)
-    device = next(model.parameters()).device
+    device = device_of(model)
     ranks = {
         layer: torch.empty(length, mixer.num_householder, mixer.num_v_heads, dtype=torch.float64)
         for layer, mixer in layers.items()

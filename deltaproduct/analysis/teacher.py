@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.config import check_fits
 from deltaproduct.tasks import Task
@@ -96,7 +97,7 @@ class Teacher:
     def __init__(self, model: SequenceModel, vocabulary: Vocabulary):
         self.model, self.symbols, self.num_labels = model, len(vocabulary.spelling), model.config.num_labels
         self.asked = 0
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._bos, self._spelling = vocabulary.bos, torch.tensor(vocabulary.spelling)  # [s,k]
         self.before = int(self._call(torch.full((1, 1), self._bos))[0].argmax())
 

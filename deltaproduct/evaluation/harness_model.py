@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.plain import unusual
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import Tokenizer
 
@@ -72,10 +72,10 @@ class HarnessModel(LM):
 
     def __init__(self, model: SequenceModel, tokenizer: Tokenizer, batch_size: int = 8):
         super().__init__()
-        if reason := unusual(model, owner=SequenceModel):
+        if reason := _why_not_by_parts(model):
             raise UsageError(f"The harness calls the parts of a model and not the model itself, and this one {reason}.")
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""
@@ -210,3 +210,13 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 def _bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, disable=None)  # None: only on a terminal
+
+
+def _why_not_by_parts(model: SequenceModel) -> str | None:
+    """Why `hidden` and `head` are not all that a call of the model computes; None if they are."""
+    first = next(base for base in type(model).__mro__ if vars(base).keys() & {"forward", "hidden"})
+    if "forward" in vars(model) or "hidden" not in vars(first):
+        return "has a forward of its own"
+    if model._forward_hooks or model._forward_pre_hooks:
+        return "has a hook, which may change what it computes"
+    return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import evaluation_generator
@@ -43,7 +44,7 @@ def evaluate_length(
     if sequences < 1:
         raise UsageError(f"sequences must be at least 1, not {sequences}.")
     generator = evaluation_generator(seed, length)
-    device = next(model.parameters()).device
+    device = device_of(model)
     right_at = torch.zeros(1 + length, dtype=torch.long)
     exact_at = torch.zeros(1 + length, dtype=torch.long)
     scored_at = torch.zeros(1 + length, dtype=torch.long)

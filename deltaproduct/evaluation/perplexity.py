@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.windows import Progress, Text, check_length, consecutive, evenly_spaced
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.ops.inputs import compute_dtype
 
@@ -209,7 +210,7 @@ def _sums(
     """The sum of the losses at each position [L] float64, and of how many [L]; every window from a fresh state."""
     if piece is not None and piece < 1:
         raise UsageError(f"piece must be at least 1, not {piece}.")
-    device = next(model.parameters()).device
+    device = device_of(model)
     length, done = max(map(len, windows)), 0
     total, predicted = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.long)
     with _evaluating(model):

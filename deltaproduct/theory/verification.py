@@ -8,6 +8,7 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, verified_folder
+from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import lively_symbols, run_automaton
@@ -83,7 +84,7 @@ def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) ->
     if length < 1 or words < 1:
         raise UsageError(f"At least one word of at least one symbol is needed, not {words} of {length}.")
     model, automaton = compiled.model, compiled.automaton
-    device = next(model.parameters()).device
+    device = device_of(model)
     symbols = draw_words(automaton, words, length, seed)
     want = run_automaton(automaton, torch.from_numpy(symbols))
     bos = torch.full((words, 1), len(automaton.alphabet))
