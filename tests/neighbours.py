@@ -22,6 +22,14 @@ ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 BESIDE = "flash-linear-attention,fla-core,peft,tensorboard"
 WITHOUT = "accelerate,datasets,tensorboardX"
+# pytest, with Triton as a program finds it: conftest.py would have its library interpreted, with which flash-linear-
+# attention cannot be imported, so that nobody would take its kernels.
+PROGRAM = """
+import contextlib, sys, pytest
+with contextlib.suppress(ImportError):
+    import triton.language
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 
 
 def entries_of(package: str) -> set[str]:
@@ -59,7 +67,7 @@ def run(beside: list[str], without: list[str], arguments: list[str]) -> int:
     print(f"beside: {', '.join(beside) or 'nothing'}; without: {', '.join(without) or 'nothing'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         python = build(Path(folder), beside, without)
-        command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-m", "neighbours and not slow", *arguments]
+        command = [str(python), "-c", PROGRAM, "-p", "no:cacheprovider", "-m", "neighbours and not slow", *arguments]
         return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 

@@ -37,6 +37,8 @@ from deltaproduct.models.checkpoints import (
 )
 from deltaproduct.models.fla_config import ARCHITECTURES, DEFAULTS
 
+pytestmark = pytest.mark.neighbours
+
 SMALL = {"vocab_size": 11, "hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": 20, "num_heads": 2}
 HEADS = {"head_dim": 4, "expand_v": 1.5}  # K = 4, V = 6: no two sizes of a layer are equal
 ATTENTION = {"layers": [1], "num_heads": 3, "num_kv_heads": 1, "qkv_bias": False, "window_size": None,

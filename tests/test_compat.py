@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import compat, delta_product
 
+pytestmark = pytest.mark.neighbours
+
 RULES = ("chunk_delta_rule", "fused_recurrent_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 
 # The same numbers. The regime of state tracking: keys from two directions, β in [1.9, 2], mostly no decay.

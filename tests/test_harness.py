@@ -21,6 +21,8 @@ from deltaproduct.evaluation.tasks.generate import DOCUMENTS, GENERATED, MOST_EV
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks.corpus.tokenizer import DOCUMENT, ByteTokenizer, train_bpe
 
+pytestmark = pytest.mark.neighbours
+
 with_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 BYTES = ByteTokenizer()
 SMALL = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -453,7 +455,7 @@ def flat(nested):
             yield x
 
 
-# --------------------------------------------------------------------------------- models of which parts are not the whole
+# ---- models of which parts are not the whole
 
 
 class Halved(SequenceModel):

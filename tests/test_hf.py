@@ -28,6 +28,8 @@ from transformers.utils import logging
 
 from deltaproduct.models.hf import DeltaProductCache, DeltaProductConfig, DeltaProductForCausalLM, DeltaProductModel
 
+pytestmark = pytest.mark.neighbours
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

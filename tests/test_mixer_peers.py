@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 
 from deltaproduct.layers import get_mixer
 
-pytestmark = pytest.mark.numerical
+pytestmark = [pytest.mark.numerical, pytest.mark.neighbours]
 
 PEER, EXACT = 1e-4, 1e-11
 B, T, D = 2, 70, 32

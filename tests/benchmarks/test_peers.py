@@ -13,6 +13,8 @@ from deltaproduct.benchmarks.peers import as_gated_delta_rule
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import delta_product
 
+pytestmark = pytest.mark.neighbours
+
 
 def inputs(n, gate, length=40, dtype=torch.float32):
     """With grouped heads and V ≠ K; T·N is no multiple of the peers' chunks of 64."""

@@ -14,6 +14,8 @@ from deltaproduct.layers.parts import GateProjection, ShortConvolution
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.streaming import Stream
 
+pytestmark = pytest.mark.neighbours
+
 VOCAB = 11
 EACH = pytest.mark.parametrize("name", MIXERS)
 

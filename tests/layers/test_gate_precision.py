@@ -20,6 +20,8 @@ from deltaproduct.layers import mlstm as mlstm_file
 from deltaproduct.layers import rwkv7 as rwkv7_file
 from deltaproduct.layers import titans as titans_file
 
+pytestmark = pytest.mark.numerical
+
 B, T, D = 2, 30, 12
 # float32 rounds by 2⁻²⁴. A logit is a sum of at most 32 products of size 1 or so, off by 32 · 2⁻²⁴ = 2e-6; exp and
 # softplus make of that as much of their result, and the functions that follow enlarge it by their arguments' size, at

@@ -26,6 +26,8 @@ from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.checkpoints import from_fla_config, read_fla, to_fla_config, write_fla
 from deltaproduct.models.fla_config import DEFAULTS
 
+pytestmark = pytest.mark.neighbours
+
 # Configurations
 
 RELEASES = ["0.1", "0.1.1", "0.1.2", "0.2.0", "0.2.1", "0.2.2", "0.3.0", "0.3.1", "0.3.2", "0.4.0", "0.4.1", "0.4.2",

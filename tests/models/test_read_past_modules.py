@@ -22,6 +22,8 @@ from deltaproduct.models.streaming import Stream
 from deltaproduct.ops import cpu
 from deltaproduct.training.language import LanguageLoss
 
+pytestmark = pytest.mark.neighbours
+
 V = 11
 native = pytest.mark.skipif(
     cpu.obstacle(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"

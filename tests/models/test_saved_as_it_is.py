@@ -17,6 +17,8 @@ from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.checkpoints import read_fla, write_fla
 
+pytestmark = pytest.mark.neighbours
+
 V = 11
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "intermediate_size": 24}
 KINDS = pytest.mark.parametrize("kind", ["ours", "transformers"])

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import compat
 
+pytestmark = pytest.mark.neighbours
+
 VERSIONS = ["0.1", "0.1.1", "0.1.2", "0.2.0", "0.2.1", "0.2.2", "0.3.0", "0.3.1", "0.3.2", "0.4.0", "0.4.1", "0.4.2",
             "0.5.0", "0.5.1", "0.5.2", "0.6.0"]  # fmt: skip
 _S = "scale=None initial_state=None output_final_state=False"

@@ -11,6 +11,8 @@ import torch
 from oracle import Answer, oracle
 from test_operator import Problem, leaves, run, serving
 
+pytestmark = pytest.mark.numerical
+
 CHUNKED = [name for name in serving() if name in ("cpu", "chunkwise")]
 SHAPES = [
     Problem(T=5, N=40, K=1, V=5),

@@ -18,6 +18,8 @@ from deltaproduct.ops.scan import diagonal_scan, gated_linear_attention
 from deltaproduct.ops.selective_scan import selective_scan
 from deltaproduct.ops.tape import Tape
 
+pytestmark = pytest.mark.numerical
+
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
 
+pytestmark = pytest.mark.neighbours
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

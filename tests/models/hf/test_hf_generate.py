@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 from deltaproduct.models.hf import DeltaProductCache, DeltaProductConfig
 
+pytestmark = pytest.mark.neighbours
+
 logging.set_verbosity_error()
 
 VOCAB = 7

@@ -17,6 +17,8 @@ from transformers.utils import logging
 from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM, DeltaProductModel
 from deltaproduct.models.sequence_model import Block
 
+pytestmark = pytest.mark.neighbours
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

@@ -16,6 +16,8 @@ from transformers.utils import logging
 from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
 from deltaproduct.tasks.corpus.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.neighbours
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
