@@ -46,7 +46,7 @@ test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows the
 
 test-all: setup  ## run all tests, in every way
 	$(PYTEST) -m "" $(PYTEST_ARGS)
-	$(VENV)/bin/python tests/portable.py -m numerical
+	$(VENV)/bin/python tests/portable.py --all
 	$(VENV)/bin/python tests/neighbours.py
 
 test-portable: setup  ## run the numerical tests with the instructions of other processors, one way after another

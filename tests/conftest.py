@@ -20,6 +20,19 @@ THREADS = int(os.environ.get("DELTAPRODUCT_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "of the chosen tests every Nth, from the Kth on, and all of those that are marked numerical('whole')"
+    parser.addoption("--sample", metavar="K/N", help=help)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if sample := config.getoption("--sample"):
+        first, every = map(int, sample.split("/"))
+        whole = [(mark := item.get_closest_marker("numerical")) is not None and "whole" in mark.args for item in items]
+        items[:] = [item for i, item in enumerate(items) if whole[i] or i % every == first % every]
+
+
 def pytest_report_header() -> str:
     from deltaproduct.ops.native.library import ENGINE  # not before Triton is imported
 

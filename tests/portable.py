@@ -1,11 +1,13 @@
-"""The numerical tests as other machines would run them: `python tests/portable.py [arguments of pytest]`.
+"""The numerical tests as other machines would run them: `python tests/portable.py [--all] [arguments of pytest]`.
 
 A processor decides which instructions PyTorch's own loops (ATen), its matrix products (MKL), its convolutions (oneDNN)
 and our engine use, and so in which order they sum. Each way below takes one of these choices away from the processor.
-A tolerance that holds for one order of summation alone fails in one of them.
+A tolerance that holds for one order of summation alone fails in one of them. Without --all, each way has the tests of
+the operator and every sixth of the others, another sixth in each.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,11 @@ import torch
 from deltaproduct.ops.native.library import ENGINE
 
 ROOT = Path(__file__).parents[1]
-SELECTION = "numerical and not slow"
+MARK = "pytest.mark.numerical"
+# Collecting the others takes ten seconds in each way.
+FILES = sorted(str(path) for path in Path(__file__).parent.rglob("test_*.py") if MARK in path.read_text("utf-8"))
+SAMPLE = 6
+EVERYTHING = "--all"
 THREADS = "DELTAPRODUCT_TEST_THREADS"  # read by conftest.py
 
 
@@ -56,12 +62,17 @@ WAYS = (
 )
 
 
-def run(way: Way, arguments: list[str]) -> bool:
-    """Run the numerical tests in this way; print their outcome in one line, and what they said where they failed."""
+def run(number: int, arguments: list[str]) -> bool:
+    """Run the numerical tests in one of WAYS; print their outcome in one line, and what they said where they failed."""
+    way = WAYS[number]
     if why := way.why_not():
         print(f"left out: {way.name}: {why}", flush=True)
         return True
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", SELECTION, *arguments]
+    chosen = ["-m", "numerical"] if EVERYTHING in arguments else ["-m", "numerical and not slow"]
+    if EVERYTHING not in arguments:
+        chosen += ["--sample", f"{number}/{SAMPLE}"]
+    chosen += [argument for argument in arguments if argument != EVERYTHING]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *FILES, *chosen]
     environment = os.environ | {"OMP_NUM_THREADS": "1", THREADS: "1"} | way.variables
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -74,15 +85,15 @@ def run(way: Way, arguments: list[str]) -> bool:
         if not taken:
             print(f"{variables} had no effect: {header or 'the tests did not begin'}")
         print(f"{done.stdout[-20000:]}{done.stderr[-2000:]}")
-        print(f"To repeat it: {variables} python -m pytest -m '{SELECTION}'", flush=True)
+        print(f"To repeat it: {variables} python -m pytest {shlex.join(chosen)}", flush=True)
     return passed
 
 
 def main() -> int:
     arguments = sys.argv[1:]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(lambda way: run(way, arguments), [way for way in WAYS if not way.alone]))
-    outcomes += [run(way, arguments) for way in WAYS if way.alone]
+        outcomes = list(pool.map(lambda n: run(n, arguments), [n for n, way in enumerate(WAYS) if not way.alone]))
+    outcomes += [run(n, arguments) for n, way in enumerate(WAYS) if way.alone]
     return 0 if all(outcomes) else 1
 
 

@@ -23,7 +23,9 @@ from deltaproduct.tasks.corpus.tokenizer import DOCUMENT, ByteTokenizer, train_b
 
 pytestmark = pytest.mark.neighbours
 
-with_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+with_lm_eval = pytest.mark.skipif(
+    find_spec("lm_eval") is None or find_spec("datasets") is None, reason="lm-eval or its datasets are not installed"
+)
 BYTES = ByteTokenizer()
 SMALL = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "intermediate_size": 32}
 # β = 2·σ(6): reflections that forget nothing, as where states are tracked.

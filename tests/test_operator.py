@@ -22,7 +22,7 @@ from oracle import Answer, l2_normalised, l2_normalised_gradient, oracle, relati
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS, delta_product, delta_product_states, delta_product_step, resolve_backend
 
-pytestmark = pytest.mark.numerical
+pytestmark = pytest.mark.numerical("whole")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 # One rounding of an output or gradient to its dtype, beside float32 arithmetic: 8 and 11 significant bits.
