@@ -44,10 +44,10 @@ demo: setup  ## learn S3 from two seeds and draw the accuracy by length, in demo
 test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows them
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: setup  ## run all tests, in every way
+test-all: setup  ## run all tests, and unless PYTEST_ARGS narrows them, also in all ways of the next two
 	$(PYTEST) -m "" $(PYTEST_ARGS)
-	$(VENV)/bin/python tests/portable.py --all
-	$(VENV)/bin/python tests/neighbours.py
+	$(if $(PYTEST_ARGS),,$(VENV)/bin/python tests/portable.py --all)
+	$(if $(PYTEST_ARGS),,$(VENV)/bin/python tests/neighbours.py)
 
 test-portable: setup  ## run the numerical tests with the instructions of other processors, one way after another
 	$(VENV)/bin/python tests/portable.py $(PYTEST_ARGS)
