@@ -9,9 +9,15 @@ It needs transformers 5.17 or newer, which nothing else of the library does.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from deltaproduct.models.hf.cache import DeltaProductCache
-from deltaproduct.models.hf.config import DeltaProductConfig
-from deltaproduct.models.hf.model import DeltaProductForCausalLM, DeltaProductModel
+try:
+    from deltaproduct.models.hf.cache import DeltaProductCache
+    from deltaproduct.models.hf.config import DeltaProductConfig
+    from deltaproduct.models.hf.model import DeltaProductForCausalLM, DeltaProductModel
+except RuntimeError as e:  # transformers imports what it finds, and no model of it works beside a broken one
+    raise ImportError(
+        f"transformers' models cannot be imported here ({e}). A torchvision of another PyTorch than the installed one "
+        "does that: uninstall it, or install the one that belongs to this PyTorch."
+    ) from e
 
 AutoConfig.register(DeltaProductConfig.model_type, DeltaProductConfig, exist_ok=True)
 AutoModel.register(DeltaProductConfig, DeltaProductModel, exist_ok=True)

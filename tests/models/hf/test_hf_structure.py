@@ -1,6 +1,10 @@
 """models.hf has the structure that transformers expects of a language model, without other names for its weights."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +155,17 @@ def test_arguments_that_no_model_has(tmp_path):
         with pytest.raises(UsageError, match="did you mean 'num_householder'") as error:
             load(tmp_path, num_housholder=3)
         assert "\n" not in str(error.value)
+
+
+def test_a_broken_torchvision_beside_is_one_line(tmp_path):
+    """transformers imports whatever torchvision there is, and one of another PyTorch fails so."""
+    package, info = tmp_path / "torchvision", tmp_path / "torchvision-9.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 9.0\n")
+    paths = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-c", "import deltaproduct.models.hf"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and "(operator torchvision::nms does not exist). A torchvision of another PyTorch" in last
