@@ -17,8 +17,8 @@ from deltaproduct.models import ModelConfig
 from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.log import last_metrics
-from deltaproduct.training.loop import CONFIG, METRICS
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
+from deltaproduct.training.run_folder import CONFIG, METRICS
 
 DEFAULT = "tiny"
 _OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")

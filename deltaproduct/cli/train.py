@@ -13,7 +13,7 @@ from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig, train
-from deltaproduct.training.loop import CONFIG, METRICS
+from deltaproduct.training.run_folder import CONFIG, METRICS
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
 _ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
