@@ -70,6 +70,7 @@ def train_language(
     compile: bool = False,
     log_every: int = 10,
     checkpoint_every: int = 100,
+    allow_pickled_optimizer: bool = False,
     show: bool = True,
 ) -> SequenceModel:
     """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
@@ -83,6 +84,7 @@ def train_language(
         recompute: keep only the blocks' inputs for the backward pass, and run the blocks a second time in it.
         compile: have torch.compile compile every block.
         log_every, checkpoint_every: steps between metric lines, and between checkpoints with the validation loss.
+        allow_pickled_optimizer: resume also from what an earlier version saved; see `load_shards`.
 
     Raises:
         UsageError: folder, corpus, model and processes do not fit together, or training goes wrong: the loss is no
@@ -107,7 +109,9 @@ def train_language(
         recover_folder(checkpoint)
     ranks.wait()
     if resume and checkpoint.exists():
-        progress = load_shards(checkpoint, wrapped, model, optimizer, ranks)
+        progress = load_shards(
+            checkpoint, wrapped, model, optimizer, config, ranks, allow_pickled_optimizer=allow_pickled_optimizer
+        )
     wrapped.train()
     begun, before = time.monotonic(), progress.seconds
     shown = progress_bar(f"{out.name} seed {settings.seed}", settings.steps, show=show and ranks.first)
