@@ -39,6 +39,10 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     data: Annotated[Path, tyro.conf.arg(help="folder of the corpus")]
     out: Annotated[Path, tyro.conf.arg(help="folder of the run; created")]
     resume: Annotated[bool, tyro.conf.arg(help="continue the run in --out; other flags default to its own")] = False
+    allow_pickled_optimizer: Annotated[
+        bool,
+        tyro.conf.arg(help="with --resume: read also an optimiser in pickles, as earlier versions saved it"),
+    ] = False
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
     backend: BackendName = "auto"
     parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
@@ -95,6 +99,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 compile=self.compile,
                 log_every=self.log_every,
                 checkpoint_every=self.checkpoint_every,
+                allow_pickled_optimizer=self.allow_pickled_optimizer,
             )
             return (last_metrics(self.out / METRICS) or {}) if ranks.first else {}
 

@@ -71,6 +71,7 @@ def train_language(
     compile: bool = False,
     log_every: int = 10,
     checkpoint_every: int = 100,
+    allow_pickled_optimizer: bool = False,
     show: bool = True,
 ) -> SequenceModel:
     """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
@@ -84,6 +85,7 @@ def train_language(
         recompute: keep only the blocks' inputs for the backward pass, and run the blocks a second time in it.
         compile: have torch.compile compile every block.
         log_every, checkpoint_every: steps between metric lines, and between checkpoints with the validation loss.
+        allow_pickled_optimizer: resume also from what an earlier version saved; see `load_shards`.
 
     Raises:
         UsageError: folder, corpus, model and processes do not fit together, or training goes wrong: the loss is no
@@ -104,12 +106,14 @@ def train_language(
     optimizer = new_optimizer(model, settings)
     checkpoint, progress = out / CHECKPOINT, LanguageProgress()
     with ExitStack() as held:
-        if ranks.first:
-            held.enter_context(writing_run(config, out, resume))
-            corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
-        ranks.wait()
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(writing_run(config, out, resume))
+                corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
         if checkpoint.exists():
-            progress = load_shards(checkpoint, wrapped, model, optimizer, ranks)
+            progress = load_shards(
+                checkpoint, wrapped, model, optimizer, config, ranks, allow_pickled_optimizer=allow_pickled_optimizer
+            )
         if ranks.any(ranks.first and is_finished(out, config)):
             return model.eval()
         commands = begin_record(out) if ranks.first else {}
