@@ -22,6 +22,7 @@ from deltaproduct.machine import command_line, describe_machine, memory_in_use, 
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.corpus_place import note_corpus
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, new_model, new_optimizer, open_run
@@ -72,7 +73,8 @@ def train_language(
     checkpoint_every: int = 100,
     show: bool = True,
 ) -> SequenceModel:
-    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
+    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/, data.json and
+    run.json.
 
     Every process calls this, with an `out` that all of them see. A run may go on with another number of processes, or
     with other values of the keywords: none of them is part of its configuration.
@@ -104,6 +106,7 @@ def train_language(
     if ranks.first:
         open_run(config, out, resume)
         corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
+        note_corpus(out, corpus.folder)
         recover_folder(checkpoint)
     ranks.wait()
     if resume and checkpoint.exists():

@@ -128,9 +128,9 @@ def _read(path: Path) -> Journal:
             raise UsageError(f"{path} was written by another version; finish this corpus with that, or start it anew.")
     else:
         splits = values.get("splits")
-        values = {"tokenizer_sha256": None} | values
+        values = values | {"tokenizer_sha256": values.get("tokenizer_sha256")}
         if isinstance(splits, dict) and all(isinstance(state, dict) for state in splits.values()):
-            unhashed = {"shard_sha256": None, "offsets_sha256": None}
+            unhashed: dict[str, Any] = {"shard_sha256": None, "offsets_sha256": None}
             values["splits"] = {name: unhashed | state for name, state in splits.items()}
     journal = structured(path, values, Journal)
     if why := _contradiction(journal):
