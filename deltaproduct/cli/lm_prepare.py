@@ -1,6 +1,5 @@
 """`deltaproduct lm prepare`: make a corpus for language models."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,6 @@ from deltaproduct.tasks.corpus.tokenizer import SPECS
 from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
 from deltaproduct.training.log import progress_bar
 
-INTERRUPTED = 130  # what a shell reports for a program that was interrupted
 _SHARE = (
     f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, or the last {TAIL_SHARE} of the "
     f"text where these are too few, {MODULE_SHARE} of the standard library's modules, and of shakespeare always "
@@ -42,9 +40,7 @@ class LmPrepare:
         try:
             sidecar = self._prepare()
         except KeyboardInterrupt:
-            print(f"deltaproduct: interrupted; the same command with --resume goes on with {self.out}.",
-                  file=sys.stderr)  # fmt: skip
-            raise SystemExit(INTERRUPTED) from None
+            raise KeyboardInterrupt(f"The same command with --resume goes on with the corpus in {self.out}.") from None
         corpus = Corpus.open(self.out, verify=False)
         print(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
         for name, split in sidecar.splits.items():

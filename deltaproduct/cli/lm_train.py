@@ -71,12 +71,12 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
             raise UsageError(found)
-        if self.resume and (stored := stored_run(self.out)) is not None:
-            if stored.training.steps != self.steps and is_finished(self.out, stored):
-                raise UsageError(
-                    f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot "
-                    f"be changed: start a new run of {self.steps} steps with another --out."
-                )
+        stored = stored_run(self.out) if self.resume else None
+        if stored is not None and stored.training.steps != self.steps and is_finished(self.out, stored):
+            raise UsageError(
+                f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
+                f"changed: start a new run of {self.steps} steps with another --out."
+            )
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
         if last:

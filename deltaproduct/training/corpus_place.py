@@ -19,10 +19,6 @@ PLACE = "data.json"
 def note_corpus(run: Path, corpus: Path) -> None:
     """Write down where a run's corpus is, for `find_corpus`."""
     absolute = os.path.abspath(corpus)
-    try:
-        absolute.encode()
-    except UnicodeEncodeError:  # a name that is no UTF-8 is none for JSON: --data has to be given again
-        return
     # The second is right where run and corpus are moved or mounted together.
     write_json(run / PLACE, {"corpus": absolute, "corpus_from_here": os.path.relpath(absolute, os.path.abspath(run))})
 
@@ -39,7 +35,7 @@ def find_corpus(run: Path, fingerprint: str) -> Path:
     values = read_json(run / PLACE)
     values = values if isinstance(values, dict) else {}
     noted: list[Any] = [values.get(key) for key in ("corpus", "corpus_from_here")]
-    if not all(isinstance(place, str) and place and place.isprintable() for place in noted):
+    if not all(isinstance(place, str) and place and "\0" not in place for place in noted):
         raise UsageError(f"{run / PLACE} is damaged: it does not say where the run's corpus is; {advice}.")
     places = [Path(noted[0]), Path(os.path.normpath(run.absolute() / noted[1]))]
     there = [place for place in places if (place / SIDECAR).is_file()]

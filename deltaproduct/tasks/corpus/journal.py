@@ -1,12 +1,13 @@
 """What lets a preparation go on after a kill: its settings, and how far everything on disk is known to be right."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import make_folder, read_json, write_json
+from deltaproduct.files import locked, make_folder, read_json, write_json
 from deltaproduct.tasks.corpus.shards import SplitState
 from deltaproduct.tasks.corpus.sidecar import (
     LARGEST_VOCABULARY,
@@ -24,6 +25,7 @@ from deltaproduct.tasks.corpus.sidecar import (
 )
 
 JOURNAL = "unfinished.json"
+LOCK = ".lock"
 FORMAT = 2  # of the journal; the first had neither this number nor a seal, nor the fields that may be None
 
 
@@ -71,16 +73,26 @@ class Journal:
         write_json(folder / JOURNAL, sealed({"format": FORMAT, **asdict(self)}))
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a corpus' folder, and be the only process that writes it; where nothing was written, it is removed again.
+
+    Raises:
+        UsageError: it cannot be made or written, or another process is preparing a corpus there.
+    """
+    made = not folder.exists()
+    make_folder(folder)
+    try:
+        with locked(folder / LOCK, f"The corpus {folder}"):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
 def check_free(folder: Path, *, resume: bool) -> None:
-    """`UsageError` where `claim_folder` is sure to refuse; nothing is written, and no source need be read before it."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "its permissions forbid it" if there.is_dir() else f"{there} is not a folder"
-        raise UsageError(f"The folder {folder} cannot be written: {reason}.")
-    if not folder.exists():
-        return
+    """`UsageError` where `claim_folder` is sure to refuse, whatever the settings are: no source is read for that."""
     if (folder / SIDECAR).exists():
         if not resume:
             raise UsageError(f"{folder} already holds a corpus; choose another folder for --out.")
@@ -100,11 +112,10 @@ def claim_folder(folder: Path, settings: Settings, *, resume: bool) -> Journal |
     A preparation that did not get as far as its tokenizer has left nothing worth keeping, and is begun anew.
 
     Raises:
-        UsageError: the folder cannot be written or holds something else, or a corpus that is finished, or one that is
+        UsageError: the folder holds something else, or a corpus that is finished, or one that is
             not and should not be resumed, or one of other settings (the message names the fields).
     """
     check_free(folder, resume=resume)
-    make_folder(folder)
     if (folder / SIDECAR).exists():
         made = read_sidecar(folder)
         _compare(folder, Settings(made.tokenizer, made.shard_tokens, made.validation_share, made.sources), settings)

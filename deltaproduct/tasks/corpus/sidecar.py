@@ -22,7 +22,7 @@ import cattrs
 import numpy as np
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, verified_folder
+from deltaproduct.files import read_folder, read_json
 
 SIDECAR = "corpus.json"
 TOKENIZER = "tokenizer"  # the folder of it, in a corpus and in a run
@@ -192,10 +192,14 @@ def check_entries(split: str, offsets: FileEntry | None, shards: Sequence[FileEn
 
 def tokenizer_digest(folder: Path) -> str:
     """The sha256 of a tokenizer's files and their names, as its manifest lists them."""
-    digest = hashlib.sha256()
-    for name in sorted(verified_folder(folder, "tokenizer")):
-        digest.update(repr((name, hashlib.sha256((folder / name).read_bytes()).hexdigest())).encode())
-    return digest.hexdigest()
+
+    def digest_of(folder: Path, files: list[str]) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(files):
+            digest.update(repr((name, hashlib.sha256((folder / name).read_bytes()).hexdigest())).encode())
+        return digest.hexdigest()
+
+    return read_folder(folder, "tokenizer", digest_of)
 
 
 def read_sidecar(folder: Path) -> Sidecar:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json, write_text
+from deltaproduct.files import read_folder, read_json, replaced_folder, write_json, write_text
 from deltaproduct.tasks.corpus.sidecar import shown
 
 META = "corpus_tokenizer.json"
@@ -197,7 +197,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UsageError: the folder is no tokenizer's, is damaged, or its library is not installed.
     """
-    files = verified_folder(folder, "tokenizer")
+    return read_folder(folder, "tokenizer", _load)
+
+
+def _load(folder: Path, files: list[str]) -> Tokenizer:
     meta = read_json(folder / META) if META in files else None
     if not isinstance(meta, dict) or not {"kind", "vocab_size", "document_token"} <= set(meta):
         raise UsageError(f"{folder} is not a tokenizer that this library saved: {META} is missing or damaged.")
@@ -248,10 +251,6 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 
 def check_tokenizer(spec: str) -> None:
     """`UsageError` where a spec is sure to fail, so that no time is spent on reading texts for it."""
-    try:
-        spec.encode()
-    except UnicodeEncodeError as e:
-        raise UsageError(f"The tokenizer {spec!r} has a name that is not UTF-8, which {META} cannot hold.") from e
     if spec.startswith("bpe:"):
         bpe_size(spec)
     elif spec != "bytes" and not spec.startswith("hf:") and not Path(spec).is_file():

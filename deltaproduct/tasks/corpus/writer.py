@@ -15,7 +15,7 @@ import deltaproduct
 from deltaproduct.errors import UsageError
 from deltaproduct.files import write_json
 from deltaproduct.tasks.corpus.encode import batched, encode_all
-from deltaproduct.tasks.corpus.journal import JOURNAL, Journal, Settings, check_free, claim_folder
+from deltaproduct.tasks.corpus.journal import JOURNAL, Journal, Settings, check_free, claim_folder, held
 from deltaproduct.tasks.corpus.shards import SplitWriter
 from deltaproduct.tasks.corpus.sidecar import (
     FORMAT,
@@ -96,19 +96,20 @@ def prepare(
     if not sources:
         raise UsageError("A corpus needs at least one --source.")
     check_tokenizer(tokenizer)
-    check_free(out, resume=resume)
-    texts = [make_source(spec, validation_share, leave_out=out) for spec in sources]
-    _scan(texts, validation_share, progress)
-    for spec, source in zip(sources, texts):
-        for line in source.remarks:
-            remark(f"{spec}: {line}")
-    settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
-    journal = claim_folder(out, settings, resume=resume)
-    if journal is not None:
-        chosen = _tokenizer(out / TOKENIZER, tokenizer, texts, progress)
-        _write_shards(out, journal, chosen, texts, workers, progress)
-    _remove_traces(out)
-    return read_sidecar(out)
+    with held(out):
+        check_free(out, resume=resume)
+        texts = [make_source(spec, validation_share, leave_out=out) for spec in sources]
+        _scan(texts, validation_share, progress)
+        for spec, source in zip(sources, texts):
+            for line in source.remarks:
+                remark(f"{spec}: {line}")
+        settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
+        journal = claim_folder(out, settings, resume=resume)
+        if journal is not None:
+            chosen = _tokenizer(out / TOKENIZER, tokenizer, texts, progress)
+            _write_shards(out, journal, chosen, texts, workers, progress)
+        _remove_traces(out)
+        return read_sidecar(out)
 
 
 def most_workers() -> int:
