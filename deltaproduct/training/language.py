@@ -21,6 +21,7 @@ from deltaproduct.machine import memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.corpus_place import note_corpus
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
@@ -74,7 +75,8 @@ def train_language(
     allow_pickled_optimizer: bool = False,
     show: bool = True,
 ) -> SequenceModel:
-    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
+    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/, data.json and
+    run.json.
 
     Every process calls this, with an `out` that all of them see. A run may go on with another number of processes, or
     with other values of the keywords: none of them is part of its configuration.
@@ -110,6 +112,7 @@ def train_language(
             if ranks.first:
                 held.enter_context(writing_run(config, out, resume))
                 corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
+                note_corpus(out, corpus.folder)
         if checkpoint.exists():
             progress = load_shards(
                 checkpoint, wrapped, model, optimizer, config, ranks, allow_pickled_optimizer=allow_pickled_optimizer
