@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -48,12 +49,67 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not text in UTF-8.") from e
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; `UsageError` if it is missing or is no JSON."""
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        finite: whether NaN and infinities, which Python writes and JSON does not have, are refused.
+
+    Raises:
+        UsageError: the file is missing or is no JSON, an object names an entry twice, a number has more than 100 digits
+            or is not finite, or a string is not text.
+    """
+    if path.exists() and not path.is_file():  # a folder, or a pipe that nobody may ever write to
+        raise UsageError(f"{path} cannot be read: it is not a file.")
+    return parse_json(read_text(path), str(path), finite=finite)
+
+
+def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
+    """The value in a JSON text, as `read_json`; `where` names the text in messages."""
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise UsageError(f"{path} is not valid JSON: {e}.") from e
+        value = json.loads(
+            text,
+            object_pairs_hook=_once_each,
+            parse_int=_small_integer,
+            parse_float=_finite_number if finite else float,
+            parse_constant=_no_constant if finite else float,
+        )
+        if "\\ud" in text or "\\uD" in text:  # half of a character, which could be neither printed nor written
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as e:
+        raise UsageError(f"{where} is not valid JSON: it is nested too deeply.") from e
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{where} is not valid JSON: a string has half of a surrogate pair.") from e
+    except ValueError as e:
+        raise UsageError(f"{where} is not valid JSON: {e}.") from e
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; an entry that comes twice would be read in one way here and in another elsewhere."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the entry {twice[:40]!r} comes twice")
+    return values
+
+
+def _small_integer(digits: str) -> int:
+    if len(digits) > 100:
+        raise ValueError(f"it has an integer of {len(digits.lstrip('-')):,} digits")
+    return int(digits)
+
+
+def _finite_number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"it has the number {digits[:40]}, which is too large")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it has {name}, which JSON does not")
 
 
 def make_folder(path: Path) -> Path:
