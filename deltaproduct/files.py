@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,65 @@ def verified_folder(path: Path, what: str) -> list[str]:
         if entry != _fingerprint(file):
             raise UsageError(f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256.")
     return list(files)
+
+
+def seal_folder(folder: Path) -> list[str]:
+    """Say that the files of a folder are meant to be as they are now: its manifest is written anew.
+
+    It lists what it listed before and is still there, and what of a model's weights and configuration has come to lie
+    there since. Other files that came, such as a tokenizer's, stay unlisted, as they were.
+
+    Returns:
+        The files that differ from the old manifest, were added to it or left it.
+
+    Raises:
+        UsageError: there is no manifest, it cannot be read, or it cannot be written.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} has no {MANIFEST}, so it was not written by this library; there is nothing to seal.")
+    before = _read_manifest(folder)
+    try:
+        there = {p.name for p in folder.iterdir() if p.is_file()}
+        names = sorted(there & (before.keys() | {name for name in there if is_model_file(name)}))
+        now = {name: _fingerprint(folder / name) for name in names}
+    except OSError as e:
+        raise UsageError(f"The folder {folder} cannot be read: {e.strerror or e}.") from e
+    write_json(folder / MANIFEST, {"format": 1, "files": now})
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name is a model's configuration, weights or their index: what loading a model reads."""
+    weights = name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
+    return weights or name in ("config.json", "generation_config.json")
+
+
+def check_listed(folder: Path, what: str, is_read: Callable[[str], bool]) -> None:
+    """Check those files of a folder that its manifest lists and that `is_read`; nothing where there is no manifest.
+
+    This is for folders that others write to as well, and read in ways of their own.
+
+    Raises:
+        UsageError: one is missing or not what was written; the message says how to keep it.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    for name, entry in _read_manifest(folder).items():
+        if not is_read(name):
+            continue
+        file = folder / name
+        if not file.is_file():
+            raise UsageError(f"The {what} {folder} is incomplete: {name} is missing.")
+        try:
+            same = entry == _fingerprint(file)
+        except OSError as e:
+            raise UsageError(f"{file} cannot be read: {e.strerror or e}.") from e
+        if not same:
+            raise UsageError(
+                f"The {what} {folder} is corrupt, or was changed: {name} does not match its recorded size and sha256. "
+                f"If you changed it on purpose, run: deltaproduct seal {shlex.quote(str(folder))}"
+            )
 
 
 def _seal(folder: Path) -> list[str]:
