@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import MANIFEST, recover_folder, verified_folder
+from deltaproduct.files import MANIFEST, verified_folder
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
 from deltaproduct.models.fla_config import USES_NEG_EIGVAL, Layout
@@ -70,7 +70,6 @@ class LmConvert:
 def check_replaceable(out: Path, kind: str) -> None:
     """`UsageError` unless `out` is missing, empty, or holds a checkpoint of this kind that was written here and nothing
     besides, so that replacing it loses nothing of the user's."""
-    recover_folder(out)
     if not out.exists():
         return
     if not out.is_dir():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from deltaproduct.files import seal_folder
+from deltaproduct.files import reseal_folder
 
 
 @dataclass(kw_only=True)
@@ -16,5 +16,5 @@ class Seal:
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="a folder with a manifest.json")]
 
     def run(self) -> None:
-        changed = seal_folder(self.folder)
+        changed = reseal_folder(self.folder)
         print(f"{self.folder}: " + (f"sealed; new or changed: {', '.join(changed)}" if changed else "nothing changed"))
