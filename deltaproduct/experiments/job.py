@@ -154,7 +154,7 @@ def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
     folder = out / RUNS / job.name
     if not (folder / RESULT).exists() or not is_finished(folder, job.config):
         return None
-    result: dict[str, Any] = read_json(folder / RESULT)
+    result: dict[str, Any] = read_json(folder / RESULT, finite=False)
     return result if result.get("asked") == plain(job.asked) else None
 
 

@@ -66,7 +66,7 @@ class LanguageJob:
         folder = out / RUNS / self.name
         if not (folder / RESULT).exists() or not is_finished(folder, self._config(self._corpus(out))):
             return None
-        result: dict[str, Any] = read_json(folder / RESULT)
+        result: dict[str, Any] = read_json(folder / RESULT, finite=False)
         return result if result.get("asked") == self._asked() else None
 
     def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
