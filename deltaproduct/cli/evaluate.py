@@ -1,22 +1,19 @@
 """`deltaproduct evaluate`: accuracy of a run or a checkpoint by sequence length."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from deltaproduct.cli.flags import BackendName, IntList, check_lengths
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation import RangeResult, evaluate_lengths, evaluate_range, scores
-from deltaproduct.machine import choose_device
-from deltaproduct.models import SequenceModel
-from deltaproduct.tasks import get_task
-from deltaproduct.training.checkpoint import checkpoint_config
-from deltaproduct.training.loop import CHECKPOINT, METRICS
+
+if TYPE_CHECKING:
+    from deltaproduct.evaluation import RangeResult
 
 
 @dataclass(kw_only=True)
@@ -41,6 +38,16 @@ class Evaluate:
         lengths = check_lengths(self.lengths)
         if self.length_range is not None and len(self.length_range) != 2:
             raise UsageError("length_range must be the shortest and the longest length, such as 40,256.")
+        from rich.console import Console
+        from rich.table import Table
+
+        from deltaproduct.evaluation import evaluate_lengths, evaluate_range, scores
+        from deltaproduct.machine import choose_device
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.tasks import get_task
+        from deltaproduct.training.checkpoint import checkpoint_config
+        from deltaproduct.training.loop import CHECKPOINT, METRICS
+
         if not self.source.exists():
             raise UsageError(f"{self.source} does not exist.")
         inner = self.source / CHECKPOINT

@@ -1,14 +1,16 @@
 """`deltaproduct explain`: what theorems allow or forbid a model class on a group's word problem."""
 
+from __future__ import annotations
+
 import json
 import textwrap
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deltaproduct.theory.theorems.explain import Explanation, explain
-from deltaproduct.theory.theorems.model_class import ModelClass
+if TYPE_CHECKING:
+    from deltaproduct.theory.theorems.explain import Explanation
 
 VERDICTS = {
     "possible": "Possible: there are weights with which {model} follows {task} at every length.",
@@ -39,6 +41,9 @@ class Explain:
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:
+        from deltaproduct.theory.theorems.explain import explain
+        from deltaproduct.theory.theorems.model_class import ModelClass
+
         model = ModelClass(self.num_householder, self.layers, self.allow_neg_eigval, self.gated, self.transition)
         found = explain(self.group, model, moves=self.moves)
         print(json.dumps(found.to_dict()) if self.json else in_words(found))

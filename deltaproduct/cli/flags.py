@@ -8,14 +8,13 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, get_mixer
-from deltaproduct.ops import BACKENDS
+from deltaproduct.ops.names import BACKEND_NAMES
 
 _OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
 
 
 # A backend of the operator.
-BackendName = Annotated[str, tyro.conf.arg(help=f"auto, {', '.join(list(BACKENDS)[:-1])} or {list(BACKENDS)[-1]}")]
+BackendName = Annotated[str, tyro.conf.arg(help=f"auto, {', '.join(BACKEND_NAMES[:-1])} or {BACKEND_NAMES[-1]}")]
 
 
 def _parse_ints(words: list[str]) -> tuple[int, ...]:
@@ -66,6 +65,8 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def check_given(mixer: str, arguments: Sequence[str]) -> None:
     """`UsageError` where a flag was given that the mixer has no use for, such as an n_h for an LSTM."""
+    from deltaproduct.layers import MIXERS, get_mixer
+
     used = get_mixer(mixer).arguments()
     elsewhere = {name for other in MIXERS.values() for name in other.arguments()}.difference(used, _OF_EVERY_BLOCK)
     for word in arguments:

@@ -1,17 +1,19 @@
 """`deltaproduct lm convert`: a checkpoint of this library as one of flash-linear-attention, or the other way."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from deltaproduct.cli.outputs import check_folder
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, recover_folder, verified_folder
-from deltaproduct.models import SequenceModel
-from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
-from deltaproduct.models.fla_config import USES_NEG_EIGVAL, Layout
-from deltaproduct.training.loop import CHECKPOINT
+
+if TYPE_CHECKING:
+    from deltaproduct.models.fla_config import Layout
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
 LAYOUTS: dict[str, Layout] = {"fla": "fused", "fla-per-step": "per-step", "fla-0.2.1": "0.2.1"}
@@ -40,6 +42,11 @@ class LmConvert:
         if self.to not in TARGETS:
             choices = ";\n".join(f"{name} ({what})" for name, what in TARGETS.items())
             raise UsageError(f"There is no layout {self.to!r}; choose one for --to:\n{choices}.")
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
+        from deltaproduct.models.fla_config import USES_NEG_EIGVAL
+        from deltaproduct.training.loop import CHECKPOINT
+
         if not self.source.exists():
             raise UsageError(f"{self.source} does not exist.")
         folder = self.source / CHECKPOINT if (self.source / CHECKPOINT).exists() else self.source
@@ -70,6 +77,9 @@ class LmConvert:
 def check_replaceable(out: Path, kind: str) -> None:
     """`UsageError` unless `out` is missing, empty, or holds a checkpoint of this kind that was written here and nothing
     besides, so that replacing it loses nothing of the user's."""
+    from deltaproduct.models.checkpoints import checkpoint_kind
+
+    check_folder(out)
     recover_folder(out)
     if not out.exists():
         return

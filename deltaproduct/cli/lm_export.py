@@ -6,11 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deltaproduct.cli.outputs import check_new_folder
 from deltaproduct.errors import UsageError
-from deltaproduct.machine import choose_device
-from deltaproduct.models import SequenceModel
-from deltaproduct.models.export import export_step
-from deltaproduct.training.loop import CHECKPOINT
 
 
 @dataclass(kw_only=True)
@@ -30,6 +27,12 @@ class LmExport:
             raise UsageError(f"{self.source} does not exist.")
         if self.to == "onnx" and self.device != "cpu":
             raise UsageError("--device goes with --to aotinductor: an ONNX graph is for all devices.")
+        check_new_folder(self.out)
+        from deltaproduct.machine import choose_device
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.models.export import export_step
+        from deltaproduct.training.loop import CHECKPOINT
+
         inner = self.source / CHECKPOINT
         model = SequenceModel.from_pretrained(
             inner if inner.exists() else self.source, device=choose_device(self.device)

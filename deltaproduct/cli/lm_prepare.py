@@ -6,12 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
 from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE
 from deltaproduct.tasks.corpus.tokenizer import SPECS
 from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
-from deltaproduct.training.log import progress_bar
 
 _SHARE = (
     f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, {MODULE_SHARE} of the standard "
@@ -35,6 +33,9 @@ class LmPrepare:
     resume: Annotated[bool, tyro.conf.arg(help="go on with the corpus in --out, to the same bytes")] = False
 
     def run(self) -> None:
+        from deltaproduct.tasks.corpus import Corpus
+        from deltaproduct.training.log import progress_bar
+
         with progress_bar("lm prepare, %", 100) as bar:
 
             def show(progress: Progress) -> None:

@@ -1,24 +1,26 @@
 """`deltaproduct lm train`: train a language model on a corpus; by a launcher or under torchrun, on many processes."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from deltaproduct.cli.flags import BackendName, config_flags, value_of, values_of
+from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.launchers import get_rank_launcher
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.experiments.launchers.ranks import RankLauncher, followed
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.training.config import LanguageConfig, LanguageRun
-from deltaproduct.training.log import last_metrics
-from deltaproduct.training.loop import CONFIG, METRICS
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
+
+if TYPE_CHECKING:
+    from deltaproduct.experiments.launchers.ranks import RankLauncher
+    from deltaproduct.tasks.corpus import Corpus
 
 DEFAULT = "tiny"
 _OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
@@ -67,6 +69,8 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        from deltaproduct.experiments.launchers import get_rank_launcher
+
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
         if last:
@@ -78,8 +82,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     def train(self) -> dict[str, Any]:
         """Train on the processes that all call this; the last line of the metrics, on the one that writes them, or
         nothing."""
+        from deltaproduct.tasks.corpus import Corpus
         from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
         from deltaproduct.training.language import train_language
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.loop import METRICS
 
         with Ranks.started(self.device, spans=self.spans) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
@@ -100,6 +107,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
 
     def _train_by(self, launcher: RankLauncher) -> dict[str, Any]:
         """Have the launcher's processes train. What can be refused is refused here, before a cluster's queue."""
+        from deltaproduct.experiments.launchers.ranks import followed
+        from deltaproduct.tasks.corpus import Corpus
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.loop import CONFIG, METRICS
+
         if "RANK" in os.environ:
             raise UsageError("A launcher starts the processes itself; call the command without torchrun.")
         if (self.out / CONFIG).exists() and not self.resume:
@@ -117,12 +129,12 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         return LanguageRun(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
 
 
-def train_defaults(arguments: list[str]) -> LmTrain:
+def defaults(arguments: Sequence[str]) -> LmTrain:
     """What the flags default to: with --resume the run in --out, if there is one, else what --preset says."""
     out, name = value_of("--out", arguments), value_of("--preset", arguments) or DEFAULT
     steps = value_of("--num-householder", arguments)
-    if "--resume" in arguments and out is not None and (Path(out) / CONFIG).is_file():
-        stored = LanguageRun.from_dict(read_json(Path(out) / CONFIG))
+    if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
+        stored = LanguageRun.from_dict(read_json(Path(out) / "config.json"))
         values = vars(stored.model) | vars(stored.training)
     else:
         of_preset = preset_model(name, int(steps)) if steps is not None and steps.isdecimal() else preset_model(name)
@@ -130,3 +142,8 @@ def train_defaults(arguments: list[str]) -> LmTrain:
     known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
     missing = {"data": tyro.MISSING, "out": tyro.MISSING}
     return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})  # type: ignore[arg-type]
+
+
+def check(command: LmTrain, arguments: Sequence[str]) -> None:
+    """`UsageError` where a flag was given that the model has no use for."""
+    check_given(command.mixer, arguments)

@@ -1,22 +1,23 @@
 """`deltaproduct reproduce NAME`: run one of the papers' experiments, from nothing to its figure."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from deltaproduct.cli.flags import IntList, check_lengths
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.experiment import Scale
-from deltaproduct.experiments.job import AnyJob
-from deltaproduct.experiments.launchers import RAY_OPTIONS, SLURM_OPTIONS, get_launcher, parse_options
-from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
-from deltaproduct.experiments.runner import SUMMARY, run_jobs
+from deltaproduct.experiments.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
+from deltaproduct.experiments.names import EXPERIMENT_NAMES, Scale
 from deltaproduct.files import make_folder
+
+if TYPE_CHECKING:
+    from deltaproduct.experiments.job import AnyJob
 
 FIGURE = "accuracy.png"
 FILE_WIDTH = 100  # of a table that goes to a file: five lengths with their ranges
@@ -29,7 +30,7 @@ class Reproduce:
     Running it again on the same folder continues what was cut off and reuses what was finished.
     """
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"which experiment: {', '.join(EXPERIMENTS)}")]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"which experiment: {', '.join(EXPERIMENT_NAMES)}")]
     out: Annotated[Path, tyro.conf.arg(help="folder of the experiment; created")]
     scale: Annotated[
         Scale,
@@ -69,6 +70,12 @@ class Reproduce:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        from rich.console import Console
+
+        from deltaproduct.experiments.launchers import get_launcher
+        from deltaproduct.experiments.registry import get_experiment
+        from deltaproduct.experiments.runner import SUMMARY, run_jobs
+
         experiment = get_experiment(self.name)
         jobs = self._chosen(experiment.at(self.scale, range(self.first_seed, self.first_seed + self.seeds)))
         if self.list:

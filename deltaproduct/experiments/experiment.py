@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.job import AnyJob
+from deltaproduct.experiments.names import Scale
 
-Scale = Literal["cpu", "cpu-long", "paper"]
 Runs = Sequence[dict[str, Any]]  # results of jobs
 
 

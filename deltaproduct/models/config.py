@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cattrs
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import get_mixer
-from deltaproduct.layers.linear_attention import FEATURE_MAPS
-from deltaproduct.tasks import Task
+
+if TYPE_CHECKING:
+    from deltaproduct.tasks import Task
 
 
 def described(default: Any, help: str) -> Any:
@@ -62,6 +62,10 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
+        from deltaproduct.layers import get_mixer
+        from deltaproduct.layers.linear_attention import FEATURE_MAPS
+
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size", "ttt_chunk_size"):
@@ -126,7 +130,7 @@ class ModelConfig:
             raise UsageError(f"This is not a model configuration: {reasons}.") from e
 
 
-def check_fits(config: ModelConfig, task: Task) -> None:
+def check_fits(config: ModelConfig, task: "Task") -> None:
     """`UsageError` unless the model's vocabulary and labels are the task's."""
     for name in ("vocab_size", "num_labels"):
         mine, wanted = getattr(config, name), getattr(task, name)
