@@ -29,7 +29,7 @@ class _Bench:
     out: Annotated[Path | None, tyro.conf.arg(help="also write the report to this JSON file")] = None
 
     def _options(self, *more: str) -> dict[str, Any]:
-        """What every benchmark takes, and `more` flags; --out is refused here, before the work, if it cannot be written."""
+        """What every benchmark takes, and `more` flags; an --out that cannot be written is refused before the work."""
         if self.out is not None:
             check_file(self.out)
         names = ("device", "repeats", "quick", *more)

@@ -78,7 +78,7 @@ class Compile:
             },
         )
         config = model.config
-        print(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
+        say(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
               f"{config.num_householder}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
@@ -111,7 +111,7 @@ class Compile:
             from deltaproduct.cli.extract import trained
 
             found = extract(*trained(self.from_run))
-            print(f"extracted from {self.from_run}: {len(found.automaton.states):,} states, agreement "
+            say(f"extracted from {self.from_run}: {len(found.automaton.states):,} states, agreement "
                   f"{found.agreement:.4f} on {found.words} words of length {found.length}")  # fmt: skip
             return found.automaton
         from deltaproduct.tasks.automaton_task import read_automaton

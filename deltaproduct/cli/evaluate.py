@@ -69,7 +69,7 @@ class Evaluate:
         if self.json:
             print(json.dumps(scores(results)))
             return
-        print(f"{folder} on {name}, {sequences} sequences per length")
+        say(f"{folder} on {name}, {sequences} sequences per length")
         table = Table()
         for column in ("length", "token accuracy", "sequence accuracy"):
             table.add_column(column, justify="right")
@@ -87,6 +87,6 @@ class Evaluate:
             print(json.dumps(figures))
             return
         lo, hi = result.lengths
-        print(f"{self.source} on {task}, {result.sequences} sequences of lengths {lo} to {hi}")
+        say(f"{self.source} on {task}, {result.sequences} sequences of lengths {lo} to {hi}")
         for figure, value in figures.items():
             print(f"  {figure.replace('_', ' ')}: {value:.4f}")

@@ -46,7 +46,8 @@ class Explain:
 
         model = ModelClass(self.num_householder, self.layers, self.allow_neg_eigval, self.gated, self.transition)
         found = explain(self.group, model, moves=self.moves)
-        print(json.dumps(found.to_dict()) if self.json else in_words(found))
+        for line in [json.dumps(found.to_dict())] if self.json else in_words(found).split("\n"):
+            say(line)
 
 
 def in_words(found: Explanation) -> str:

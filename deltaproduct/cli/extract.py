@@ -91,13 +91,13 @@ class Extract:
         if self.json:
             print(json.dumps(report))
             return
-        print(f"{report['states']:,} states, {report['symbols']:,} symbols → {self.out}"
+        say(f"{report['states']:,} states, {report['symbols']:,} symbols → {self.out}"
               + ("" if drawn else f" (no picture of more than {MOST_STATES})"))  # fmt: skip
         print(f"agreement with the model: {_share(found.agreement)} of all positions of {found.words} fresh words of "
               f"length {found.length}, after {found.queries:,} queries")  # fmt: skip
         if found.learned_length < found.length:
             print(f"learned from words of up to {found.learned_length} symbols: on longer ones the model drifts")
-        print(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
+        say(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
 
 
 def trained(

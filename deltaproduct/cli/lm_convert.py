@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from deltaproduct.cli.outputs import check_folder
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.files import MANIFEST, recover_folder, verified_folder
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class LmConvert:
     def run(self) -> None:
         if self.to not in TARGETS:
             choices = ";\n".join(f"{name} ({what})" for name, what in TARGETS.items())
-            raise UsageError(f"There is no layout {self.to!r}; choose one for --to:\n{choices}.")
+            raise UsageError(
+                f"There is no layout {self.to!r}{did_you_mean(self.to, TARGETS)}; choose one for --to:\n{choices}."
+            )
         from deltaproduct.models import SequenceModel
         from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
         from deltaproduct.models.fla_config import USES_NEG_EIGVAL
@@ -60,7 +62,7 @@ class LmConvert:
         else:
             write_fla(model, self.out, LAYOUTS[self.to])
         config = model.config
-        print(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
+        say(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
         print(f"layers: {config.num_hidden_layers}, width: {config.hidden_size:,}, vocabulary: {config.vocab_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
         if wanted == "fla":

@@ -40,6 +40,6 @@ class LmExport:
         description = export_step(model, self.out, self.to)
         checked = description["checked"]
         state = ", ".join(f"{entry['name']} {entry['shape']}" for entry in description["inputs"][1:])
-        print(f"{self.source} → {self.out / description['file']}")
-        print(f"state: {state.replace(chr(39), '')}")
+        say(f"{self.source} → {self.out / description['file']}")
+        say(f"state: {state.replace(chr(39), '')}")
         print(f"beside the model over {checked['steps']} steps: within {checked['largest_difference']:.1e} of it")

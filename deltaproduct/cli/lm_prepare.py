@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from deltaproduct.cli.outputs import say
 from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
 from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE
 from deltaproduct.tasks.corpus.tokenizer import SPECS
@@ -53,7 +54,7 @@ class LmPrepare:
                 progress=show,
             )
         corpus = Corpus.open(self.out, verify=False)
-        print(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
+        say(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
         for name, split in sidecar.splits.items():
             print(f"  {name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
         if not sidecar.splits["validation"].documents:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
+from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
 from deltaproduct.files import read_json
@@ -69,12 +70,13 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_folder(self.out)
         from deltaproduct.experiments.launchers import get_rank_launcher
 
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
         if last:
-            print(
+            say(
                 f"{self.out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s; loss {last['loss']:.3f}, "
                 f"validation {last['validation_loss']:.3f} nats a token"
             )

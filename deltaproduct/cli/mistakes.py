@@ -37,6 +37,7 @@ class Flag:
     count: int | None
     positional: bool
     required: bool
+    optional: bool  # takes the word None too
     help: str
     parser: PrimitiveConstructorSpec | None  # its own, in place of the kind's
 
@@ -46,7 +47,7 @@ def flags_of(command: type) -> list[Flag]:
     hints = typing.get_type_hints(command, include_extras=True)
     found = []
     for f in fields(command):
-        kind, marks = _bare(hints[f.name])
+        kind, marks, optional = _bare(hints[f.name])
         positional = _POSITIONAL in marks
         several = typing.get_origin(kind) is tuple
         parser = next((mark for mark in marks if isinstance(mark, PrimitiveConstructorSpec)), None)
@@ -60,6 +61,7 @@ def flags_of(command: type) -> list[Flag]:
                 0 if kind is bool else None if several and parser is None else 1,
                 positional,
                 f.default is MISSING and f.default_factory is MISSING,
+                optional,
                 next((mark.help for mark in marks if getattr(mark, "help", None)), ""),
                 parser,
             )
@@ -94,8 +96,6 @@ def what_is_wrong(name: str, command: type, arguments: Sequence[str]) -> str | N
             given.add(places.pop(0).spelt)
             continue
         flag, previous = by_name[spelt], None
-        if flag.spelt in given and flag.count == 1:
-            return f"{flag.spelt} is given twice to {name}."
         given.add(flag.spelt)
         if flag.count == 0:
             if sign:
@@ -128,6 +128,8 @@ def no_command(word: str, known: Iterable[str], group: str = "") -> str:
 
 def _value(flag: Flag, value: str, name: str) -> str | None:
     """What is wrong with a value, if anything is."""
+    if flag.optional and value == "None":
+        return None
     if flag.choices:
         if value in flag.choices:
             return None
@@ -164,17 +166,19 @@ def _did_you_mean(word: str, known: Iterable[str], name: str) -> str:
     return f"; did you mean {near[0]}?" if near else f"; for help: deltaproduct {name} --help"
 
 
-def _bare(hint: Any) -> tuple[Any, list[Any]]:
-    """A type without its annotations and without None; and the annotations."""
+def _bare(hint: Any) -> tuple[Any, list[Any], bool]:
+    """A type without its annotations and without None; the annotations; and whether None was there."""
     marks: list[Any] = []
+    optional = False
     while True:
         if typing.get_origin(hint) is Annotated:
             marks += hint.__metadata__
             hint = hint.__origin__
         elif typing.get_origin(hint) in (Union, types.UnionType):
+            optional = True
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
         else:
-            return hint, marks
+            return hint, marks, optional
 
 
 def _known(word: str) -> str:

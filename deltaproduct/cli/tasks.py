@@ -36,6 +36,7 @@ class TasksShow:
         from deltaproduct.tasks import get_task
 
         task = get_task(self.name)
-        print(task.worked_example(length=self.length, seed=self.seed))
+        for line in task.worked_example(length=self.length, seed=self.seed).split("\n"):
+            say(line)
         sizes = f"vocabulary {task.vocab_size} (BOS is {task.bos_id}), labels {task.num_labels}"
         print(f"\n{sizes}, chance {task.chance:.4f}")
