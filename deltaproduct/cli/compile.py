@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from deltaproduct.cli.outputs import check_new_folder
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton
 from deltaproduct.tasks.dot import DOT_EXAMPLE
@@ -69,6 +69,7 @@ class Compile:
             raise UsageError(
                 f"The compiled model has {found[0].wrong + held[0].wrong} wrong labels; nothing was written."
             )
+        check_new_folder(self.out)  # another process may have made it meanwhile
         compiled.save(
             self.out,
             {

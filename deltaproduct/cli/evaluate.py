@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from deltaproduct.cli.flags import BackendName, IntList, check_lengths
+from deltaproduct.cli.outputs import say
 from deltaproduct.errors import UsageError
+from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.evaluation import RangeResult
@@ -48,8 +50,8 @@ class Evaluate:
         from deltaproduct.training.checkpoint import checkpoint_config
         from deltaproduct.training.loop import CHECKPOINT, METRICS
 
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
+        if found := why_not(self.source, "task model"):
+            raise UsageError(found)
         inner = self.source / CHECKPOINT
         is_run = inner.exists() or (self.source / METRICS).exists()
         folder = inner if is_run else self.source

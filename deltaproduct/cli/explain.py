@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from deltaproduct.cli.outputs import say
+
 if TYPE_CHECKING:
     from deltaproduct.theory.theorems.explain import Explanation
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from deltaproduct.cli.flags import BackendName
-from deltaproduct.cli.outputs import check_new_folder
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, write_json, write_text
+from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.analysis import Extraction
@@ -83,6 +84,7 @@ class Extract:
         }
         drawn = len(found.automaton.states) <= MOST_STATES
         with replaced_folder(self.out) as fresh:
+            check_new_folder(self.out)  # another process may have made it meanwhile
             write_json(fresh / AUTOMATON, found.automaton.to_dict())
             write_text(fresh / DOT, automaton_to_dot(found.automaton))
             if drawn:
@@ -116,8 +118,8 @@ def trained(
     from deltaproduct.training.checkpoint import checkpoint_config
     from deltaproduct.training.loop import CHECKPOINT, METRICS
 
-    if not source.exists():
-        raise UsageError(f"{source} does not exist.")
+    if found := why_not(source, "task model"):
+        raise UsageError(found)
     inner = source / CHECKPOINT
     folder = inner if inner.exists() or (source / METRICS).exists() else source
     model = SequenceModel.from_pretrained(folder, device=choose_device(device)).use_backend(backend)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deltaproduct.cli.outputs import check_folder
+from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.files import MANIFEST, recover_folder, verified_folder
+from deltaproduct.files import MANIFEST, verified_folder
+from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.models.fla_config import Layout
@@ -49,8 +50,8 @@ class LmConvert:
         from deltaproduct.models.fla_config import USES_NEG_EIGVAL
         from deltaproduct.training.loop import CHECKPOINT
 
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
+        if found := why_not(self.source, "any layout"):
+            raise UsageError(found)
         folder = self.source / CHECKPOINT if (self.source / CHECKPOINT).exists() else self.source
         kind, wanted = checkpoint_kind(folder), "ours" if self.to == "ours" else "fla"
         if kind == wanted == "ours":
@@ -82,7 +83,6 @@ def check_replaceable(out: Path, kind: str) -> None:
     from deltaproduct.models.checkpoints import checkpoint_kind
 
     check_folder(out)
-    recover_folder(out)
     if not out.exists():
         return
     if not out.is_dir():

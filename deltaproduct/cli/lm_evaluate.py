@@ -17,6 +17,7 @@ from deltaproduct.cli.flags import BackendName
 from deltaproduct.cli.outputs import check_new_folder, plain, say
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, write_bytes, write_json
+from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,6 +115,7 @@ class LmEvaluate:
         }
         if self.out is not None:
             with replaced_folder(self.out) as fresh:
+                check_new_folder(self.out)  # another process may have made it meanwhile
                 write_json(fresh / REPORT, report)
                 if found.arrays:
                     buffer = io.BytesIO()
@@ -140,8 +142,8 @@ class LmEvaluate:
                 from deltaproduct.plots.style import pyplot
 
                 pyplot()  # where it is missing, better now than after all the work
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
+        if found := why_not(self.source, "language model"):
+            raise UsageError(found)
 
     def _model(self) -> SequenceModel:
         from deltaproduct.machine import choose_device

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from deltaproduct.cli.outputs import check_new_folder
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
+from deltaproduct.training.folder_kinds import why_not
 
 
 @dataclass(kw_only=True)
@@ -23,8 +24,8 @@ class LmExport:
     device: Annotated[str, tyro.conf.arg(help="what aotinductor compiles for: auto, cpu or cuda")] = "cpu"
 
     def run(self) -> None:
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
+        if found := why_not(self.source, "model"):
+            raise UsageError(found)
         if self.to == "onnx" and self.device != "cpu":
             raise UsageError("--device goes with --to aotinductor: an ONNX graph is for all devices.")
         check_new_folder(self.out)

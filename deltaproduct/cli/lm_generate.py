@@ -19,6 +19,7 @@ import tyro
 from deltaproduct.cli.outputs import check_folder
 from deltaproduct.errors import UsageError
 from deltaproduct.files import make_folder, read_text
+from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.models import SequenceModel
@@ -104,7 +105,8 @@ class LmGenerate:
             if self.save_state is not None:
                 stream.save(self.save_state)
         if interrupts:
-            raise KeyboardInterrupt
+            saved = "" if self.save_state is None else f" The conversation up to there is saved in {self.save_state}."
+            raise KeyboardInterrupt(f"interrupted.{saved}")
         figures = {
             "prompt_tokens": len(read),
             "written_tokens": len(tokens),
@@ -188,8 +190,8 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
     from deltaproduct.training.loop import CHECKPOINT
 
-    if not source.exists():
-        raise UsageError(f"{source} does not exist.")
+    if found := why_not(source, "language model"):
+        raise UsageError(found)
     run = source if (source / CHECKPOINT).exists() else source.absolute().parent
     checkpoint = source / CHECKPOINT if run == source else source
     model = SequenceModel.from_pretrained(checkpoint, device=choose_device(device))

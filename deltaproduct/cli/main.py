@@ -106,12 +106,13 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(e))
     except KeyboardInterrupt as e:
         # A command that saved something on the way out says so itself; one that can be continued says how.
-        more = str(e) or getattr(type(command), "interrupted", "")
-        print(shown(" ".join(f"{PROGRAM}: interrupted. {more}".split())), file=sys.stderr)
+        _complain(str(e) or f"interrupted. {getattr(type(command), 'interrupted', '')}")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         _drop_output()
-    except SystemExit:
+    except SystemExit as e:
+        if message := getattr(e, "message", None):  # of training that was ended by a signal
+            _complain(message)
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
@@ -201,9 +202,14 @@ def _one_line(message: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
+    _complain(message)
+    raise SystemExit(2)
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
     with _unless_nobody_reads():
         print(f"{PROGRAM}: {shown(' '.join(message.split()))}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @contextlib.contextmanager

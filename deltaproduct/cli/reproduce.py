@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from deltaproduct.cli.flags import IntList, check_lengths, parts_of
+from deltaproduct.cli.outputs import check_file, check_folder, say
 from deltaproduct.errors import UsageError, did_you_mean, shown
 from deltaproduct.experiments.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
 from deltaproduct.experiments.names import EXPERIMENT_NAMES, Scale

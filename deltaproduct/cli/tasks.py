@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from deltaproduct.cli.outputs import say
+
 
 @dataclass(kw_only=True)
 class TasksList:

@@ -16,7 +16,7 @@ from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.files import read_json, read_text
 from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import RunConfig, TrainConfig
-from deltaproduct.training.folder_kinds import why_not
+from deltaproduct.training.folder_kinds import CONFIG, why_not
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
 _ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
@@ -44,7 +44,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_folder(self.out)
         from deltaproduct.tasks import get_task
-        from deltaproduct.training.loop import CONFIG, METRICS, train
+        from deltaproduct.training.loop import METRICS, train
 
         if self.resume:
             if not (self.out / CONFIG).is_file():
@@ -95,7 +95,7 @@ def defaults(arguments: Sequence[str]) -> Train | None:
     if "--resume" not in arguments:
         return None
     out = value_of("--out", arguments)
-    if out is None or not (path := Path(out) / "config.json").is_file():
+    if out is None or not (path := Path(out) / CONFIG).is_file():
         return None
     if found := why_not(Path(out), "task run"):
         raise UsageError(found)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from deltaproduct.cli.flags import BackendName
+from deltaproduct.errors import UsageError
+from deltaproduct.training.folder_kinds import why_not
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 WRONG = 1  # the exit status where a label was
@@ -32,6 +34,8 @@ class Verify:
         from deltaproduct.machine import choose_device
         from deltaproduct.theory.verification import guaranteed_length, load, verify
 
+        if found := why_not(self.source, "compiled model"):
+            raise UsageError(found)
         compiled = load(self.source, choose_device(self.device))
         compiled.model.use_backend(self.backend).to(getattr(torch, self.dtype))
         found = verify(compiled, length=self.length, words=self.words, seed=self.seed)

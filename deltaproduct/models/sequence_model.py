@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, recover_folder, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_folder, read_json, replaced_folder, whole_folder, write_json
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
@@ -273,10 +273,12 @@ class SequenceModel(nn.Module):
                 another kind (a run's, flash-linear-attention's, an adapter's, …) the message says what loads it.
         """
         folder = Path(folder)
-        recover_folder(folder)
-        if reason := why_no_checkpoint(folder):
-            raise UsageError(reason)
-        return cls.read_files(folder, verified_folder(folder, "checkpoint")).to(device).eval()
+        try:
+            return read_folder(folder, "checkpoint", cls.read_files).to(device).eval()
+        except UsageError:
+            if reason := why_no_checkpoint(whole_folder(folder)):
+                raise UsageError(reason) from None
+            raise
 
     @classmethod
     def read_files(cls, folder: Path, files: list[str]) -> Self:

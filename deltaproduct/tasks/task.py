@@ -88,7 +88,7 @@ class Task(ABC):
         rows = [("position", "token", "label", "scored")]
         for t, (token, label, scored) in enumerate(zip(*columns, strict=True)):
             answer = (self.label_name(label), "yes") if scored else ("-", "no")
-            rows.append((str(t), shown(self.token_name(token)), *map(shown, answer)))
+            rows.append((str(t), shown(self.token_name(token)), shown(answer[0]), answer[1]))
         widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         title = shown(f"{self.name}: {self.summary}")
