@@ -34,8 +34,8 @@ class Verify:
         from deltaproduct.machine import choose_device
         from deltaproduct.theory.verification import guaranteed_length, load, verify
 
-        if found := why_not(self.source, "compiled model"):
-            raise UsageError(found)
+        if wrong := why_not(self.source, "compiled model"):
+            raise UsageError(wrong)
         compiled = load(self.source, choose_device(self.device))
         compiled.model.use_backend(self.backend).to(getattr(torch, self.dtype))
         found = verify(compiled, length=self.length, words=self.words, seed=self.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, whole_folder
+from deltaproduct.files import read_json, read_whole, whole_folder
 
 # A run or a checkpoint, of anything; of any library's layout; of a task (or compiled); of a language model; what
 # `compile` wrote; and a run, to be resumed, of either kind.
@@ -21,8 +21,13 @@ def why_not(folder: Path, wanted: Wanted) -> str | None:
 
     Damage is none of its business: what looks like the right thing is read, and refused by whoever reads it.
     """
-    if whole_folder(folder).is_dir() and not folder.is_dir():
-        return None  # a writer died between two renames, and readers find what is whole
+    return read_whole(folder, lambda there: _why_not(folder, there, wanted))
+
+
+def _why_not(folder: Path, there: Path, wanted: Wanted) -> str | None:
+    """`why_not` of a folder whose newest whole version is at `there`."""
+    if there != folder:
+        return None  # a writer died between two renames
     if not folder.exists():
         return f"{folder} does not exist." if not wanted.endswith("run") else None
     if not folder.is_dir():
