@@ -120,7 +120,7 @@ def train_language(
         if ranks.any(ranks.first and is_finished(out, config)):
             return model.eval()
         commands = begin_record(out) if ranks.first else {}
-        metrics = Metrics(out / METRICS, after_step=progress.step) if ranks.first else None
+        metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
         if metrics is not None:
             held.callback(metrics.close)
         # Of several processes, one that has died would have the others wait for it after a SIGTERM.
@@ -158,6 +158,7 @@ def train_language(
                 if ranks.any(name is not None):
                     what = f"After step {progress.step}, {name or 'a weight of another process'} is not finite"
                     raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced() if metrics is not None else ""
                 save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
                 saved = progress.step
             if logged:

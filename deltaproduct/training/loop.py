@@ -66,7 +66,7 @@ def train(
         if is_finished(out, config):
             return model.eval()
         commands = begin_record(out)
-        metrics = Metrics(out / METRICS, after_step=progress.step)
+        metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None)
         held.callback(metrics.close)
         asked_to_end = held.enter_context(interruptible())
         bar = held.enter_context(progress_bar(f"{settings.task} seed {settings.seed}", settings.steps, show=show))
@@ -93,6 +93,7 @@ def train(
                 if name := not_finite(model, optimizer):
                     what = f"After step {progress.step}, {name} is not finite"
                     raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced()
                 save_checkpoint(checkpoint, model, optimizer, progress, config)
                 saved = progress.step
             if asked_to_end and not done:
