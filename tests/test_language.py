@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(cor
 
     monkeypatch.setattr(language, "language_step", failing)
     message = refusal(corpus, tmp_path / "run", checkpoint_every=4)
-    assert "Step 6 has a loss of nan" in message and "last good checkpoint is in" in message
+    assert "Step 6 has a loss of nan" in message and "last good checkpoint, of step 4, is in" in message
     assert read_json(tmp_path / "run" / "checkpoint" / "training.json")["progress"]["step"] == 4
     monkeypatch.undo()
     resumed = run(corpus.folder, tmp_path / "run", resume=True)

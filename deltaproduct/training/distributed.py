@@ -135,6 +135,10 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def any(self, here: bool) -> bool:
+        """Whether something holds on any of the ranks."""
+        return here if self.size == 1 else bool(self.summed(torch.tensor(float(here), device=self.device)))
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
