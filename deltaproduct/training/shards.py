@@ -329,7 +329,7 @@ def _fresh(folder: Path, ranks: Ranks) -> Iterator[Path]:
     """`replaced_folder` for several processes: the first opens and closes it, the others write while it is open."""
     with ExitStack() as stack:
         with ranks.together():
-            fresh = stack.enter_context(replaced_folder(folder)) if ranks.first else beside(folder, "new")
+            fresh = stack.enter_context(replaced_folder(folder)) if ranks.first else beside(folder.resolve(), "new")
         yield fresh
         with ranks.together():  # which also waits until it is in place
             stack.close()
