@@ -213,13 +213,13 @@ class Automaton:
 
     def _merged(self, stands_for: dict[int, int]) -> "Automaton":
         """Of the states in `stands_for` only, each replaced by the one given for it."""
-        kept = sorted(set(stands_for.values()))
+        kept, accepting = sorted(set(stands_for.values())), set(self.accepting)
         number = {state: i for i, state in enumerate(kept)}
         return Automaton(
             alphabet=self.alphabet,
             states=tuple(self.states[state] for state in kept),
             initial=number[stands_for[self.initial]],
-            accepting=tuple(number[state] for state in kept if state in self.accepting),
+            accepting=tuple(number[state] for state in kept if state in accepting),
             transitions=tuple(tuple(number[stands_for[to]] for to in self.transitions[state]) for state in kept),
         )
 
