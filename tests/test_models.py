@@ -328,7 +328,10 @@ def test_what_a_dead_process_left_is_put_right(saved, newer_is_whole):
     os.rename(beside / "fresh", beside / f".{saved.name}.new")
     loaded = weights(SequenceModel.from_pretrained(saved))
     assert all(torch.equal(loaded[n], a) for n, a in weights(build(seed=int(newer_is_whole))).items())
-    assert not (beside / f".{saved.name}.old").exists()
+    # Who reads renames nothing; the next who writes clears up.
+    assert not saved.exists() and (beside / f".{saved.name}.old").exists()
+    build(seed=2).save_pretrained(saved)
+    assert [p.name for p in beside.iterdir()] == [saved.name]
 
 
 def test_the_first_save_cut_off_before_its_rename_is_no_checkpoint_or_a_whole_one(tmp_path, monkeypatch):

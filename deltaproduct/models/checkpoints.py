@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import MANIFEST, read_json, recover_folder, replaced_folder, verified_folder, write_json
+from deltaproduct.files import MANIFEST, read_folder, read_json, replaced_folder, whole_folder, write_json
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.fla_config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
@@ -66,11 +66,14 @@ def read_fla(folder: str | Path) -> SequenceModel:
             weights do not fit it.
     """
     folder = Path(folder)
-    recover_folder(folder)
+    if (whole_folder(folder) / MANIFEST).is_file():  # it was written here, and can be checked
+        return read_folder(folder, "checkpoint", lambda whole, _: _read_fla(whole))
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder, so there is no checkpoint to load.")
-    if (folder / MANIFEST).is_file():  # it was written here, and can be checked
-        verified_folder(folder, "checkpoint")
+    return _read_fla(folder)
+
+
+def _read_fla(folder: Path) -> SequenceModel:
     config = from_fla_config(read_json(folder / CONFIG))
     tensors = {name: _widened(name, x) for name, x in _unwrapped(read_weights(folder)).items()}
     model = _outline(config)

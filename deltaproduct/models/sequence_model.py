@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, recover_folder, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_folder, read_json, replaced_folder, whole_folder, write_json
 from deltaproduct.layers import Mixer, get_mixer
 from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
@@ -21,7 +21,7 @@ from deltaproduct.layers.states import device_of
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.folders import CONFIG, MODEL_TYPE, why_no_checkpoint
 from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
-from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
+from deltaproduct.models.weights import WEIGHTS, check_weights, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
@@ -273,10 +273,12 @@ class SequenceModel(nn.Module):
                 another kind (a run's, flash-linear-attention's, an adapter's, …) the message says what loads it.
         """
         folder = Path(folder)
-        recover_folder(folder)
-        if reason := why_no_checkpoint(folder):
-            raise UsageError(reason)
-        return cls.read_files(folder, verified_folder(folder, "checkpoint")).to(device).eval()
+        try:
+            return read_folder(folder, "checkpoint", cls.read_files).to(device).eval()
+        except UsageError:
+            if reason := why_no_checkpoint(whole_folder(folder)):
+                raise UsageError(reason) from None
+            raise
 
     @classmethod
     def read_files(cls, folder: Path, files: list[str]) -> Self:
@@ -291,6 +293,10 @@ class SequenceModel(nn.Module):
             values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
         config = ModelConfig.from_dict(values)
         tensors = read_weights(folder, files, pickles=False)
+        check_weights(tensors, folder)
+        # Before a model of very many layers is built, which takes long.
+        if (last := f"blocks.{config.num_hidden_layers - 1}.mixer_norm.weight") not in tensors:
+            raise UsageError(f"The checkpoint {folder} does not fit its configuration: it has no {last}.")
         with torch.device("meta"):
             model = cls(config)
         if config.tie_word_embeddings and "embedding.weight" in tensors:

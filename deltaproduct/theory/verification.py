@@ -1,13 +1,14 @@
 """Whether a compiled model is what it claims to be: read back from disk, and run on words beside its automaton."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, verified_folder
+from deltaproduct.files import read_folder, read_json
 from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
@@ -33,11 +34,14 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Compiled:
 
     Raises UsageError when it is missing or corrupt, or the model does not fit the automaton.
     """
-    folder = Path(folder)
-    if AUTOMATON not in verified_folder(folder, "compiled model"):
+    return read_folder(Path(folder), "compiled model", partial(_load, device=device))
+
+
+def _load(folder: Path, files: list[str], *, device: torch.device | str) -> Compiled:
+    if AUTOMATON not in files:
         raise UsageError(f"{folder} has no {AUTOMATON}: it is no compiled model.")
     automaton = Automaton.from_dict(read_json(folder / AUTOMATON))
-    model = SequenceModel.from_pretrained(folder, device=device)
+    model = SequenceModel.read_files(folder, files).to(device).eval()
     sizes = len(automaton.alphabet) + 1, len(automaton.states)
     if (model.config.vocab_size, model.config.num_labels) != sizes:
         raise UsageError(f"{folder}: a model of {sizes[0]} tokens and {sizes[1]} labels would fit the automaton.")
