@@ -36,6 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader, such as `head`, has gone. Python would complain once more on closing standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as e:
+        from deltaproduct.memory import why_out_of_memory
+
+        if not (reason := why_out_of_memory(e)):
+            raise
+        _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
 
