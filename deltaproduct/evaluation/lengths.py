@@ -94,7 +94,8 @@ def _check_size(model: SequenceModel, device: torch.device, sequences: int, leng
     what, advice = f"Evaluation at length {length:,}", "lengths or sequences"
     at_once = min(sequences, max(1, SAMPLED_TOKENS // (1 + length)))
     data = (34 * at_once + 3 * 8) * (1 + length)  # of `Task.sample`, and three counts at each position
-    state = FLOAT * at_once * model.state_size_after(1 + length)
+    carried = model.state_size_after(1 + length) if isinstance(model, SequenceModel) else 0
+    state = FLOAT * at_once * carried
     check_memory(what, data + (state if device.type == "cpu" else 0), advice)
     check_memory(what, state, advice, device=device)
 

@@ -3,14 +3,18 @@
 All estimates are lower bounds in whole numbers. Sizes are of float32 unless something else is said.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.memory import ENDLESS, check_memory
 from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.weights import WEIGHTS
 
 FLOAT = 4  # bytes
 BLOCK = 8 << 10  # bytes of Python's objects for a block, whatever its size: the smallest has twice that
@@ -75,23 +79,36 @@ def check_model(config: ModelConfig, device: Any = None) -> None:
     check_memory("The model", model_bytes(config), SIZES, device=device)
 
 
-def check_stored(config: Any, shapes: Mapping[str, tuple[int, ...]], where: Any) -> None:
+def check_stored(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: Any) -> None:
     """`UsageError` if a configuration describes more than the tensors of a checkpoint: before a module of it is built,
     since a module costs memory and time even where its weights take none.
 
     Args:
-        config: a `ModelConfig` or what has its fields.
         shapes: of the tensors, by name.
         where: the checkpoint's place, for the message.
     """
     refused = f"The checkpoint {where} does not fit its configuration:"
-    last, count = config.num_hidden_layers - 1, len(shapes)
-    if last >= count:
-        raise UsageError(f"{refused} num_hidden_layers is {last + 1:,}, and there are only {count:,} tensors.")
-    if not any(name.startswith(f"blocks.{last}.") for name in shapes):
-        raise UsageError(f"{refused} num_hidden_layers is {last + 1:,}, and blocks.{last} has no tensors.")
-    wanted = (config.vocab_size, config.hidden_size)
+    layers, wanted = config.num_hidden_layers, (config.vocab_size, config.hidden_size)
+    if layers > len(shapes):
+        raise UsageError(f"{refused} num_hidden_layers is {layers:,}, and there are only {len(shapes):,} tensors.")
     if (found := shapes.get("embedding.weight", wanted)) != wanted:
         raise UsageError(f"{refused} embedding.weight has shape {found} and should have {wanted}.")
-    if (needed := num_parameters(config)) >= ENDLESS:
-        raise UsageError(f"{refused} it describes more than {needed:,} numbers.")
+    if num_parameters(config) >= ENDLESS:
+        raise UsageError(f"{refused} it describes more than {ENDLESS:,} numbers.")
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the tensors in a folder's safetensors files, by name, from their headers alone; None where there
+    are no such files, or they are damaged."""
+    files = [folder / WEIGHTS]
+    try:
+        if not files[0].is_file():
+            places = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(places.values())) if Path(name).name == name]
+        shapes = {}
+        for file in files:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError):
+        return None
+    return shapes
