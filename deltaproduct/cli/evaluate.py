@@ -15,8 +15,7 @@ from deltaproduct.evaluation import RangeResult, evaluate_lengths, evaluate_rang
 from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
-from deltaproduct.training.checkpoint import checkpoint_config
-from deltaproduct.training.loop import CHECKPOINT, METRICS
+from deltaproduct.training.run_folder import locate
 
 
 @dataclass(kw_only=True)
@@ -41,14 +40,10 @@ class Evaluate:
         lengths = check_lengths(self.lengths)
         if self.length_range is not None and len(self.length_range) != 2:
             raise UsageError("length_range must be the shortest and the longest length, such as 40,256.")
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
-        inner = self.source / CHECKPOINT
-        is_run = inner.exists() or (self.source / METRICS).exists()
-        folder = inner if is_run else self.source
+        found = locate(self.source)
+        folder = found.checkpoint
         model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
-        trained = checkpoint_config(folder)
-        name = self.task or (trained.training.task if trained else None)
+        name = self.task or found.task()
         if name is None:
             raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
         task = get_task(name)

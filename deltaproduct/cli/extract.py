@@ -20,8 +20,7 @@ from deltaproduct.tasks import Task, get_task
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.dot import automaton_to_dot
 from deltaproduct.theory.compiler import AUTOMATON
-from deltaproduct.training.checkpoint import checkpoint_config
-from deltaproduct.training.loop import CHECKPOINT, METRICS
+from deltaproduct.training.run_folder import locate
 
 DOT, PICTURE, EXTRACT = "automaton.dot", "automaton.png", "extract.json"
 
@@ -103,13 +102,10 @@ def trained(
     For a folder of `compile` that is the automaton beside the weights. Raises UsageError when there is no such folder,
     it is damaged, or nothing says what the model was trained on.
     """
-    if not source.exists():
-        raise UsageError(f"{source} does not exist.")
-    inner = source / CHECKPOINT
-    folder = inner if inner.exists() or (source / METRICS).exists() else source
+    found = locate(source)
+    folder, known = found.checkpoint, found.task()
     model = SequenceModel.from_pretrained(folder, device=choose_device(device)).use_backend(backend)
-    config = checkpoint_config(folder)
-    if name := task or (config.training.task if config else None):
+    if name := task or known:
         return model, get_task(name)
     if (folder / AUTOMATON).is_file():
         return model, Automaton.from_dict(read_json(folder / AUTOMATON))

@@ -7,11 +7,11 @@ from typing import Annotated
 import tyro
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import MANIFEST, verified_folder
+from deltaproduct.files import MANIFEST, read_whole, verified_folder
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
 from deltaproduct.models.fla_config import USES_NEG_EIGVAL, Layout
-from deltaproduct.training.loop import CHECKPOINT
+from deltaproduct.training.run_folder import locate
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
 LAYOUTS: dict[str, Layout] = {"fla": "fused", "fla-per-step": "per-step", "fla-0.2.1": "0.2.1"}
@@ -40,10 +40,8 @@ class LmConvert:
         if self.to not in TARGETS:
             choices = ";\n".join(f"{name} ({what})" for name, what in TARGETS.items())
             raise UsageError(f"There is no layout {self.to!r}; choose one for --to:\n{choices}.")
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
-        folder = self.source / CHECKPOINT if (self.source / CHECKPOINT).exists() else self.source
-        kind, wanted = checkpoint_kind(folder), "ours" if self.to == "ours" else "fla"
+        folder = locate(self.source).checkpoint
+        kind, wanted = read_whole(folder, checkpoint_kind), "ours" if self.to == "ours" else "fla"
         if kind == wanted == "ours":
             raise UsageError(f"{folder} is in this library's layout already.")
         check_replaceable(self.out, wanted)

@@ -27,14 +27,15 @@ from deltaproduct.evaluation.perplexity import (
     thinned_curve,
 )
 from deltaproduct.evaluation.windows import Progress, check_vocabulary, evenly_spaced
-from deltaproduct.files import read_json, replaced_folder, write_bytes, write_json
+from deltaproduct.files import replaced_folder, write_bytes, write_json
 from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.models import SequenceModel
 from deltaproduct.plots.language import effective_rank_figure, loss_by_position_figure
 from deltaproduct.plots.style import pyplot
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, Split, load_tokenizer
+from deltaproduct.training.config import LanguageRun
 from deltaproduct.training.log import progress_bar
-from deltaproduct.training.loop import CHECKPOINT, CONFIG
+from deltaproduct.training.run_folder import locate
 
 REPORT, ARRAYS = "evaluation.json", "arrays.npz"
 LOSS_FIGURE, RANK_FIGURE = "loss_by_position.png", "effective_rank.png"
@@ -142,12 +143,10 @@ class LmEvaluate:
                 raise UsageError(f"{self.out} already exists; choose another folder.")
             if self.what in ("length-extrapolation", "effective-rank"):
                 pyplot()  # where it is missing, better now than after all the work
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
+        locate(self.source)
 
     def _model(self) -> SequenceModel:
-        inner = self.source / CHECKPOINT
-        folder = inner if inner.exists() else self.source
+        folder = locate(self.source).checkpoint
         return SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
 
     def _text(self, model: SequenceModel) -> tuple[Corpus, Split]:
@@ -169,12 +168,9 @@ class LmEvaluate:
         }
 
     def _training_context(self) -> int | None:
-        """What the run's configuration says; None for a checkpoint that lies there without a run."""
-        path = self.source / CONFIG
-        values = read_json(path) if path.is_file() else {}
-        training = values.get("training") if isinstance(values, dict) else None
-        context = training.get("context") if isinstance(training, dict) else None
-        return context if isinstance(context, int) else None
+        """What the checkpoint says; None for one that came from no language run."""
+        trained = locate(self.source).trained_as()
+        return trained.training.context if isinstance(trained, LanguageRun) else None
 
     def _length(self, times: int) -> int:
         """--length, or so many times the training context."""

@@ -10,7 +10,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.export import export_step
-from deltaproduct.training.loop import CHECKPOINT
+from deltaproduct.training.run_folder import locate
 
 
 @dataclass(kw_only=True)
@@ -26,14 +26,9 @@ class LmExport:
     device: Annotated[str, tyro.conf.arg(help="what aotinductor compiles for: auto, cpu or cuda")] = "cpu"
 
     def run(self) -> None:
-        if not self.source.exists():
-            raise UsageError(f"{self.source} does not exist.")
         if self.to == "onnx" and self.device != "cpu":
             raise UsageError("--device goes with --to aotinductor: an ONNX graph is for all devices.")
-        inner = self.source / CHECKPOINT
-        model = SequenceModel.from_pretrained(
-            inner if inner.exists() else self.source, device=choose_device(self.device)
-        )
+        model = SequenceModel.from_pretrained(locate(self.source).checkpoint, device=choose_device(self.device))
         description = export_step(model, self.out, self.to)
         checked = description["checked"]
         state = ", ".join(f"{entry['name']} {entry['shape']}" for entry in description["inputs"][1:])

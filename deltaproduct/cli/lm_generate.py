@@ -21,7 +21,7 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.models.sampling import Sampling
 from deltaproduct.models.streaming import Stream, check_place
 from deltaproduct.tasks.corpus import TOKENIZER, Tokenizer, load_tokenizer
-from deltaproduct.training.loop import CHECKPOINT
+from deltaproduct.training.run_folder import locate
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet one
 LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
@@ -173,10 +173,8 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     Raises:
         UsageError: one of them is missing or corrupt, or they do not belong together.
     """
-    if not source.exists():
-        raise UsageError(f"{source} does not exist.")
-    run = source if (source / CHECKPOINT).exists() else source.absolute().parent
-    checkpoint = source / CHECKPOINT if run == source else source
+    found = locate(source)
+    checkpoint, run = found.checkpoint, found.run or found.checkpoint.absolute().parent
     model = SequenceModel.from_pretrained(checkpoint, device=choose_device(device))
     if not (run / TOKENIZER).is_dir():
         raise UsageError(f"{checkpoint} has no tokenizer beside it: {run / TOKENIZER} is not a folder.")

@@ -19,8 +19,8 @@ from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.corpus_place import find_corpus
 from deltaproduct.training.folder_kinds import why_not
 from deltaproduct.training.log import last_metrics
-from deltaproduct.training.loop import CONFIG, METRICS, is_finished
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
+from deltaproduct.training.run_folder import CONFIG, METRICS, is_finished
 
 DEFAULT = "tiny"
 _OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
@@ -41,6 +41,10 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     data: Annotated[Path, tyro.conf.arg(help="folder of the corpus; with --resume where the run left it")]
     out: Annotated[Path, tyro.conf.arg(help="folder of the run; created")]
     resume: Annotated[bool, tyro.conf.arg(help="continue the run in --out; other flags default to its own")] = False
+    allow_pickled_optimizer: Annotated[
+        bool,
+        tyro.conf.arg(help="with --resume: read also an optimiser in pickles, as earlier versions saved it"),
+    ] = False
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
     backend: BackendName = "auto"
     parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
@@ -105,6 +109,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 compile=self.compile,
                 log_every=self.log_every,
                 checkpoint_every=self.checkpoint_every,
+                allow_pickled_optimizer=self.allow_pickled_optimizer,
             )
             return (last_metrics(self.out / METRICS) or {}) if ranks.first else {}
 

@@ -56,6 +56,7 @@ def _parse(arguments: list[str]) -> Any:
     from deltaproduct.cli.lm_prepare import LmPrepare
     from deltaproduct.cli.lm_train import LmTrain, train_defaults
     from deltaproduct.cli.reproduce import Reproduce
+    from deltaproduct.cli.seal import Seal
     from deltaproduct.cli.tasks import TasksList, TasksShow
     from deltaproduct.cli.train import Train, resumed_defaults
     from deltaproduct.cli.verify import Verify
@@ -90,6 +91,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[_group("Tasks", tasks, "Which tasks there are, and what one looks like."), sub("tasks")]
         | Annotated[_group("Bench", bench, "Measure this machine and the operator on it."), sub("bench")]
         | Annotated[_group("Lm", lm, "Language models: their data, training, evaluation and use."), sub("lm")]
+        | Annotated[Seal, sub("seal")]
         | Annotated[Doctor, sub("doctor")]
     )
     errors = io.StringIO()

@@ -1,5 +1,6 @@
 """`deltaproduct train`: train one model on one task."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig, train
-from deltaproduct.training.loop import CONFIG, METRICS
+from deltaproduct.training.log import last_metrics
+from deltaproduct.training.run_folder import CONFIG, METRICS
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
 _ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
@@ -49,7 +51,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )
-        last = (self.out / METRICS).read_text(encoding="utf-8").splitlines()[-1]
+        last = json.dumps(last_metrics(self.out / METRICS) or {})
         print(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
 
 

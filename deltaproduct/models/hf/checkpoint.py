@@ -1,7 +1,9 @@
 """Folders that transformers and SequenceModel both load."""
 
 import copy
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import updated_folder
+from deltaproduct.files import check_listed, is_model_file, read_json, updated_folder
+from deltaproduct.models.folders import CONFIG
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 
 REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
@@ -22,6 +25,34 @@ AUTO_MAP = {
 }
 HEAD = "head.weight"
 VOCABULARY = {"embedding.weight", HEAD}
+
+
+ADAPTER = "adapter_config.json"  # of PEFT: it names the folder of the model that the adapter is for
+
+
+def check_folder(name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None) -> None:
+    """Check what transformers is about to load from a folder of this machine against the folder's manifest.
+
+    Args:
+        name_or_path, subfolder: as transformers takes them; a model of a hub, or None, has nothing to check.
+        is_read: which files it will read; by default those of a model and of an adapter.
+
+    Raises:
+        UsageError: a file is missing or not what was written.
+    """
+    if not isinstance(name_or_path, str | os.PathLike) or not (folder := Path(name_or_path) / (subfolder or "")).is_dir():
+        return
+    check_listed(folder, "checkpoint", is_read or _is_read)
+    adapter = folder / ADAPTER
+    if is_read is None and adapter.is_file() and not (folder / CONFIG).is_file():
+        values = read_json(adapter)
+        base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        if isinstance(base, str) and Path(base) != folder:
+            check_folder(base, is_read=_is_read)
+
+
+def _is_read(name: str) -> bool:
+    return is_model_file(name) or name.startswith("adapter_")
 
 
 class CheckpointedModel(PreTrainedModel):
@@ -87,12 +118,17 @@ class CheckpointedModel(PreTrainedModel):
     ) -> Any:
         """transformers' `from_pretrained`, except that every weight has to be there, and no other.
 
+        Where a folder has our manifest, the files that are read here are first checked against it. Files that others
+        have added to the folder since do not matter.
+
         Args:
             ignore_mismatched_sizes: draw the embedding and the head anew if they are of another vocabulary.
 
         Raises:
-            UsageError: weights and configuration do not belong together.
+            UsageError: a file is not what was written (after a change on purpose: `deltaproduct seal FOLDER`), or
+                weights and configuration do not belong together.
         """
+        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
