@@ -85,14 +85,16 @@ def test_few_files_have_both_splits_whatever_is_in_them(count, share, tmp_path):
 def test_few_lines_of_json_have_both_splits(tmp_path):
     put(tmp_path, a_jsonl=json.dumps({"text": PROSE}) + "\n")
     prepare([f"jsonl:{tmp_path}/a.jsonl"], "bytes", tmp_path / "out")
-    assert "".join(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")) == PROSE
+    (train,), (validation,) = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "validation")
+    assert train + validation == PROSE
 
 
 def test_few_rows_of_a_dataset_have_both_splits(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": [PROSE]}).save_to_disk(str(tmp_path / "saved"))
     prepare([f"hf:{tmp_path / 'saved'}"], "bytes", tmp_path / "out")
-    assert "".join(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")) == PROSE
+    (train,), (validation,) = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "validation")
+    assert train + validation == PROSE
 
 
 def test_too_little_for_two_splits_is_said_before_anything_is_written(tmp_path):
@@ -197,6 +199,14 @@ def test_a_bad_file_among_many_is_found_before_anything_is_written(kind, name, c
     put(tmp_path / "in", **{name: b'{"text": "mended"}\n'})
     prepare([f"{kind}:{tmp_path}/in"], "bytes", tmp_path / "out")  # without --resume
     assert sum("mended" in text for text in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation"))
+
+
+def test_plays_that_are_no_text(tmp_path):
+    for path, content in (("a_gut.txt", b"caf\xe9"), ("b_gut.txt", b"\xff")):
+        (tmp_path / path).write_bytes(content)
+        with pytest.raises(UsageError, match=f"{path} is not text in UTF-8: byte "):
+            make_source(f"shakespeare:{tmp_path}")
+        (tmp_path / path).unlink()
 
 
 def test_a_file_of_the_standard_library_in_no_encoding(tmp_path):
