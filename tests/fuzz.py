@@ -197,7 +197,9 @@ def build_conversation(root: Path) -> None:
 def language_model() -> SequenceModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SequenceModel(ModelConfig(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)).eval()
+        return SequenceModel(
+            ModelConfig(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)
+        ).eval()
 
 
 def build_hf(root: Path, **options: Any) -> None:

@@ -137,7 +137,9 @@ def _config(folder: Path, entries: dict[str, Any]) -> RunConfig:
 def _check_stage(progress: Progress, config: RunConfig, where: Path) -> None:
     stages = len(config.training.lengths)
     if progress.stage >= stages:
-        raise UsageError(f"{where} is damaged: the run is in stage {progress.stage}, and it has stages 0 to {stages - 1}.")
+        raise UsageError(
+            f"{where} is damaged: the run is in stage {progress.stage}, and it has stages 0 to {stages - 1}."
+        )
     if not progress.stage <= progress.stage_start <= progress.step:
         raise UsageError(
             f"{where} is damaged: stage {progress.stage} is said to begin at step {progress.stage_start} of "
@@ -154,7 +156,9 @@ def _optimiser_state(path: Path, optimizer: torch.optim.Optimizer, step: int) ->
     wanted = {f"{i}.{key}": p for i, p in enumerate(parameters) for key in ("step", *moments)} if step else {}
     if differing := sorted(wanted.keys() ^ tensors.keys()):
         what = "lacks" if differing[0] in wanted else "has"
-        raise UsageError(f"{path} is not the state of this run's optimiser after step {step}: it {what} {differing[0]}.")
+        raise UsageError(
+            f"{path} is not the state of this run's optimiser after step {step}: it {what} {differing[0]}."
+        )
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, parameter in wanted.items():
         index, key = name.split(".")
