@@ -133,5 +133,7 @@ def _one_line(message: str) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"deltaproduct: {' '.join(message.split())}", file=sys.stderr)
+    # Names and values from files may be of any length, and hold what a terminal would obey.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"deltaproduct: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
     raise SystemExit(2)

@@ -3,6 +3,7 @@
 The folder is also an ordinary checkpoint for `SequenceModel.from_pretrained`, which ignores the rest of it.
 """
 
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_folder, read_json, read_whole, replaced_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.weights import read_tensors, write_tensors
 from deltaproduct.training.config import RunConfig
@@ -54,7 +55,15 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
         UsageError: the folder is not a run's checkpoint, is damaged, or is of another model; or what it holds is no
             state that a run of its configuration can be in. The message names the file. Nothing was restored.
     """
-    files = verified_folder(folder, "checkpoint")
+    weights, state, progress = read_folder(folder, "checkpoint", lambda whole, files: _read(whole, files, model, optimizer))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return progress
+
+
+def _read(
+    folder: Path, files: list[str], model: SequenceModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], Progress]:
     for name in (OPTIMISER, TRAINING):
         if name not in files:
             raise UsageError(f"The checkpoint {folder} has no {name}, so no run can be resumed from it.")
@@ -69,10 +78,7 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
     config = _config(folder, entries)
     progress = progress_from(entries.get("progress"), Progress, folder / TRAINING, steps=config.training.steps)
     _check_stage(progress, config, folder / TRAINING)
-    state = _optimiser_state(folder / OPTIMISER, optimizer, progress.step)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress
+    return weights, _optimiser_state(folder / OPTIMISER, optimizer, progress.step), progress
 
 
 def checkpoint_config(folder: Path) -> RunConfig | None:
@@ -81,9 +87,11 @@ def checkpoint_config(folder: Path) -> RunConfig | None:
     Raises:
         UsageError: its training.json is damaged.
     """
-    if not (folder / TRAINING).exists():
-        return None
-    return _config(folder, _entries(folder))
+
+    def read(whole: Path) -> RunConfig | None:
+        return _config(whole, _entries(whole)) if os.path.lexists(whole / TRAINING) else None
+
+    return read_whole(folder, read)
 
 
 def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:

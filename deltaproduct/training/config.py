@@ -8,7 +8,6 @@ from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig
 from deltaproduct.models.config import check_kinds, described, reasons, strict_converter, usage_error
 
-
 _CONVERTER = strict_converter()
 
 
