@@ -112,8 +112,16 @@ def _read_file(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns of pickles that others wrote
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
-            AttributeError) as e:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as e:
         # PyTorch's own message is a page of advice, some of it to run the pickle after all.
         raise UsageError(
             f"{path} is damaged, or holds more than tensors and was not read. If you trust it, load it "

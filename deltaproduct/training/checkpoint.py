@@ -6,7 +6,7 @@ The folder is also an ordinary checkpoint for `SequenceModel.from_pretrained`, w
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -55,7 +55,11 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
         UsageError: the folder is not a run's checkpoint, is damaged, or is of another model; or what it holds is no
             state that a run of its configuration can be in. The message names the file. Nothing was restored.
     """
-    weights, state, progress = read_folder(folder, "checkpoint", lambda whole, files: _read(whole, files, model, optimizer))
+
+    def read(whole: Path, files: list[str]) -> Any:
+        return _read(whole, files, model, optimizer)
+
+    weights, state, progress = read_folder(folder, "checkpoint", read)
     model.load_state_dict(weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
@@ -108,7 +112,7 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     """
     if not isinstance(values, dict):
         raise UsageError(f"{where} does not say how far the run is: it has no progress.")
-    known = {f.name: f.default for f in fields(kind)}
+    known = {f.name: f.default for f in fields(cast(Any, kind))}
     if differing := sorted(values.keys() ^ known.keys()):
         what = "no" if differing[0] in known else "the unknown entry"
         raise UsageError(f"{where} does not say how far the run is: its progress has {what} {differing[0]!r:.40}.")
@@ -151,7 +155,9 @@ def _config(folder: Path, entries: dict[str, Any]) -> RunConfig:
 def _check_stage(progress: Progress, config: RunConfig, where: Path) -> None:
     stages = len(config.training.lengths)
     if progress.stage >= stages:
-        raise UsageError(f"{where} is damaged: the run is in stage {progress.stage}, and it has stages 0 to {stages - 1}.")
+        raise UsageError(
+            f"{where} is damaged: the run is in stage {progress.stage}, and it has stages 0 to {stages - 1}."
+        )
     if not progress.stage <= progress.stage_start <= progress.step:
         raise UsageError(
             f"{where} is damaged: stage {progress.stage} is said to begin at step {progress.stage_start} of "
@@ -167,8 +173,8 @@ def _optimiser_state(path: Path, optimizer: torch.optim.Optimizer, step: int) ->
     moments = ("exp_avg", "exp_avg_sq")
     wanted = {f"{i}.{key}": p for i, p in enumerate(parameters) for key in ("step", *moments)} if step else {}
     if differing := sorted(wanted.keys() ^ tensors.keys()):
-        what = "lacks" if differing[0] in wanted else "has"
-        raise UsageError(f"{path} is not the state of this run's optimiser after step {step}: it {what} {differing[0]}.")
+        what = f"{'lacks' if differing[0] in wanted else 'has'} {differing[0]}"
+        raise UsageError(f"{path} is not the state of this run's optimiser after step {step}: it {what}.")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, parameter in wanted.items():
         index, key = name.split(".")

@@ -31,7 +31,9 @@ VOCABULARY = {"embedding.weight", HEAD}
 ADAPTER = "adapter_config.json"  # of PEFT: it names the folder of the model that the adapter is for
 
 
-def check_folder(name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None) -> None:
+def check_folder(
+    name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None
+) -> None:
     """Check what transformers is about to load from a folder of this machine against the folder's manifest.
 
     Args:
@@ -41,7 +43,10 @@ def check_folder(name_or_path: Any, subfolder: str | None = None, *, is_read: Ca
     Raises:
         UsageError: a file is missing or not what was written.
     """
-    if not isinstance(name_or_path, str | os.PathLike) or not (folder := Path(name_or_path) / (subfolder or "")).is_dir():
+    if not isinstance(name_or_path, str | os.PathLike):
+        return
+    folder = Path(name_or_path) / (subfolder or "")
+    if not folder.is_dir():
         return
     check_listed(folder, "checkpoint", is_read or _is_read)
     if (folder / MANIFEST).is_file():
