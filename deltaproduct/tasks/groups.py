@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.tasks.task import Task
 
 MAX_ELEMENTS = 5_040
@@ -189,7 +189,10 @@ def build_group(name: str) -> Group:
     or when there are more than `MAX_ELEMENTS` elements, or when the name is of none of these forms.
     """
     if not re.fullmatch(GROUP_NAME, name, re.ASCII):
-        raise UsageError(f"there is no group {name!r}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
+        # The families' letters are large, and what joins factors is small.
+        meant = name.upper().replace("_X_", "_x_")
+        near = did_you_mean(name, [meant]) if re.fullmatch(GROUP_NAME, meant, re.ASCII) else ""
+        raise UsageError(f"there is no group {name!r}{near}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
     factors = [(part[0], int(part[1:])) for part in name.split("_x_")]
     for family, n in factors:
         least = _SMALLEST[family]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, shown
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,7 +88,8 @@ class Task(ABC):
         rows = [("position", "token", "label", "scored")]
         for t, (token, label, scored) in enumerate(zip(*columns, strict=True)):
             answer = (self.label_name(label), "yes") if scored else ("-", "no")
-            rows.append((str(t), self.token_name(token), *answer))
+            rows.append((str(t), shown(self.token_name(token)), shown(answer[0]), answer[1]))
         widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.name}: {self.summary}", f"one sequence of length {length}, seed {seed}", "", *lines])
+        title = shown(f"{self.name}: {self.summary}")
+        return "\n".join([title, f"one sequence of length {length}, seed {seed}", "", *lines])

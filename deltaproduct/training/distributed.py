@@ -125,10 +125,49 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def any(self, here: bool) -> bool:
+        """Whether something holds on any of the ranks."""
+        return here if self.size == 1 else bool(self.summed(torch.tensor(float(here), device=self.device)))
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, by rank. They travel as bytes: PyTorch's own exchange of objects would unpickle them."""
+        if self.size == 1:
+            return [text]
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(own)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = nn.functional.pad(own, (0, longest - len(own)))
+        found = [torch.zeros_like(padded) for _ in range(self.size)]
+        if longest:
+            dist.all_gather(found, padded)
+        return [bytes(x[: int(n)].tolist()).decode() for x, n in zip(found, lengths)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank fails on all of them, so that none waits for another that has gone. Every rank enters.
+
+        Raises:
+            UsageError: the first error of any rank, with the rank's number unless all say the same.
+        """
+        error = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        said = self.texts("" if error is None else str(error) or type(error).__name__)
+        if error is not None and (self.size == 1 or not isinstance(error, UsageError)):
+            raise error
+        rank = next((rank for rank, text in enumerate(said) if text), None)
+        if rank is not None:
+            same = len(set(said)) == 1
+            raise UsageError(" ".join((said[rank] if same else f"Rank {rank}: {said[rank]}").split())) from error
 
 
 def _spans(size: int, per_sequence: int) -> Spans | None:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, shown
 from deltaproduct.files import parse_json, write_bytes
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal
@@ -98,6 +98,7 @@ class Bar:
     """One line of progress, whichever way it is shown."""
 
     def __init__(self, title: str, total: int, console: Console | None, bar: Progress | None):
+        title = shown(title)  # of a task, whose name may be any file's
         self._title, self._total, self._console, self._bar = title, total, console, bar
         self._task = None if bar is None else bar.add_task(title, total=total, info="")
         self._last = time.monotonic()
@@ -112,7 +113,7 @@ class Bar:
     def say(self, line: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._console is not None:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -169,7 +170,7 @@ class Board:
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -185,6 +186,6 @@ def board(title: str, totals: Mapping[str, int], *, show: bool = True) -> Iterat
 
 def bars(console: Console) -> Progress:
     """Bars of steps on a terminal, gone when all is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[info]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[info]}", markup=False))  # fmt: skip
     return Progress(*columns, console=console, transient=True)
