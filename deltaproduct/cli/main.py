@@ -217,7 +217,9 @@ def _fail(message: str) -> NoReturn:
 def _complain(message: str) -> None:
     """One line on standard error."""
     with _unless_nobody_reads():
-        print(f"{PROGRAM}: {shown(' '.join(message.split()))}", file=sys.stderr)
+        line = shown(" ".join(message.split()))
+        # What files say may be of any length.
+        print(f"{PROGRAM}: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
 
 
 @contextlib.contextmanager

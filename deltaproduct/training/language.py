@@ -122,7 +122,9 @@ def train_language(
         if ranks.any(ranks.first and is_finished(out, config)):
             return model.eval()
         commands = begin_record(out) if ranks.first else {}
-        metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
+        metrics = (
+            Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
+        )
         if metrics is not None:
             held.callback(metrics.close)
         # Of several processes, one that has died would have the others wait for it after a SIGTERM.

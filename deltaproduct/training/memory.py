@@ -48,4 +48,3 @@ def _check(
     short = 2 if settings.precision == "bfloat16" else FLOAT
     step = tokens * activation_bytes(model, recompute=recompute, per_float=short)
     check_memory(f"A step of {tokens:,} tokens", alone + step, f"{advice}, or the model's sizes", device=device)
-
