@@ -118,6 +118,12 @@ def main(arguments: list[str] | None = None) -> None:
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
+    except (MemoryError, RuntimeError) as e:
+        from deltaproduct.memory import why_out_of_memory
+
+        if not (reason := why_out_of_memory(e)):
+            raise
+        _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
 
@@ -211,7 +217,9 @@ def _fail(message: str) -> NoReturn:
 def _complain(message: str) -> None:
     """One line on standard error."""
     with _unless_nobody_reads():
-        print(f"{PROGRAM}: {shown(' '.join(message.split()))}", file=sys.stderr)
+        line = shown(" ".join(message.split()))
+        # What files say may be of any length.
+        print(f"{PROGRAM}: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
 
 
 @contextlib.contextmanager

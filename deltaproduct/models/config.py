@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import cattrs
 
@@ -163,7 +163,7 @@ class ModelConfig:
 def check_kinds(config: Any) -> None:
     """`UsageError` unless every field of a dataclass has a value of the kind that it is declared with, and every number
     is finite. Whole numbers serve as floats."""
-    for name, kinds in _kinds(type(config)).items():
+    for name, kinds in _kinds(cast(Any, type(config))).items():
         value = getattr(config, name)
         if not any(_is_of(value, kind) for kind in kinds):
             wanted = " or ".join(_KINDS[kind] for kind in kinds)
@@ -191,7 +191,7 @@ def _is_of(value: Any, kind: type) -> bool:
     if kind is float:
         # A whole number of 400 digits is none that math can take.
         return (isinstance(value, Real) and not isinstance(value, bool)
-                and (abs(value) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
+                and (abs(int(value)) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
     if kind is tuple:
         return isinstance(value, tuple) and all(_is_of(x, int) and abs(x) < 2**63 for x in value)
     return isinstance(value, kind)

@@ -23,6 +23,7 @@ from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, Tra
 from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loss import IGNORED
+from deltaproduct.training.memory import check_run
 from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends
@@ -56,6 +57,7 @@ def train(
     task = get_task(settings.task)
     check_fits(config.model, task)
     where = choose_device(device)
+    check_run(config, where)
     model = new_model(config).to(where).use_backend(backend)
     optimizer = new_optimizer(model, settings)
     progress, checkpoint = Progress(), out / CHECKPOINT
