@@ -204,9 +204,7 @@ class _Drawing:
         shapes = {name: self.nodes[name].get("shape", "").lower() for name in states}
         if not any(shape in RECORDS for shape in shapes.values()):
             return [
-                name
-                for name in states
-                if shapes[name] == "doublecircle" or self.nodes[name].get("peripheries") == "2"
+                name for name in states if shapes[name] == "doublecircle" or self.nodes[name].get("peripheries") == "2"
             ]
         outputs = {name: self.nodes[name].get("label", "").rpartition("|")[2].strip() for name in states}
         if unknown := [name for name in states if outputs[name].lower() not in OUTPUTS or shapes[name] not in RECORDS]:
