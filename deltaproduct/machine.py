@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import deltaproduct
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 
 
 def cpu_name() -> str:
@@ -55,7 +55,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise UsageError(f"There is no kind of device called {name!r}; try auto, cpu or cuda.") from e
+        near = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise UsageError(f"There is no kind of device called {name!r}{near}; try auto, cpu or cuda.") from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here.")
     return device

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from corpora import corpus_of_words
 from run_folder import metrics
+from safetensors.torch import load_file, save_file
 
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
@@ -79,28 +81,32 @@ class Kind:
     checked: bool = True
 
 
-def command(*arguments: Any, answer: Callable[[str], Any] = lambda out: out) -> Outcome:
-    """A run of the program in this process."""
+def command(*arguments: Any, answer: Callable[[str], Any] = lambda out: out, answered: int = 0) -> Outcome:
+    """A run of the program in this process; `answered`: a status beside 0 that comes with an answer."""
     out = io.StringIO()
 
     def run() -> Any:
         with contextlib.redirect_stdout(out):
-            main([str(a) for a in arguments])
+            try:
+                main([str(a) for a in arguments])
+            except SystemExit as e:
+                if e.code != answered:
+                    raise
         return answer(out.getvalue())
 
     return call(run)
 
 
-def call(function: Callable[[], Any], refusals: tuple[type[Exception], ...] = (UsageError,)) -> Outcome:
-    """What a function answers, refuses with one of some exceptions, or ends the program with."""
+def call(function: Callable[[], Any]) -> Outcome:
+    """What a function answers, refuses with a `UsageError`, or ends the program with."""
     err = io.StringIO()
     with _alarm(), contextlib.redirect_stderr(err):
         try:
             return Outcome(0, function())
         except SystemExit as e:
             return Outcome(int(e.code or 0), said=err.getvalue())
-        except refusals as e:
-            return Outcome(2, said=str(e) if isinstance(e, UsageError) else " ".join(str(e).split()))
+        except UsageError as e:
+            return Outcome(2, said=str(e))
         except (Exception, Hang):
             return Outcome(1, said=err.getvalue() + traceback.format_exc())
 
@@ -197,9 +203,8 @@ def build_conversation(root: Path) -> None:
 def language_model() -> SequenceModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SequenceModel(
-            ModelConfig(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)
-        ).eval()
+        config = ModelConfig(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)
+        return SequenceModel(config).eval()
 
 
 def build_hf(root: Path, **options: Any) -> None:
@@ -254,8 +259,8 @@ def ask_language(root: Path) -> Outcome:
     def figures(out: str) -> Any:
         return {name: value for name, value in json.loads(out).items() if "second" not in name}
 
-    return command("lm", "evaluate", root / "run", "--what", "perplexity", "--data", root / "corpus", "--sequences", 2, "--json",
-                   answer=figures)  # fmt: skip
+    flags = ["--what", "perplexity", "--data", root / "corpus", "--sequences", 2, "--json"]
+    return command("lm", "evaluate", root / "run", *flags, answer=figures)
 
 
 def ask_resume_language(root: Path) -> Outcome:
@@ -287,14 +292,20 @@ def ask_transformers(root: Path) -> Outcome:
 
     def logits() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            return AutoModelForCausalLM.from_pretrained(root / "model").eval()(torch.arange(9)[None]).logits.tolist()
+            try:
+                model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+            except Exception as e:
+                ours = any(f"{os.sep}deltaproduct{os.sep}" in f.filename for f in traceback.extract_tb(e.__traceback__))
+                if not ours or isinstance(e, OSError):  # what transformers refuses by itself, in its own words
+                    raise UsageError(" ".join(str(e).split())[:300]) from e
+                raise
+            return model(torch.arange(9)[None]).logits.tolist()
 
-    # A configuration that is not there, or no JSON, is transformers' to refuse.
-    return call(logits, (UsageError, OSError, ValueError))
+    return call(logits)
 
 
 def ask_verify(root: Path) -> Outcome:
-    return command("verify", root / "model", "--length", 64, "--words", 2, "--json",
+    return command("verify", root / "model", "--length", 64, "--words", 2, "--json", answered=1,
                    answer=lambda out: {k: v for k, v in json.loads(out).items() if "second" not in k})  # fmt: skip
 
 
@@ -500,3 +511,215 @@ def damaged(bench: Bench, kind: Kind, number: int) -> Case:
     same = file.is_file() and not file.is_symlink() and file.read_bytes() == before
     problem = outcome.problem(right, may_differ=not kind.checked and not same)
     return Case(kind, number, name, did, outcome, problem)
+
+
+# Hostile inputs: files that say what they should not, behind a manifest that fits them.
+
+MARKER = "executed"  # a file beside the inputs, which code that is hidden in them would write
+
+NUMBERS = ["-1", "0", "1", "0.5", "true", "null", "-0.0", "1e300", "1e999", "-1e999", "NaN", "Infinity", "-Infinity",
+           "9" * 5000, str(10**19), "-" + "9" * 30, str(2**31), str(2**63), "4.0"]  # fmt: skip
+TEXTS = ['""', '"a"', '"../../outside"', '"/etc/passwd"', r'"a\u0000b"', r'"\ud800"', r'"\u001b[2J\u001b[31mred"',
+         '"' + "x" * 100_000 + '"', '"\\n\\n\\n"', '"64"', '"__class__"', '"os.system"']  # fmt: skip
+NESTS = ["[]", "{}", "[" * 5000 + "]" * 5000, "[" + ",".join(["1"] * 50_000) + "]", '{"a": {"a": {"a": 1}}}', "[null]",
+         '{"a": 1, "a": 2}', "[[0, 1], [1]]"]  # fmt: skip
+
+
+def hostile_entry(path: Path, chance: random.Random) -> str:
+    """One entry of a JSON file, or of a line of JSON, is another value, is missing, or is one too many."""
+    text = path.read_text()
+    whole = text.splitlines() if path.suffix == ".jsonl" else [text]
+    row = chance.randrange(len(whole))
+    value = json.loads(whole[row])
+    holders = list(_holders(value))
+    holder = chance.choice(holders)
+    keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+    raw = chance.choice(chance.choice([NUMBERS, NUMBERS, TEXTS, NESTS]))
+    how = chance.choice(["value", "value", "value", "value", "missing", "more"])
+    key: Any = chance.choice(keys) if keys else "more"
+    if how == "missing" and keys:
+        del holder[key]
+    elif isinstance(holder, dict):
+        holder[key if how == "value" and keys else "\N{SNOWMAN}"] = _HERE
+    elif how == "value" and keys:
+        holder[key] = _HERE
+    else:
+        holder.append(_HERE)
+    whole[row] = json.dumps(value).replace(f'"{_HERE}"', raw)
+    path.write_text("\n".join(whole) + "\n")
+    return f"{how} of {key!r}: {raw[:40]}"
+
+
+_HERE = "@here@"
+
+
+def _holders(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _holders(inner)
+
+
+def hostile_tensor(path: Path, chance: random.Random) -> str:
+    """One tensor, or all, of another kind, shape, name or value."""
+    tensors = load_file(path)
+    name = chance.choice(sorted(tensors))
+    x = tensors[name]
+    how, change = chance.choice([
+        ("int64", lambda x: x.long()), ("bool", lambda x: x != 0), ("uint8", lambda x: x.byte()),
+        ("half", lambda x: x.half()), ("bfloat16", lambda x: x.bfloat16()), ("double", lambda x: x.double()),
+        ("complex64", lambda x: x.to(torch.complex64)), ("float8", lambda x: x.to(torch.float8_e4m3fn)),
+        ("longer", lambda x: torch.cat([x.flatten(), x.flatten()])), ("flat", lambda x: x.flatten()[:-1]),
+        ("none", lambda x: x.flatten()[:0]), ("one more dimension", lambda x: x[None]),
+        ("nan", lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x.fill_(255)),
+        ("infinite", lambda x: torch.full_like(x, torch.inf) if x.is_floating_point() else x.fill_(0)),
+        ("negative", lambda x: -x.abs() - 1 if x.is_floating_point() else x.fill_(7)),
+        ("missing", None), ("renamed", None), ("more", None), ("double everywhere", None), ("int everywhere", None),
+    ])  # fmt: skip
+    odd = chance.choice(["../../outside", "/tmp/outside", "a\x1b[31mb", "0.step.more", "x.exp_avg", "", "1", "é" * 300])
+    if how == "missing":
+        del tensors[name]
+    elif how == "renamed":
+        tensors[odd] = tensors.pop(name)
+    elif how == "more":
+        tensors[odd] = x.clone()
+    elif how.endswith("everywhere"):
+        kind = torch.float64 if how.startswith("double") else torch.int32
+        tensors = {n: y.to(kind) for n, y in tensors.items()}
+    else:
+        tensors[name] = change(x).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    return f"{name!r} {how}" + (f" {odd[:20]!r}" if how in ("renamed", "more") else "")
+
+
+def hostile_header(path: Path, chance: random.Random) -> str:
+    """A safetensors file whose header lies."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size]
+    how, found = chance.choice([
+        ("empty", b""), ("of 10^18 bytes", (10**18).to_bytes(8, "little") + data[8:]),
+        ("of -1 bytes", b"\xff" * 8 + data[8:]), ("of nothing", (2).to_bytes(8, "little") + b"{}"),
+        ("nested", _headed(b"[" * 9000 + b"]" * 9000)), ("no JSON", _headed(b"\xff\x00" * 8)),
+        ("other kinds", _headed(header.replace(b"F32", b"F64")) + data[8 + size :]),
+        ("unknown kinds", _headed(header.replace(b"F32", b"Q17")) + data[8 + size :]),
+        ("four bits", _headed(header.replace(b"F32", b"F4")) + data[8 + size :]),
+        ("beyond the end", data[:-4]), ("with more behind", data + b"0000"),
+        ("overlapping", _headed(header.replace(b'"data_offsets":[', b'"data_offsets":[0,4],"x":[')) + data[8 + size :]),
+    ])  # fmt: skip
+    path.write_bytes(found)
+    return f"header {how}"
+
+
+def _headed(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+class _Evil:
+    def __init__(self, marker: Path):
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self._marker}'",)
+
+
+def planted_code(path: Path, chance: random.Random) -> str:
+    """A pickle in place of a file or beside it, under a name that somebody might read; or a module."""
+    root = next(p for p in path.parents if p.name == "copy")
+    evil = pickle.dumps(_Evil(root.parent / MARKER))
+    if chance.random() < 0.3:
+        path.write_bytes(evil)
+        return "a pickle in its place"
+    names = ["pytorch_model.bin", ".metadata", "__0_0.distcp", "optimizer.pt", "training_args.bin", "rng_state.pth",
+             "model.pt", "scheduler.bin", "tokenizer.pkl"]  # fmt: skip
+    for name in names:
+        (path.parent / name).write_bytes(evil)
+    code = f"open({str(root.parent / MARKER)!r}, 'w')\n"
+    for name in ("modeling_deltaproduct.py", "tokenization.py", "conftest.py", "sitecustomize.py"):
+        (path.parent / name).write_text(code)
+    for file in path.parent.glob("*config.json"):
+        values = json.loads(file.read_text())
+        if isinstance(values, dict) and "training" not in values and "config" not in values:
+            auto = {"AutoTokenizer": ["tokenization.X", "tokenization.X"], "AutoConfig": "tokenization.X"}
+            file.write_text(json.dumps(values | {"auto_map": auto}))
+    if chance.random() < 0.5 and path.suffix == ".safetensors":
+        path.unlink()
+        return "code beside, and itself gone"
+    return "code beside"
+
+
+def hostile_manifest(path: Path, chance: random.Random) -> str:
+    """A manifest that lists what does not lie in its folder, or nothing that can be read."""
+    manifest = path.parent / MANIFEST
+    if not manifest.exists():
+        return hostile_bytes(path, chance)
+    values = json.loads(manifest.read_text())
+    outside = path.parent.parent / "outside"
+    outside.write_text("something")
+    entry = {"bytes": 9, "sha256": hashlib.sha256(b"something").hexdigest()}
+    name = chance.choice(["../outside", str(outside), "a\0b", "\x1b[2J", "..", ".", "", "a/../../outside", "\ud800",
+                          "x" * 5000, "."])  # fmt: skip
+    how = chance.choice(["name", "name", "entry", "files", "format", "whole"])
+    if how == "name":
+        values["files"][name] = entry
+        del values["files"][chance.choice(sorted(values["files"]))]
+    elif how == "entry":
+        values["files"][chance.choice(sorted(values["files"]))] = chance.choice([None, [], "x", 1, {}, {"bytes": -1}])
+    elif how == "files":
+        values["files"] = chance.choice([None, [], {}, "x", [["config.json", entry]]])
+    elif how == "format":
+        values["format"] = chance.choice([None, "1", 2, 10**40, True])
+    else:
+        values = chance.choice([None, [], 1, "x", {}])
+    manifest.write_text(json.dumps(values))
+    return f"manifest: {how} {name[:20]!r}"
+
+
+def hostile_bytes(path: Path, chance: random.Random) -> str:
+    found = chance.choice([b"", b"\xef\xbb\xbf{}", b"\xff" * 100, b"[" * 200_000, b'{"a":' * 100_000, b"null",
+                           b"\0" * 999, b'"\\ud800"', b"1" * 10_000, "{}".encode("utf-16"), b"{}", b"[]"])  # fmt: skip
+    path.write_bytes(found)
+    return f"content {found[:20]!r}"
+
+
+def hostile(bench: Bench, kind: Kind, number: int) -> Case:
+    """Case `number` of a kind: something hostile in one file, with all manifests made to fit."""
+    bench.right(kind)
+    root = bench.copy(kind)
+    chance = random.Random(f"hostile {kind.name} {number}")
+    (root.parent / MARKER).unlink(missing_ok=True)
+    files = sorted(p for p in (root / kind.target).rglob("*") if p.is_file() and p.name != MANIFEST)
+    file = chance.choice(files)
+    changes: list[Callable[[Path, random.Random], str]] = [hostile_bytes, planted_code, hostile_manifest]
+    if file.suffix in (".json", ".jsonl"):
+        changes += [hostile_entry] * 12
+    if file.suffix == ".safetensors":
+        changes += [hostile_tensor] * 8 + [hostile_header] * 3
+    change = chance.choice(changes)
+    did = change(file, chance)
+    if change is not hostile_manifest:
+        for manifest in sorted((root / kind.target).rglob(MANIFEST)):
+            names = [p.name for p in manifest.parent.iterdir() if p.is_file() and p.name != MANIFEST]
+            entries = {name: _entry(manifest.parent / name) for name in names}
+            manifest.write_text(json.dumps({"format": 1, "files": entries}))
+    before = _around(root)
+    outcome = kind.ask(root)
+    problem = outcome.problem(None, may_differ=True)
+    if (root.parent / MARKER).exists():
+        problem = "code was executed"
+    elif _around(root) != before:
+        problem = f"written outside: {sorted(_around(root) ^ before)}"
+    elif not all(c.isprintable() or c == "\n" for c in outcome.said) and outcome.status == 2:
+        problem = f"control characters in {outcome.said!r:.300}"
+    elif len(outcome.said) > 2000 and outcome.status == 2:
+        problem = f"a line of {len(outcome.said)} characters: {outcome.said[:200]}"
+    return Case(kind, number, str(file.relative_to(root)), f"{change.__name__}, {did}", outcome, problem)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha(path)}
+
+
+def _around(root: Path) -> set[Path]:
+    """What lies beside a copy, and in the folder that the tests run in."""
+    return {*root.parent.iterdir(), *Path.cwd().iterdir()}

@@ -1,21 +1,26 @@
 """What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
 
-from deltaproduct.benchmarks.decode import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
-from deltaproduct.benchmarks.mixers import bench_mixers
-from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, bench_ops, row_names
-from deltaproduct.benchmarks.peers import PEERS, textbook_loop
-from deltaproduct.benchmarks.report import (
-    DecodeBenchmark,
-    MixersBenchmark,
-    OpsBenchmark,
-    OpShape,
-    ScalingBenchmark,
-    StepBenchmark,
-    TrainBenchmark,
-)
-from deltaproduct.benchmarks.scaling import SCALING_LENGTHS, bench_scaling
-from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_step
-from deltaproduct.benchmarks.train import bench_train
+from typing import TYPE_CHECKING
+
+from deltaproduct.late import late
+
+if TYPE_CHECKING:
+    from deltaproduct.benchmarks.decode import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
+    from deltaproduct.benchmarks.mixers import bench_mixers
+    from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, bench_ops, row_names
+    from deltaproduct.benchmarks.peers import PEERS, textbook_loop
+    from deltaproduct.benchmarks.report import (
+        DecodeBenchmark,
+        MixersBenchmark,
+        OpsBenchmark,
+        OpShape,
+        ScalingBenchmark,
+        StepBenchmark,
+        TrainBenchmark,
+    )
+    from deltaproduct.benchmarks.scaling import SCALING_LENGTHS, bench_scaling
+    from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_step
+    from deltaproduct.benchmarks.train import bench_train
 
 __all__ = [
     "DECODE_SHAPE",
@@ -43,3 +48,25 @@ __all__ = [
     "row_names",
     "textbook_loop",
 ]
+
+__getattr__, __dir__ = late(
+    __name__,
+    {
+        "decode": ("DECODE_SHAPE", "QUICK_DECODE_SHAPE", "bench_decode"),
+        "mixers": ("bench_mixers",),
+        "ops": ("DEFAULT_SHAPES", "GPU_SHAPES", "QUICK_SHAPES", "bench_ops", "row_names"),
+        "peers": ("PEERS", "textbook_loop"),
+        "report": (
+            "DecodeBenchmark",
+            "MixersBenchmark",
+            "OpsBenchmark",
+            "OpShape",
+            "ScalingBenchmark",
+            "StepBenchmark",
+            "TrainBenchmark",
+        ),
+        "scaling": ("SCALING_LENGTHS", "bench_scaling"),
+        "step": ("QUICK_STEP_MODEL", "STEP_MODEL", "bench_step"),
+        "train": ("bench_train",),
+    },
+)

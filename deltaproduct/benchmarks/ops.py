@@ -14,7 +14,7 @@ from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, OpShape, Row, S
 from deltaproduct.benchmarks.roofline import MatrixProduct, MemoryCopy
 from deltaproduct.benchmarks.settings import Candidate, Settings, serving
 from deltaproduct.benchmarks.timing import Timing, interleaved, peak_extra_bytes
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.ops import BACKENDS, resolve_backend
 
 DEFAULT_SHAPES = (OpShape(64, 128, 4, 32, 2), OpShape(16, 512, 8, 64, 3), OpShape(1, 4096, 4, 128, 2))
@@ -113,7 +113,9 @@ def _held_against(peer: str, backends: Sequence[str] | None, settings: Settings)
     if backends is not None:
         raise UsageError("--against says which rows there are; leave out --backends.")
     if peer not in PEERS:
-        raise UsageError(f"There is no peer {peer!r} to compare with; choose from {', '.join(PEERS)}.")
+        raise UsageError(
+            f"There is no peer {peer!r} to compare with{did_you_mean(peer, PEERS)}; choose from {', '.join(PEERS)}."
+        )
     ours = OURS if settings.device.type == "cuda" else (resolve_backend(dtype=settings.compute_dtype)[0],)
     return [*ours, peer]
 

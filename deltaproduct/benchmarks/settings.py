@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from deltaproduct.benchmarks.report import NotRun
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.ops.inputs import DTYPES, compute_dtype
 
@@ -98,7 +98,9 @@ def serving(
     names, away = list(dict.fromkeys(table if asked is None else asked)), []
     for name in names:
         if name not in table:
-            raise UsageError(f"There is no backend {name!r} to benchmark; choose from {', '.join(table)}.")
+            raise UsageError(
+                f"There is no backend {name!r} to benchmark{did_you_mean(name, table)}; choose from {', '.join(table)}."
+            )
         if reason := table[name].obstacle(settings.device, settings.compute_dtype):
             if asked is not None:
                 raise UsageError(f"{name} cannot serve: {reason}.")

@@ -1,38 +1,21 @@
 """`deltaproduct bench`: how fast the operator, decoding and training are on this machine."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 
-from deltaproduct.benchmarks import (
-    DECODE_SHAPE,
-    QUICK_DECODE_SHAPE,
-    QUICK_STEP_MODEL,
-    STEP_MODEL,
-    OpShape,
-    bench_decode,
-    bench_mixers,
-    bench_ops,
-    bench_scaling,
-    bench_step,
-    bench_train,
-)
-from deltaproduct.benchmarks.render import render
-from deltaproduct.benchmarks.report import Report
 from deltaproduct.cli.flags import BackendName, IntList
+from deltaproduct.cli.outputs import check_file
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
-from deltaproduct.experiments.s3 import s3
-from deltaproduct.files import make_folder, write_json
-from deltaproduct.plots.benchmark import speedup_figure
-from deltaproduct.plots.style import pyplot
-from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig
+
+if TYPE_CHECKING:
+    from deltaproduct.benchmarks.report import Report
 
 ALL_LENGTH, ALL_BATCH = 256, 64  # of `bench train --all`
 
@@ -46,11 +29,18 @@ class _Bench:
     out: Annotated[Path | None, tyro.conf.arg(help="also write the report to this JSON file")] = None
 
     def _options(self, *more: str) -> dict[str, Any]:
-        """What every benchmark takes, and `more` flags."""
+        """What every benchmark takes, and `more` flags; an --out that cannot be written is refused before the work."""
+        if self.out is not None:
+            check_file(self.out)
         names = ("device", "repeats", "quick", *more)
         return {name: getattr(self, name) for name in names} | {"progress": self._say}
 
     def _show(self, report: Report) -> None:
+        from rich.console import Console
+
+        from deltaproduct.benchmarks.render import render
+        from deltaproduct.files import make_folder, write_json
+
         if self.out is not None:
             make_folder(self.out.parent)
             write_json(self.out, report.to_dict())
@@ -61,6 +51,8 @@ class _Bench:
 
     @staticmethod
     def _say(line: str) -> None:
+        from rich.console import Console
+
         Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
@@ -91,10 +83,15 @@ class BenchOps(_OperatorBench):
     hard: Annotated[bool, tyro.conf.arg(help="almost parallel keys and β near 2: how large are the errors?")] = False
 
     def run(self) -> None:
+        from deltaproduct.benchmarks import OpShape, bench_ops
+        from deltaproduct.plots.benchmark import speedup_figure
+        from deltaproduct.plots.style import pyplot
+
         shapes = [OpShape.parse(s) for s in self.shapes]
         options = self._options("dtype", "backward", "against", "hard")
         if self.against is not None and self.out is not None:
             pyplot()  # where it is missing, better now than after all the work
+            check_file(self.out.with_suffix(".png"))
         report = bench_ops(shapes or None, backends=self.backends or None, **options)
         self._show(report)
         if self.against is not None and self.out is not None:
@@ -110,6 +107,8 @@ class BenchScaling(_OperatorBench):
     lengths: Annotated[IntList | None, tyro.conf.arg(help="None: 4096 to 65536")] = None
 
     def run(self) -> None:
+        from deltaproduct.benchmarks import bench_scaling
+
         self._show(bench_scaling(self.lengths, backend=self.backend, **self._options("dtype", "backward")))
 
 
@@ -128,6 +127,8 @@ class BenchDecode(_Bench):
     ] = None
 
     def run(self) -> None:
+        from deltaproduct.benchmarks import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
+
         names = ("num_heads", "head_dim", "num_householder", "gate")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         shape = dataclasses.replace(QUICK_DECODE_SHAPE if self.quick else DECODE_SHAPE, **given)
@@ -147,6 +148,8 @@ class BenchStep(_Bench):
     batch_size: Annotated[int, tyro.conf.arg(help="sequences decoded at once")] = 1
 
     def run(self) -> None:
+        from deltaproduct.benchmarks import QUICK_STEP_MODEL, STEP_MODEL, bench_step
+
         names = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "num_householder")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         config = dataclasses.replace(QUICK_STEP_MODEL if self.quick else STEP_MODEL, **given)
@@ -170,6 +173,12 @@ class BenchTrain(_Bench):
     def run(self) -> None:
         if self.all and self.backends:
             raise UsageError("--all compares mixers, each with the operator's fastest backend; leave out --backends.")
+        from deltaproduct.benchmarks import bench_mixers, bench_train
+        from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
+        from deltaproduct.experiments.s3 import s3
+        from deltaproduct.tasks import get_task
+        from deltaproduct.training import RunConfig
+
         task = get_task(self.task)
         training = dataclasses.replace(s3("cpu", [0])[0].config.training, task=task.name)
         changes = {"num_householder": self.num_householder, "allow_neg_eigval": True}

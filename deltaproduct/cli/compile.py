@@ -1,23 +1,23 @@
 """`deltaproduct compile`: from a group, a regular expression or an automaton to a checkpoint with exact weights."""
 
+from __future__ import annotations
+
 import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
-from deltaproduct.analysis import extract
-from deltaproduct.cli.extract import trained
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton, from_regex
-from deltaproduct.tasks.automaton_task import read_automaton
+from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton
 from deltaproduct.tasks.dot import DOT_EXAMPLE
-from deltaproduct.theory.certificate import Certificate, certificates
-from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
-from deltaproduct.theory.validate import Limits
-from deltaproduct.theory.verification import Verification, verify
+
+if TYPE_CHECKING:
+    from deltaproduct.theory.certificate import Certificate
+    from deltaproduct.theory.compiler import Compiled
+    from deltaproduct.theory.verification import Verification
 
 CHECKED = {"words": 8, "length": 1000}
 Strategy = Literal["auto", "permutation", "rotation", "two-layer", "cascade", "shallow"]
@@ -52,8 +52,12 @@ class Compile:
             )
         if self.alphabet is not None and given != ["regex"]:
             raise UsageError("--alphabet goes with --regex.")
-        if self.out.exists():
-            raise UsageError(f"{self.out} already exists; choose another folder.")
+        check_new_folder(self.out)
+        import torch
+
+        from deltaproduct.theory.certificate import certificates
+        from deltaproduct.theory.verification import verify
+
         compiled = self._compiled()
         model, automaton = compiled.model, compiled.automaton
         found = certificates(model, automaton)
@@ -65,6 +69,7 @@ class Compile:
             raise UsageError(
                 f"The compiled model has {found[0].wrong + held[0].wrong} wrong labels; nothing was written."
             )
+        check_new_folder(self.out)  # another process may have made it meanwhile
         compiled.save(
             self.out,
             {
@@ -74,7 +79,7 @@ class Compile:
             },
         )
         config = model.config
-        print(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
+        say(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
               f"{config.num_householder}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
@@ -86,6 +91,9 @@ class Compile:
             print(_in_words(certificate, words))
 
     def _compiled(self) -> Compiled:
+        from deltaproduct.theory.compiler import compile_automaton, compile_group
+        from deltaproduct.theory.validate import Limits
+
         limits = Limits(self.max_states, self.max_layers, self.num_householder, self.max_width)
         if self.group is not None and not self.monoid:
             return compile_group(self.group, self.strategy, limits)
@@ -96,12 +104,19 @@ class Compile:
         if self.group is not None:
             raise UsageError("--monoid goes with --regex or --automaton: a word problem is one already.")
         if self.regex is not None:
+            from deltaproduct.tasks.automata import from_regex
+
             return from_regex(self.regex, self.alphabet)
         if self.from_run is not None:
+            from deltaproduct.analysis import extract
+            from deltaproduct.cli.extract import trained
+
             found = extract(*trained(self.from_run))
-            print(f"extracted from {self.from_run}: {len(found.automaton.states):,} states, agreement "
+            say(f"extracted from {self.from_run}: {len(found.automaton.states):,} states, agreement "
                   f"{found.agreement:.4f} on {found.words} words of length {found.length}")  # fmt: skip
             return found.automaton
+        from deltaproduct.tasks.automaton_task import read_automaton
+
         assert self.automaton is not None
         given = read_automaton(self.automaton)
         # Without a difference to make between states, all of them are what is to be followed.

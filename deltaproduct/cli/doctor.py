@@ -4,13 +4,6 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
-import torch
-from rich.console import Console
-
-from deltaproduct.machine import choose_device, describe_machine
-from deltaproduct.ops import BACKENDS, resolve_backend
-from deltaproduct.ops.native.library import ENGINE, KERNELS_VARIABLE
-
 EXTRAS = {
     "plot": ("matplotlib", "plotly"),
     "formal": ("automata", "chess"),
@@ -28,6 +21,13 @@ class Doctor:
     """Say what this machine is, which backends of the operator it can run, and which optional packages are here."""
 
     def run(self) -> None:
+        import torch
+        from rich.console import Console
+
+        from deltaproduct.machine import choose_device, describe_machine
+        from deltaproduct.ops import BACKENDS, resolve_backend
+        from deltaproduct.ops.native.library import ENGINE, KERNELS_VARIABLE
+
         console = Console(highlight=False, soft_wrap=True)
         for name, value in describe_machine().items():
             shown = ", ".join(value) or "none" if isinstance(value, list) else value

@@ -1,21 +1,20 @@
 """`deltaproduct evaluate`: accuracy of a run or a checkpoint by sequence length."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from deltaproduct.cli.flags import BackendName, IntList, check_lengths
+from deltaproduct.cli.outputs import say
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation import RangeResult, evaluate_lengths, evaluate_range, scores
-from deltaproduct.machine import choose_device
-from deltaproduct.models import SequenceModel
-from deltaproduct.tasks import get_task
-from deltaproduct.training.run_folder import locate
+
+if TYPE_CHECKING:
+    from deltaproduct.evaluation import RangeResult
 
 
 @dataclass(kw_only=True)
@@ -40,7 +39,16 @@ class Evaluate:
         lengths = check_lengths(self.lengths)
         if self.length_range is not None and len(self.length_range) != 2:
             raise UsageError("length_range must be the shortest and the longest length, such as 40,256.")
-        found = locate(self.source)
+        from rich.console import Console
+        from rich.table import Table
+
+        from deltaproduct.evaluation import evaluate_lengths, evaluate_range, scores
+        from deltaproduct.machine import choose_device
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.tasks import get_task
+        from deltaproduct.training.run_folder import locate
+
+        found = locate(self.source, "task model")
         folder = found.checkpoint
         model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
         name = self.task or found.task()
@@ -57,7 +65,7 @@ class Evaluate:
         if self.json:
             print(json.dumps(scores(results)))
             return
-        print(f"{folder} on {name}, {sequences} sequences per length")
+        say(f"{folder} on {name}, {sequences} sequences per length")
         table = Table()
         for column in ("length", "token accuracy", "sequence accuracy"):
             table.add_column(column, justify="right")
@@ -75,6 +83,6 @@ class Evaluate:
             print(json.dumps(figures))
             return
         lo, hi = result.lengths
-        print(f"{self.source} on {task}, {result.sequences} sequences of lengths {lo} to {hi}")
+        say(f"{self.source} on {task}, {result.sequences} sequences of lengths {lo} to {hi}")
         for figure, value in figures.items():
             print(f"  {figure.replace('_', ' ')}: {value:.4f}")

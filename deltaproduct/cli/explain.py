@@ -1,14 +1,18 @@
 """`deltaproduct explain`: what theorems allow or forbid a model class on a group's word problem."""
 
+from __future__ import annotations
+
 import json
 import textwrap
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deltaproduct.theory.theorems.explain import Explanation, explain
-from deltaproduct.theory.theorems.model_class import ModelClass
+from deltaproduct.cli.outputs import say
+
+if TYPE_CHECKING:
+    from deltaproduct.theory.theorems.explain import Explanation
 
 VERDICTS = {
     "possible": "Possible: there are weights with which {model} follows {task} at every length.",
@@ -39,9 +43,13 @@ class Explain:
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:
+        from deltaproduct.theory.theorems.explain import explain
+        from deltaproduct.theory.theorems.model_class import ModelClass
+
         model = ModelClass(self.num_householder, self.layers, self.allow_neg_eigval, self.gated, self.transition)
         found = explain(self.group, model, moves=self.moves)
-        print(json.dumps(found.to_dict()) if self.json else in_words(found))
+        for line in [json.dumps(found.to_dict())] if self.json else in_words(found).split("\n"):
+            say(line)
 
 
 def in_words(found: Explanation) -> str:

@@ -1,26 +1,25 @@
 """`deltaproduct extract`: from a trained model to the automaton that it has learned."""
 
+from __future__ import annotations
+
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from deltaproduct.analysis import Extraction, compare_with_group, extract, monoid_size, vocabulary
 from deltaproduct.cli.flags import BackendName
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, write_json, write_text
-from deltaproduct.machine import choose_device, command_line, describe_machine
-from deltaproduct.models import SequenceModel
-from deltaproduct.plots.automaton import MOST_STATES, draw_automaton
-from deltaproduct.plots.style import pyplot
-from deltaproduct.tasks import Task, get_task
-from deltaproduct.tasks.automata import Automaton
-from deltaproduct.tasks.dot import automaton_to_dot
-from deltaproduct.theory.compiler import AUTOMATON
-from deltaproduct.training.run_folder import locate
+
+if TYPE_CHECKING:
+    from deltaproduct.analysis import Extraction
+    from deltaproduct.models import SequenceModel
+    from deltaproduct.tasks import Task
+    from deltaproduct.tasks.automata import Automaton
 
 DOT, PICTURE, EXTRACT = "automaton.dot", "automaton.png", "extract.json"
 
@@ -46,8 +45,15 @@ class Extract:
     json: Annotated[bool, tyro.conf.arg(help="print extract.json and nothing else")] = False
 
     def run(self) -> None:
-        if self.out.exists():
-            raise UsageError(f"{self.out} already exists; choose another folder.")
+        check_new_folder(self.out)
+        from deltaproduct.analysis import extract
+        from deltaproduct.machine import command_line, describe_machine
+        from deltaproduct.plots.automaton import MOST_STATES, draw_automaton
+        from deltaproduct.plots.style import pyplot
+        from deltaproduct.tasks import Task
+        from deltaproduct.tasks.dot import automaton_to_dot
+        from deltaproduct.theory.compiler import AUTOMATON
+
         pyplot()  # where it is missing, better now than after all the work
         model, source = trained(self.source, task=self.task, device=self.device, backend=self.backend)
         began = time.perf_counter()
@@ -77,6 +83,7 @@ class Extract:
         }
         drawn = len(found.automaton.states) <= MOST_STATES
         with replaced_folder(self.out) as fresh:
+            check_new_folder(self.out)  # another process may have made it meanwhile
             write_json(fresh / AUTOMATON, found.automaton.to_dict())
             write_text(fresh / DOT, automaton_to_dot(found.automaton))
             if drawn:
@@ -85,13 +92,13 @@ class Extract:
         if self.json:
             print(json.dumps(report))
             return
-        print(f"{report['states']:,} states, {report['symbols']:,} symbols → {self.out}"
+        say(f"{report['states']:,} states, {report['symbols']:,} symbols → {self.out}"
               + ("" if drawn else f" (no picture of more than {MOST_STATES})"))  # fmt: skip
         print(f"agreement with the model: {_share(found.agreement)} of all positions of {found.words} fresh words of "
               f"length {found.length}, after {found.queries:,} queries")  # fmt: skip
         if found.learned_length < found.length:
             print(f"learned from words of up to {found.learned_length} symbols: on longer ones the model drifts")
-        print(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
+        say(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
 
 
 def trained(
@@ -102,10 +109,17 @@ def trained(
     For a folder of `compile` that is the automaton beside the weights. Raises UsageError when there is no such folder,
     it is damaged, or nothing says what the model was trained on.
     """
-    found = locate(source)
-    folder, known = found.checkpoint, found.task()
+    from deltaproduct.machine import choose_device
+    from deltaproduct.models import SequenceModel
+    from deltaproduct.tasks import get_task
+    from deltaproduct.tasks.automata import Automaton
+    from deltaproduct.theory.compiler import AUTOMATON
+    from deltaproduct.training.run_folder import locate
+
+    found = locate(source, "task model")
+    folder = found.checkpoint
     model = SequenceModel.from_pretrained(folder, device=choose_device(device)).use_backend(backend)
-    if name := task or known:
+    if name := task or found.task():
         return model, get_task(name)
     if (folder / AUTOMATON).is_file():
         return model, Automaton.from_dict(read_json(folder / AUTOMATON))
@@ -114,6 +128,8 @@ def trained(
 
 def _monoid(found: Extraction, model: SequenceModel, source: Task | Automaton) -> dict[str, Any]:
     """What extract.json says of the transition monoid; that of a group task is held against the group."""
+    from deltaproduct.analysis import compare_with_group, monoid_size, vocabulary
+
     known = vocabulary(model.config, source)
     if known.group is not None:
         verdict = compare_with_group(found.automaton, known.group, known.elements, found.outputs)

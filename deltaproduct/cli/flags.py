@@ -8,21 +8,34 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, get_mixer
-from deltaproduct.ops import BACKENDS
+from deltaproduct.ops.names import BACKEND_NAMES
 
 _OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
 
 
 # A backend of the operator.
-BackendName = Annotated[str, tyro.conf.arg(help=f"auto, {', '.join(list(BACKENDS)[:-1])} or {list(BACKENDS)[-1]}")]
+BackendName = Annotated[str, tyro.conf.arg(help=f"auto, {', '.join(BACKEND_NAMES[:-1])} or {BACKEND_NAMES[-1]}")]
+
+
+def parts_of(text: str) -> list[str]:
+    """ "a,b" → ["a", "b"]; ValueError where a comma has nothing on one side. An empty text is an empty list."""
+    parts = [part.strip() for part in text.split(",")]
+    if parts == [""]:
+        return []
+    if not all(parts):
+        right = ",".join(filter(None, parts))
+        raise ValueError(f"a comma of {text!r} has nothing beside it{f'; {right} may be meant' if right else ''}")
+    return parts
 
 
 def _parse_ints(words: list[str]) -> tuple[int, ...]:
+    parts = parts_of(words[0])
     try:
-        return tuple(int(part) for part in words[0].split(",") if part.strip())
+        return tuple(int(part) for part in parts)
     except ValueError:
-        raise ValueError(f"{words[0]!r} is not a list such as 128,512") from None
+        split = words[0].replace(",", " ").split()
+        right = ",".join(split) if all(part.isdecimal() for part in split) else "128,512"
+        raise ValueError(f"{words[0]!r} is not a list of whole numbers with commas, such as {right}") from None
 
 
 IntList = Annotated[
@@ -66,6 +79,8 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def check_given(mixer: str, arguments: Sequence[str]) -> None:
     """`UsageError` where a flag was given that the mixer has no use for, such as an n_h for an LSTM."""
+    from deltaproduct.layers import MIXERS, get_mixer
+
     used = get_mixer(mixer).arguments()
     elsewhere = {name for other in MIXERS.values() for name in other.arguments()}.difference(used, _OF_EVERY_BLOCK)
     for word in arguments:

@@ -1,17 +1,19 @@
 """`deltaproduct lm convert`: a checkpoint of this library as one of flash-linear-attention, or the other way."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deltaproduct.errors import UsageError
+from deltaproduct.cli.outputs import check_folder, say
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.files import MANIFEST, read_whole, verified_folder
-from deltaproduct.models import SequenceModel
-from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
-from deltaproduct.models.fla_config import USES_NEG_EIGVAL, Layout
-from deltaproduct.training.run_folder import locate
+
+if TYPE_CHECKING:
+    from deltaproduct.models.fla_config import Layout
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
 LAYOUTS: dict[str, Layout] = {"fla": "fused", "fla-per-step": "per-step", "fla-0.2.1": "0.2.1"}
@@ -39,8 +41,15 @@ class LmConvert:
     def run(self) -> None:
         if self.to not in TARGETS:
             choices = ";\n".join(f"{name} ({what})" for name, what in TARGETS.items())
-            raise UsageError(f"There is no layout {self.to!r}; choose one for --to:\n{choices}.")
-        folder = locate(self.source).checkpoint
+            raise UsageError(
+                f"There is no layout {self.to!r}{did_you_mean(self.to, TARGETS)}; choose one for --to:\n{choices}."
+            )
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
+        from deltaproduct.models.fla_config import USES_NEG_EIGVAL
+        from deltaproduct.training.run_folder import locate
+
+        folder = locate(self.source, "any layout").checkpoint
         kind, wanted = read_whole(folder, checkpoint_kind), "ours" if self.to == "ours" else "fla"
         if kind == wanted == "ours":
             raise UsageError(f"{folder} is in this library's layout already.")
@@ -51,7 +60,7 @@ class LmConvert:
         else:
             write_fla(model, self.out, LAYOUTS[self.to])
         config = model.config
-        print(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
+        say(f"{folder} ({NAMES[kind]}) → {self.out} ({NAMES[wanted]})")
         print(f"layers: {config.num_hidden_layers}, width: {config.hidden_size:,}, vocabulary: {config.vocab_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
         if wanted == "fla":
@@ -68,6 +77,9 @@ class LmConvert:
 def check_replaceable(out: Path, kind: str) -> None:
     """`UsageError` unless `out` is missing, empty, or holds a checkpoint of this kind that was written here and nothing
     besides, so that replacing it loses nothing of the user's."""
+    from deltaproduct.models.checkpoints import checkpoint_kind
+
+    check_folder(out)
     if not out.exists():
         return
     if not out.is_dir():

@@ -1,5 +1,7 @@
 """`deltaproduct lm evaluate`: perplexity, loss beyond the training context, the rank of states, and the harness."""
 
+from __future__ import annotations
+
 import io
 import json
 import time
@@ -7,35 +9,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from deltaproduct.analysis.effective_rank import PAPERS_LENGTH, effective_ranks
 from deltaproduct.cli.flags import BackendName
+from deltaproduct.cli.outputs import check_new_folder, plain, say
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation.perplexity import (
-    Bucket,
-    loss_by_position,
-    perplexity,
-    perplexity_in_buckets,
-    smoothing_window,
-    thinned_curve,
-)
-from deltaproduct.evaluation.windows import Progress, check_vocabulary, evenly_spaced
 from deltaproduct.files import replaced_folder, write_bytes, write_json
-from deltaproduct.machine import choose_device, command_line, describe_machine
-from deltaproduct.models import SequenceModel
-from deltaproduct.plots.language import effective_rank_figure, loss_by_position_figure
-from deltaproduct.plots.style import pyplot
-from deltaproduct.tasks.corpus import TOKENIZER, Corpus, Split, load_tokenizer
-from deltaproduct.training.config import LanguageRun
-from deltaproduct.training.log import progress_bar
-from deltaproduct.training.run_folder import locate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+    from torch import Tensor
+
+    from deltaproduct.evaluation.perplexity import Bucket
+    from deltaproduct.evaluation.windows import Progress
+    from deltaproduct.models import SequenceModel
+    from deltaproduct.tasks.corpus import Corpus, Split
+    from deltaproduct.training.run_folder import Located
 
 REPORT, ARRAYS = "evaluation.json", "arrays.npz"
 LOSS_FIGURE, RANK_FIGURE = "loss_by_position.png", "effective_rank.png"
@@ -99,6 +91,11 @@ class LmEvaluate:
 
     def run(self) -> None:
         self._check_flags()
+        import numpy as np
+        from rich.console import Console
+
+        from deltaproduct.machine import command_line, describe_machine
+
         model = self._model()
         began = time.perf_counter()
         found = {
@@ -118,6 +115,7 @@ class LmEvaluate:
         }
         if self.out is not None:
             with replaced_folder(self.out) as fresh:
+                check_new_folder(self.out)  # another process may have made it meanwhile
                 write_json(fresh / REPORT, report)
                 if found.arrays:
                     buffer = io.BytesIO()
@@ -127,7 +125,7 @@ class LmEvaluate:
         if self.json:
             print(json.dumps(report))
         else:
-            print(found.heading)
+            say(found.heading)
             Console().print(found.table)
 
     def _check_flags(self) -> None:
@@ -139,17 +137,29 @@ class LmEvaluate:
         if self.smooth is not None and self.smooth < 1:
             raise UsageError(f"smooth must be at least 1, not {self.smooth}.")
         if self.out is not None:
-            if self.out.exists():
-                raise UsageError(f"{self.out} already exists; choose another folder.")
+            check_new_folder(self.out)
             if self.what in ("length-extrapolation", "effective-rank"):
+                from deltaproduct.plots.style import pyplot
+
                 pyplot()  # where it is missing, better now than after all the work
-        locate(self.source)
+        self._located()
+
+    def _located(self) -> Located:
+        from deltaproduct.training.run_folder import locate
+
+        return locate(self.source, "language model")
 
     def _model(self) -> SequenceModel:
-        folder = locate(self.source).checkpoint
+        from deltaproduct.machine import choose_device
+        from deltaproduct.models import SequenceModel
+
+        folder = self._located().checkpoint
         return SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
 
     def _text(self, model: SequenceModel) -> tuple[Corpus, Split]:
+        from deltaproduct.evaluation.windows import check_vocabulary
+        from deltaproduct.tasks.corpus import Corpus
+
         assert self.data is not None  # `_check_flags`
         corpus = Corpus.open(self.data)
         check_vocabulary(model.config, corpus.vocab_size)
@@ -169,7 +179,9 @@ class LmEvaluate:
 
     def _training_context(self) -> int | None:
         """What the checkpoint says; None for one that came from no language run."""
-        trained = locate(self.source).trained_as()
+        from deltaproduct.training.config import LanguageRun
+
+        trained = self._located().trained_as()
         return trained.training.context if isinstance(trained, LanguageRun) else None
 
     def _length(self, times: int) -> int:
@@ -182,6 +194,8 @@ class LmEvaluate:
         return times * context
 
     def _perplexity(self, model: SequenceModel) -> _Found:
+        from deltaproduct.evaluation.perplexity import perplexity
+
         context = self._length(1)
         corpus, split = self._text(model)
         total = split.num_tokens - 1 if self.sequences is None else self.sequences * context
@@ -208,6 +222,10 @@ class LmEvaluate:
         )
 
     def _length_extrapolation(self, model: SequenceModel) -> _Found:
+        from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
+        from deltaproduct.evaluation.windows import evenly_spaced
+        from deltaproduct.plots.language import loss_by_position_figure
+
         length = self._length(EXTRAPOLATION)
         corpus, split = self._text(model)
         windows = len(evenly_spaced(split, length, self.sequences))
@@ -231,6 +249,11 @@ class LmEvaluate:
         )
 
     def _effective_rank(self, model: SequenceModel) -> _Found:
+        import numpy as np
+
+        from deltaproduct.analysis.effective_rank import PAPERS_LENGTH, effective_ranks
+        from deltaproduct.plots.language import effective_rank_figure
+
         length = PAPERS_LENGTH if self.length is None else self.length
         corpus, split = self._text(model)
         with self._progress(length) as progress:
@@ -258,6 +281,8 @@ class LmEvaluate:
 
     def _harness(self, model: SequenceModel) -> _Found:
         from deltaproduct.evaluation.harness import evaluate_harness  # lm-eval is slow to import
+        from deltaproduct.evaluation.windows import check_vocabulary
+        from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
 
         tokenizer = load_tokenizer(self.source / TOKENIZER)
         check_vocabulary(model.config, tokenizer.vocab_size)
@@ -266,16 +291,22 @@ class LmEvaluate:
 
     @contextmanager
     def _progress(self, tokens: int) -> Iterator[Progress]:
+        from deltaproduct.training.log import progress_bar
+
         with progress_bar(f"{self.what}, tokens", tokens, show=not self.json) as bar:
             yield lambda done: bar.update(done, "")
 
 
 def _buckets(loss: Tensor, predicted: Tensor | None = None) -> list[Bucket]:
     """Perplexity in eighths of the window."""
+    from deltaproduct.evaluation.perplexity import perplexity_in_buckets
+
     return perplexity_in_buckets(loss, -(-len(loss) // BUCKETS), predicted)
 
 
 def _bucket_table(buckets: list[Bucket]) -> Table:
+    from rich.table import Table
+
     table = Table()
     for column in ("tokens read", "perplexity"):
         table.add_column(column, justify="right")
@@ -285,6 +316,8 @@ def _bucket_table(buckets: list[Bucket]) -> Table:
 
 
 def _rank_table(means: dict[str, dict[int, list[float]]]) -> Table:
+    from rich.table import Table
+
     table = Table("layer", *(name.replace("_", " ") for name in means))
     for layer in means["mean"]:
         shown = ("  ".join(f"{rank:.2f}" for rank in of_layers[layer]) for of_layers in means.values())
@@ -293,8 +326,10 @@ def _rank_table(means: dict[str, dict[int, list[float]]]) -> Table:
 
 
 def _result_table(results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
     table = Table("task", "metric", "value")
     for task, metrics in results["tasks"].items():
         for metric, value in metrics.items():
-            table.add_row(task, metric, f"{value:.4f}")
+            table.add_row(plain(task), plain(metric), f"{value:.4f}")
     return table

@@ -6,11 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.machine import choose_device
-from deltaproduct.models import SequenceModel
-from deltaproduct.models.export import export_step
-from deltaproduct.training.run_folder import locate
 
 
 @dataclass(kw_only=True)
@@ -28,10 +25,16 @@ class LmExport:
     def run(self) -> None:
         if self.to == "onnx" and self.device != "cpu":
             raise UsageError("--device goes with --to aotinductor: an ONNX graph is for all devices.")
+        check_new_folder(self.out)
+        from deltaproduct.machine import choose_device
+        from deltaproduct.models import SequenceModel
+        from deltaproduct.models.export import export_step
+        from deltaproduct.training.run_folder import locate
+
         model = SequenceModel.from_pretrained(locate(self.source).checkpoint, device=choose_device(self.device))
         description = export_step(model, self.out, self.to)
         checked = description["checked"]
         state = ", ".join(f"{entry['name']} {entry['shape']}" for entry in description["inputs"][1:])
-        print(f"{self.source} → {self.out / description['file']}")
-        print(f"state: {state.replace(chr(39), '')}")
+        say(f"{self.source} → {self.out / description['file']}")
+        say(f"state: {state.replace(chr(39), '')}")
         print(f"beside the model over {checked['steps']} steps: within {checked['largest_difference']:.1e} of it")

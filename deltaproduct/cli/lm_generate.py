@@ -1,5 +1,7 @@
 """`deltaproduct lm generate`: a language model goes on with a prompt, or with a conversation that was saved."""
 
+from __future__ import annotations
+
 import json
 import signal
 import sys
@@ -10,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from deltaproduct.cli.outputs import check_folder
 from deltaproduct.errors import UsageError
 from deltaproduct.files import make_folder, read_text
-from deltaproduct.machine import choose_device
-from deltaproduct.models import SequenceModel
-from deltaproduct.models.sampling import Sampling
-from deltaproduct.models.streaming import Stream, check_place
-from deltaproduct.tasks.corpus import TOKENIZER, Tokenizer, load_tokenizer
-from deltaproduct.training.run_folder import locate
+
+if TYPE_CHECKING:
+    from deltaproduct.models import SequenceModel
+    from deltaproduct.models.sampling import Sampling
+    from deltaproduct.models.streaming import Stream
+    from deltaproduct.tasks.corpus import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet one
 LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
@@ -101,7 +104,8 @@ class LmGenerate:
             if self.save_state is not None:
                 stream.save(self.save_state)
         if interrupts:
-            raise KeyboardInterrupt
+            saved = "" if self.save_state is None else f" The conversation up to there is saved in {self.save_state}."
+            raise KeyboardInterrupt(f"interrupted.{saved}")
         figures = {
             "prompt_tokens": len(read),
             "written_tokens": len(tokens),
@@ -122,7 +126,11 @@ class LmGenerate:
             raise UsageError("Give --prompt or --prompt-file, not both.")
         if self.max_tokens < 0:
             raise UsageError(f"max_tokens must be 0 or more, not {self.max_tokens}.")
+        from deltaproduct.models.sampling import Sampling
+        from deltaproduct.models.streaming import check_place
+
         if self.save_state is not None:
+            check_folder(self.save_state)
             check_place(self.save_state)
             make_folder(self.save_state.absolute().parent)
         self._sampling(Sampling())
@@ -135,6 +143,9 @@ class LmGenerate:
         return replace(base, **{name: value for name, value in given.items() if value is not None})
 
     def _stream(self, model: SequenceModel) -> Stream:
+        from deltaproduct.models.sampling import Sampling
+        from deltaproduct.models.streaming import Stream
+
         if self.load_state is None:
             return Stream(model, self._sampling(Sampling()))
         stream = Stream.load(self.load_state, model)
@@ -173,7 +184,12 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     Raises:
         UsageError: one of them is missing or corrupt, or they do not belong together.
     """
-    found = locate(source)
+    from deltaproduct.machine import choose_device
+    from deltaproduct.models import SequenceModel
+    from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
+    from deltaproduct.training.run_folder import locate
+
+    found = locate(source, "language model")
     checkpoint, run = found.checkpoint, found.run or found.checkpoint.absolute().parent
     model = SequenceModel.from_pretrained(checkpoint, device=choose_device(device))
     if not (run / TOKENIZER).is_dir():

@@ -6,13 +6,12 @@ from typing import Annotated
 
 import tyro
 
-from deltaproduct.tasks.corpus import Corpus
+from deltaproduct.cli.outputs import say
 from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
 from deltaproduct.tasks.corpus.sidecar import Sidecar
 from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE, TAIL_SHARE
 from deltaproduct.tasks.corpus.tokenizer import SPECS
 from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
-from deltaproduct.training.log import progress_bar
 
 _SHARE = (
     f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, or the last {TAIL_SHARE} of the "
@@ -37,18 +36,22 @@ class LmPrepare:
     resume: Annotated[bool, tyro.conf.arg(help="go on with the corpus in --out, to the same bytes")] = False
 
     def run(self) -> None:
+        from deltaproduct.tasks.corpus import Corpus
+
         try:
             sidecar = self._prepare()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"The same command with --resume goes on with the corpus in {self.out}.") from None
         corpus = Corpus.open(self.out, verify=False)
-        print(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
+        say(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
         for name, split in sidecar.splits.items():
             print(f"  {name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
         if not sidecar.splits["validation"].documents:
             print("  No document was held out, so nothing can be validated, and `lm train` needs that.")
 
     def _prepare(self) -> Sidecar:
+        from deltaproduct.training.log import progress_bar
+
         with progress_bar("lm prepare, %", 100) as bar:
 
             def show(progress: Progress) -> None:

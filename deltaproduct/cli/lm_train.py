@@ -1,26 +1,28 @@
 """`deltaproduct lm train`: train a language model on a corpus; by a launcher or under torchrun, on many processes."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from deltaproduct.cli.flags import BackendName, config_flags, value_of, values_of
+from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
+from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.launchers import get_rank_launcher
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.experiments.launchers.ranks import RankLauncher, followed
 from deltaproduct.models import ModelConfig
-from deltaproduct.tasks.corpus import Corpus
-from deltaproduct.tasks.corpus.sidecar import SIDECAR
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.corpus_place import find_corpus, is_corpus
-from deltaproduct.training.folder_kinds import why_not
-from deltaproduct.training.log import last_metrics
+from deltaproduct.training.folder_kinds import CONFIG, why_not
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
-from deltaproduct.training.run_folder import CONFIG, METRICS, is_finished, read_run
+
+if TYPE_CHECKING:
+    from deltaproduct.experiments.launchers.ranks import RankLauncher
+    from deltaproduct.tasks.corpus import Corpus
 
 DEFAULT = "tiny"
 _OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
@@ -73,6 +75,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_folder(self.out)
+        from deltaproduct.experiments.launchers import get_rank_launcher
+        from deltaproduct.tasks.corpus.sidecar import SIDECAR
+        from deltaproduct.training.run_folder import is_finished
+
         if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
             raise UsageError(found)
         stored = stored_run(self.out) if self.resume else None
@@ -89,7 +96,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
         if last:
-            print(
+            say(
                 f"{self.out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s; loss {last['loss']:.3f}, "
                 f"validation {last['validation_loss']:.3f} nats a token"
             )
@@ -97,8 +104,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     def train(self) -> dict[str, Any]:
         """Train on the processes that all call this; the last line of the metrics, on the one that writes them, or
         nothing."""
+        from deltaproduct.tasks.corpus import Corpus
         from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
         from deltaproduct.training.language import train_language
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.run_folder import METRICS
 
         with Ranks.started(self.device, spans=self.spans) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
@@ -120,6 +130,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
 
     def _train_by(self, launcher: RankLauncher) -> dict[str, Any]:
         """Have the launcher's processes train. What can be refused is refused here, before a cluster's queue."""
+        from deltaproduct.experiments.launchers.ranks import followed
+        from deltaproduct.tasks.corpus import Corpus
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.run_folder import METRICS
+
         if "RANK" in os.environ:
             raise UsageError("A launcher starts the processes itself; call the command without torchrun.")
         if (self.out / CONFIG).exists() and not self.resume:
@@ -147,6 +162,8 @@ def stored_run(out: Path) -> LanguageRun | None:
     if found := why_not(out, "language run"):
         raise UsageError(found)
     if (out / CONFIG).is_file():
+        from deltaproduct.training.run_folder import read_run
+
         stored = read_run(out)
         if not isinstance(stored, LanguageRun):
             raise UsageError(f"{out} is a run on a task; `deltaproduct train --resume` continues it.")
@@ -156,7 +173,7 @@ def stored_run(out: Path) -> LanguageRun | None:
     raise UsageError(f"{out} holds no run to resume; leave out --resume to begin one.")
 
 
-def train_defaults(arguments: list[str]) -> LmTrain:
+def defaults(arguments: Sequence[str]) -> LmTrain:
     """What the flags default to: with --resume the run in --out and its corpus, else what --preset says."""
     out, name = value_of("--out", arguments), value_of("--preset", arguments) or DEFAULT
     steps = value_of("--num-householder", arguments)
@@ -173,3 +190,8 @@ def train_defaults(arguments: list[str]) -> LmTrain:
         values = of_preset | dict(get_preset(name).training)
     known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
     return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})
+
+
+def check(command: LmTrain, arguments: Sequence[str]) -> None:
+    """`UsageError` where a flag was given that the model has no use for."""
+    check_given(command.mixer, arguments)

@@ -1,22 +1,24 @@
 """`deltaproduct reproduce NAME`: run one of the papers' experiments, from nothing to its figure."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
-from rich.console import Console
 
-from deltaproduct.cli.flags import IntList, check_lengths
-from deltaproduct.errors import UsageError
-from deltaproduct.experiments.experiment import Scale
-from deltaproduct.experiments.job import AnyJob
-from deltaproduct.experiments.launchers import RAY_OPTIONS, SLURM_OPTIONS, get_launcher, parse_options
-from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
-from deltaproduct.experiments.runner import SUMMARY, run_jobs
+from deltaproduct.cli.flags import IntList, check_lengths, parts_of
+from deltaproduct.cli.outputs import check_file, check_folder, say
+from deltaproduct.errors import UsageError, did_you_mean, shown
+from deltaproduct.experiments.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
+from deltaproduct.experiments.names import EXPERIMENT_NAMES, Scale
 from deltaproduct.files import make_folder
+
+if TYPE_CHECKING:
+    from deltaproduct.experiments.job import AnyJob
 
 FIGURE = "accuracy.png"
 FILE_WIDTH = 100  # of a table that goes to a file: five lengths with their ranges
@@ -29,8 +31,10 @@ class Reproduce:
     Running it again on the same folder continues what was cut off and reuses what was finished.
     """
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"which experiment: {', '.join(EXPERIMENTS)}")]
-    out: Annotated[Path, tyro.conf.arg(help="folder of the experiment; created")]
+    interrupted: ClassVar[str] = "Run the same command again to continue."
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"which experiment: {', '.join(EXPERIMENT_NAMES)}")]
+    out: Annotated[Path | None, tyro.conf.arg(help="folder of the experiment; created; --list needs none")] = None
     scale: Annotated[
         Scale,
         tyro.conf.arg(help="cpu: within half an hour on two cores; cpu-long: hours there; paper: the papers' setting"),
@@ -69,17 +73,29 @@ class Reproduce:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        from rich.console import Console
+
+        from deltaproduct.experiments.launchers import get_launcher
+        from deltaproduct.experiments.registry import get_experiment
+        from deltaproduct.experiments.runner import SUMMARY, run_jobs
+
         experiment = get_experiment(self.name)
         jobs = self._chosen(experiment.at(self.scale, range(self.first_seed, self.first_seed + self.seeds)))
         if self.list:
             print("\n".join(job.name for job in jobs))
             return
+        if self.out is None:
+            raise UsageError("reproduce needs --out, the folder of the experiment; only --list goes without.")
         options = parse_options(self.launcher_options)
         get_launcher(self.launcher, workers=1, folder=self.out, options=options)  # refused before a folder is made
+        check_folder(self.out)
+        for name in (SUMMARY, FIGURE):
+            check_file(self.out / name)
         make_folder(self.out)
         console = Console(stderr=True, soft_wrap=True)
         steps = sum(job.steps for job in jobs)
-        console.print(f"{len(jobs)} runs, {steps:,} steps in all, into {self.out}", highlight=False)
+        line = f"{len(jobs)} runs, {steps:,} steps in all, into {self.out}"
+        console.print(shown(line), highlight=False, markup=False)
         summary = run_jobs(
             jobs,
             self.out,
@@ -89,18 +105,24 @@ class Reproduce:
             launcher_options=options,
         )
         experiment.draw(summary["runs"], self.out / FIGURE)
-        shown = Console()
-        shown.print(experiment.table(summary["runs"]), width=None if shown.is_terminal else FILE_WIDTH)
-        print(f"{self.out / SUMMARY}, {self.out / FIGURE}")
+        screen = Console()
+        screen.print(experiment.table(summary["runs"]), width=None if screen.is_terminal else FILE_WIDTH)
+        say(f"{self.out / SUMMARY}, {self.out / FIGURE}")
         if summary["failed"]:
             raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed; {self.out / SUMMARY} says why.")
 
     def _chosen(self, jobs: Sequence[AnyJob]) -> Sequence[AnyJob]:
         """The jobs that the flags ask for, changed as they say."""
         if self.only is not None:
-            patterns = self.only.split(",")
-            jobs = [job for job in jobs if any(fnmatchcase(job.name, pattern.strip()) for pattern in patterns)]
-            if not jobs:
-                raise UsageError(f"No run of {self.name} is called {self.only!r}; --list shows what there is.")
+            try:
+                patterns = parts_of(self.only)
+            except ValueError as e:
+                raise UsageError(f"--only: {e}.") from e
+            names = [job.name for job in jobs]
+            for pattern in patterns or [self.only]:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    near = did_you_mean(pattern, names)
+                    raise UsageError(f"No run of {self.name} is called {pattern!r}{near}; --list shows what there is.")
+            jobs = [job for job in jobs if any(fnmatchcase(job.name, pattern) for pattern in patterns)]
         lengths = None if self.lengths is None else check_lengths(self.lengths)
         return [job.changed(steps=self.steps, lengths=lengths, sequences=self.sequences) for job in jobs]

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from deltaproduct.tasks import get_task, list_tasks
+from deltaproduct.cli.outputs import say
 
 
 @dataclass(kw_only=True)
@@ -15,6 +13,11 @@ class TasksList:
     """List the forms that a task's name can take."""
 
     def run(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from deltaproduct.tasks import list_tasks
+
         table = Table()
         for column in ("name", "for example", "what it is"):
             table.add_column(column, overflow="fold")
@@ -32,7 +35,10 @@ class TasksShow:
     seed: Annotated[int, tyro.conf.arg(help="of the example")] = 0
 
     def run(self) -> None:
+        from deltaproduct.tasks import get_task
+
         task = get_task(self.name)
-        print(task.worked_example(length=self.length, seed=self.seed))
+        for line in task.worked_example(length=self.length, seed=self.seed).split("\n"):
+            say(line)
         sizes = f"vocabulary {task.vocab_size} (BOS is {task.bos_id}), labels {task.num_labels}"
         print(f"\n{sizes}, chance {task.chance:.4f}")

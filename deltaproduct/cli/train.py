@@ -1,25 +1,29 @@
 """`deltaproduct train`: train one model on one task."""
 
+from __future__ import annotations
+
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from deltaproduct.cli.flags import BackendName, config_flags, value_of, values_of
+from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
+from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.recipes import STATE_TRACKING
+from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig, train
-from deltaproduct.training.log import last_metrics
-from deltaproduct.training.run_folder import CONFIG, METRICS
+from deltaproduct.training.config import RunConfig, TrainConfig
+from deltaproduct.training.folder_kinds import CONFIG, why_not
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
 _ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
 _TrainFlags: Any = config_flags("TrainFlags", TrainConfig, {})
+# What a run may be continued with that is not its own.
+_NOT_OF_THE_RUN = ("out", "resume", "device", "backend", "log_every", "checkpoint_every")
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,14 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_folder(self.out)
+        from deltaproduct.tasks import get_task
+        from deltaproduct.training.loop import train
+
+        if self.resume:
+            if not (self.out / CONFIG).is_file():
+                raise UsageError(_nothing_to_resume(self.out))
+            self._check_unchanged(RunConfig.from_dict(read_json(self.out / CONFIG)))
         task = get_task(self.task)
         model = ModelConfig(vocab_size=task.vocab_size, num_labels=task.num_labels, **values_of(self, ModelConfig))
         config = RunConfig(TrainConfig(**values_of(self, TrainConfig)), model)
@@ -51,17 +63,63 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.run_folder import METRICS
+
         last = json.dumps(last_metrics(self.out / METRICS) or {})
-        print(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
+        say(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
+
+    def _check_unchanged(self, stored: RunConfig) -> None:
+        """`UsageError` where a flag asks for something else than the run that is to be continued."""
+        from deltaproduct.training.run_folder import is_finished
+
+        changed = []
+        for part in (stored.training, stored.model):
+            for f in fields(part):
+                theirs = getattr(part, f.name)
+                if f.name not in _OF_THE_TASK and (mine := getattr(self, f.name)) != theirs:
+                    changed.append((f.name, mine, theirs))
+        if not changed:
+            return
+        names = [name for name, _, _ in changed]
+        if names == ["steps"] and is_finished(self.out, stored):
+            raise UsageError(
+                f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
+                f"changed: start a new run of {self.steps} steps with another --out."
+            )
+        flags = "; ".join(f"{_flag(name)} {_value(mine)}, stored {_value(theirs)}" for name, mine, theirs in changed)
+        raise UsageError(
+            f"The run in {self.out} has other settings ({flags}), which cannot be changed: leave out "
+            f"{' and '.join(_flag(name) for name in names)} to resume it, or start a new run with another --out."
+        )
 
 
-def resumed_defaults(arguments: list[str]) -> Train | None:
+def defaults(arguments: Sequence[str]) -> Train | None:
     """With --resume, the flags' defaults are those of the run in --out, if there is one to continue."""
     if "--resume" not in arguments:
         return None
     out = value_of("--out", arguments)
-    if out is None or not (Path(out) / CONFIG).is_file():
+    if out is None or not (path := Path(out) / CONFIG).is_file():
         return None
-    stored = RunConfig.from_dict(read_json(Path(out) / CONFIG))
+    if found := why_not(Path(out), "task run"):
+        raise UsageError(found)
+    stored = RunConfig.from_dict(read_json(path))
     model = {k: v for k, v in vars(stored.model).items() if k not in _OF_THE_TASK}
     return Train(out=Path(out), resume=True, **vars(stored.training), **model)
+
+
+def check(command: Train, arguments: Sequence[str]) -> None:
+    """`UsageError` where a flag was given that the model has no use for."""
+    check_given(command.mixer, arguments)
+
+
+def _nothing_to_resume(out: Path) -> str:
+    return why_not(out, "task run") or f"{out} holds no run to resume; leave out --resume to begin one."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from deltaproduct.cli.flags import BackendName
-from deltaproduct.machine import choose_device
-from deltaproduct.theory.verification import guaranteed_length, load, verify
+from deltaproduct.errors import UsageError
+from deltaproduct.training.folder_kinds import why_not
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 WRONG = 1  # the exit status where a label was
@@ -30,6 +29,13 @@ class Verify:
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:
+        import torch
+
+        from deltaproduct.machine import choose_device
+        from deltaproduct.theory.verification import guaranteed_length, load, verify
+
+        if wrong := why_not(self.source, "compiled model"):
+            raise UsageError(wrong)
         compiled = load(self.source, choose_device(self.device))
         compiled.model.use_backend(self.backend).to(getattr(torch, self.dtype))
         found = verify(compiled, length=self.length, words=self.words, seed=self.seed)

@@ -5,7 +5,6 @@
 document token before a text, which for rolling log-likelihoods it must not do (tests/test_harness.py).
 """
 
-import difflib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from statistics import mean
 from types import ModuleType
 from typing import Any
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.evaluation.tasks import FOLDER, OFFLINE_TASKS
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import Tokenizer
@@ -141,9 +140,8 @@ def task_folders() -> list[Path]:
 def _check_names(wanted: Sequence[str], known: Sequence[str]) -> None:
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name, [*GROUPS, *known], n=3)
-            advice = f"did you mean {' or '.join(near)}?" if near else f"{' and '.join(GROUPS)} name whole lists."
-            raise UsageError(f"lm-eval has no task {name!r}; {advice}")
+            near = did_you_mean(name, [*GROUPS, *known], most=3)
+            raise UsageError(f"lm-eval has no task {name!r}{near}; {' and '.join(GROUPS)} name whole lists.")
 
 
 def _report(results: Mapping[str, Any], version: str, limit: int | None) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.experiments.job import AnyJob
+from deltaproduct.experiments.names import Scale
 
-Scale = Literal["cpu", "cpu-long", "paper"]
 Runs = Sequence[dict[str, Any]]  # results of jobs
 
 
@@ -38,7 +38,8 @@ class Experiment:
     def at(self, scale: Scale, seeds: Sequence[int]) -> Sequence[AnyJob]:
         """The runs at a scale; `UsageError` if there is none of that name."""
         if scale not in self.scales:
-            raise UsageError(f"{self.name} has no scale {scale!r}; choose from {', '.join(self.scales)}.")
+            near = did_you_mean(scale, self.scales)
+            raise UsageError(f"{self.name} has no scale {scale!r}{near}; choose from {', '.join(self.scales)}.")
         jobs = self.jobs(scale, seeds)
         names = [job.name for job in jobs]
         assert len(set(names)) == len(names), "two jobs of one name would share a folder"

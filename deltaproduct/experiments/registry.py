@@ -1,6 +1,6 @@
 """The experiments by name. A new one takes its own file and one line here."""
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.experiments.cyclic import CYCLIC
 from deltaproduct.experiments.dihedral import DIHEDRAL
 from deltaproduct.experiments.experiment import Experiment
@@ -22,5 +22,6 @@ EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment
 def get_experiment(name: str) -> Experiment:
     """The experiment of that name; `UsageError` if there is none."""
     if name not in EXPERIMENTS:
-        raise UsageError(f"There is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)}.")
+        near = did_you_mean(name, EXPERIMENTS)
+        raise UsageError(f"There is no experiment {name!r}{near}; choose from {', '.join(EXPERIMENTS)}.")
     return EXPERIMENTS[name]

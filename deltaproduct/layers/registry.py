@@ -1,6 +1,6 @@
 """The mixers by the name that a configuration gives them. A new one takes its own file and one line here."""
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.layers.attention import Attention
 from deltaproduct.layers.deltaproduct import DeltaNet, DeltaProduct, GatedDeltaNet
 from deltaproduct.layers.dense_rnn import DenseLinearRNN
@@ -39,5 +39,6 @@ MIXERS: dict[str, type[Mixer]] = {
 def get_mixer(name: str) -> type[Mixer]:
     """The class of a mixer; `UsageError` if there is none of that name."""
     if name not in MIXERS:
-        raise UsageError(f"There is no mixer {name!r}; choose from {', '.join(sorted(MIXERS))}.")
+        near = did_you_mean(name, MIXERS)
+        raise UsageError(f"There is no mixer {name!r}{near}; choose from {', '.join(sorted(MIXERS))}.")
     return MIXERS[name]

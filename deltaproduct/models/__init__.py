@@ -1,7 +1,21 @@
 """Models: a configuration, the stack of blocks that it describes, and its decoding token by token."""
 
-from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.decoder import Decoder
-from deltaproduct.models.sequence_model import SequenceModel
+from typing import TYPE_CHECKING
+
+from deltaproduct.late import late
+
+if TYPE_CHECKING:
+    from deltaproduct.models.config import ModelConfig
+    from deltaproduct.models.decoder import Decoder
+    from deltaproduct.models.sequence_model import SequenceModel
 
 __all__ = ["Decoder", "ModelConfig", "SequenceModel"]
+
+__getattr__, __dir__ = late(
+    __name__,
+    {
+        "config": ("ModelConfig",),
+        "decoder": ("Decoder",),
+        "sequence_model": ("SequenceModel",),
+    },
+)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import cattrs
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import get_mixer
-from deltaproduct.layers.linear_attention import FEATURE_MAPS
-from deltaproduct.tasks import Task
+
+if TYPE_CHECKING:
+    from deltaproduct.tasks import Task
 
 LARGEST_SIZE = 2**28  # of a width or a number of heads or steps, and of a layer's keys or values: no model comes near
 LARGEST_VOCABULARY = 2**31
@@ -71,6 +71,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
+        from deltaproduct.layers import get_mixer
+        from deltaproduct.layers.linear_attention import FEATURE_MAPS
+
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size", "ttt_chunk_size"):
@@ -159,7 +163,7 @@ class ModelConfig:
 def check_kinds(config: Any) -> None:
     """`UsageError` unless every field of a dataclass has a value of the kind that it is declared with, and every number
     is finite. Whole numbers serve as floats."""
-    for name, kinds in _kinds(type(config)).items():
+    for name, kinds in _kinds(cast(Any, type(config))).items():
         value = getattr(config, name)
         if not any(_is_of(value, kind) for kind in kinds):
             wanted = " or ".join(_KINDS[kind] for kind in kinds)
@@ -187,7 +191,7 @@ def _is_of(value: Any, kind: type) -> bool:
     if kind is float:
         # A whole number of 400 digits is none that math can take.
         return (isinstance(value, Real) and not isinstance(value, bool)
-                and (abs(value) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
+                and (abs(int(value)) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
     if kind is tuple:
         return isinstance(value, tuple) and all(_is_of(x, int) and abs(x) < 2**63 for x in value)
     return isinstance(value, kind)
@@ -232,7 +236,7 @@ def reasons(e: BaseException, path: str) -> str:
     return "; ".join(text if len(text) < 200 else f"{text[:200]} …" for text in found[:3]) + more
 
 
-def check_fits(config: ModelConfig, task: Task) -> None:
+def check_fits(config: ModelConfig, task: "Task") -> None:
     """`UsageError` unless the model's vocabulary and labels are the task's."""
     for name in ("vocab_size", "num_labels"):
         mine, wanted = getattr(config, name), getattr(task, name)

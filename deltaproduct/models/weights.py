@@ -1,6 +1,7 @@
 """The tensors of a checkpoint's folder: in one file or in shards with an index, as safetensors or as pickles."""
 
 import pickle
+import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json
+from deltaproduct.files import is_plain_name, read_json
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -77,15 +78,21 @@ def _there(folder: Path, name: str, files: Container[str] | None) -> bool:
     return (folder / name).is_file() and (files is None or name in files)
 
 
-def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict[str, Any]:
-    values = read_json(folder / index)
+def read_index(path: Path) -> dict[str, str]:
+    """Which file of its folder has which tensor, as an index of shards says; `UsageError` if it is damaged."""
+    values = read_json(path)
     places = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UsageError(f"{folder / index} has no weight_map from tensors to files.")
-    shards = {}
+        raise UsageError(f"{path} has no weight_map from tensors to files.")
     for file in sorted(set(places.values())):
-        if Path(file).name != file:
-            raise UsageError(f"{folder / index} names the file {file!r}, which is not in its own folder.")
+        if not is_plain_name(file):
+            raise UsageError(f"{path} names the file {file!r:.80}, which is not in its own folder.")
+    return places
+
+
+def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict[str, Any]:
+    places, shards = read_index(folder / index), {}
+    for file in sorted(set(places.values())):
         if not (folder / file).is_file():
             raise UsageError(f"The checkpoint {folder} is incomplete: {file} is missing.")
         if not _there(folder, file, files):
@@ -102,8 +109,19 @@ def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of pickles that others wrote
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as e:
         # PyTorch's own message is a page of advice, some of it to run the pickle after all.
         raise UsageError(
             f"{path} is damaged, or holds more than tensors and was not read. If you trust it, load it "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.ops import transforms, triton
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
 from deltaproduct.ops.cpu import cpu, cpu_step
@@ -106,7 +106,8 @@ def resolve_backend(
 
     if backend != "auto":
         if backend not in BACKENDS:
-            raise UsageError(f"There is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}.")
+            near = did_you_mean(backend, ("auto", *BACKENDS))
+            raise UsageError(f"There is no backend {backend!r}{near}; choose auto, {', '.join(BACKENDS)}.")
         if obstacle := obstacle_of(BACKENDS[backend]):
             raise UsageError(f"Backend {backend!r} cannot serve: {obstacle}.")
         return backend, "asked for by name"

@@ -8,7 +8,20 @@ one kind of task. A first look:
     tokens, labels, mask = task.sample(batch=32, length=128, generator=torch.Generator().manual_seed(0))
 """
 
-from deltaproduct.tasks.registry import get_task, list_tasks
-from deltaproduct.tasks.task import Task
+from typing import TYPE_CHECKING
+
+from deltaproduct.late import late
+
+if TYPE_CHECKING:
+    from deltaproduct.tasks.registry import get_task, list_tasks
+    from deltaproduct.tasks.task import Task
 
 __all__ = ["Task", "get_task", "list_tasks"]
+
+__getattr__, __dir__ = late(
+    __name__,
+    {
+        "registry": ("get_task", "list_tasks"),
+        "task": ("Task",),
+    },
+)

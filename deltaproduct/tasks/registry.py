@@ -1,12 +1,11 @@
 """From a name to a task. A new kind of task is one file and one line of `FAMILIES`."""
 
-import difflib
 import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.tasks import (
     automaton_task,
     chess_moves,
@@ -18,6 +17,7 @@ from deltaproduct.tasks import (
     recall,
     regular,
 )
+from deltaproduct.tasks.names import shortened
 from deltaproduct.tasks.task import Task
 
 
@@ -95,7 +95,7 @@ def get_task(name: str) -> Task:
     for family in FAMILIES:
         if match := re.fullmatch(family.regex, name, re.ASCII):
             return _kept(family, name, match.groups()) if family.kept else family.build(name, *match.groups())
-    raise UsageError(f"unknown task {name!r}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+    raise UsageError(f"unknown task {shortened(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
 
 
 @lru_cache(maxsize=64)
@@ -112,5 +112,5 @@ def _suggestion(name: str) -> str:
     for family in FAMILIES:
         if re.fullmatch(family.regex, name, re.ASCII | re.IGNORECASE):
             return f"upper and lower case matter, and the nearest form is {family.pattern} (such as {family.example}); "
-    near = difflib.get_close_matches(name, [family.example for family in FAMILIES], n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    near = did_you_mean(name, [family.example for family in FAMILIES]).strip(" ()")
+    return f"{near} " if near else ""

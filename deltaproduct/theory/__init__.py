@@ -1,21 +1,26 @@
 """What products of Householder reflections can do: exact constructions, and what is impossible."""
 
-from deltaproduct.theory.cascade import Cascade, decompose
-from deltaproduct.theory.certificate import Certificate, certificates
-from deltaproduct.theory.compiler import STRATEGIES, Compiled, compile_automaton, compile_group
-from deltaproduct.theory.householder import (
-    Factors,
-    from_contraction,
-    from_orthogonal,
-    from_permutation,
-    from_rotation,
-    pair_is_complex,
-    spectrum,
-    transpositions,
-)
-from deltaproduct.theory.theorems import Explanation, ModelClass, explain
-from deltaproduct.theory.validate import Limits
-from deltaproduct.theory.verification import Verification, load, verify
+from typing import TYPE_CHECKING
+
+from deltaproduct.late import late
+
+if TYPE_CHECKING:
+    from deltaproduct.theory.cascade import Cascade, decompose
+    from deltaproduct.theory.certificate import Certificate, certificates
+    from deltaproduct.theory.compiler import STRATEGIES, Compiled, compile_automaton, compile_group
+    from deltaproduct.theory.householder import (
+        Factors,
+        from_contraction,
+        from_orthogonal,
+        from_permutation,
+        from_rotation,
+        pair_is_complex,
+        spectrum,
+        transpositions,
+    )
+    from deltaproduct.theory.theorems import Explanation, ModelClass, explain
+    from deltaproduct.theory.validate import Limits
+    from deltaproduct.theory.verification import Verification, load, verify
 
 __all__ = [
     "STRATEGIES",
@@ -42,3 +47,25 @@ __all__ = [
     "transpositions",
     "verify",
 ]
+
+__getattr__, __dir__ = late(
+    __name__,
+    {
+        "cascade": ("Cascade", "decompose"),
+        "certificate": ("Certificate", "certificates"),
+        "compiler": ("STRATEGIES", "Compiled", "compile_automaton", "compile_group"),
+        "householder": (
+            "Factors",
+            "from_contraction",
+            "from_orthogonal",
+            "from_permutation",
+            "from_rotation",
+            "pair_is_complex",
+            "spectrum",
+            "transpositions",
+        ),
+        "theorems": ("Explanation", "ModelClass", "explain"),
+        "validate": ("Limits",),
+        "verification": ("Verification", "load", "verify"),
+    },
+)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
@@ -126,7 +126,8 @@ def _asked(makers: Makers, strategy: str) -> Makers:
     if strategy == "auto":
         return makers
     if strategy not in STRATEGIES:
-        raise UsageError(f"There is no strategy {strategy!r}; there are {', '.join(STRATEGIES)}.")
+        near = did_you_mean(strategy, STRATEGIES)
+        raise UsageError(f"There is no strategy {strategy!r}{near}; there are {', '.join(STRATEGIES)}.")
     return {strategy: makers[strategy]}
 
 

@@ -5,12 +5,12 @@ The folder is also an ordinary checkpoint for `SequenceModel.from_pretrained`, w
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
+from deltaproduct.files import read_folder, read_json, replaced_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.weights import read_tensors, write_tensors
 from deltaproduct.training.config import RunConfig
@@ -30,6 +30,7 @@ class Progress:
     stage_start: int = 0  # the step at which the stage began
     loss_mean: float = 0.0  # running mean of the loss within the stage, uncorrected
     seconds: float = 0.0  # time spent training, over all sittings
+    metrics: str = ""  # sha256 of the lines of metrics.jsonl, so that a resumed run knows them again
 
 
 def save_checkpoint(
@@ -54,7 +55,19 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
         UsageError: the folder is not a run's checkpoint, is damaged, or is of another model; or what it holds is no
             state that a run of its configuration can be in. The message names the file. Nothing was restored.
     """
-    files = verified_folder(folder, "checkpoint")
+
+    def read(whole: Path, files: list[str]) -> Any:
+        return _read(whole, files, model, optimizer)
+
+    weights, state, progress = read_folder(folder, "checkpoint", read)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return progress
+
+
+def _read(
+    folder: Path, files: list[str], model: SequenceModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], Progress]:
     for name in (OPTIMISER, TRAINING):
         if name not in files:
             raise UsageError(f"The checkpoint {folder} has no {name}, so no run can be resumed from it.")
@@ -69,28 +82,15 @@ def load_checkpoint(folder: Path, model: SequenceModel, optimizer: torch.optim.O
     config = _config(folder, entries)
     progress = progress_from(entries.get("progress"), Progress, folder / TRAINING, steps=config.training.steps)
     _check_stage(progress, config, folder / TRAINING)
-    state = _optimiser_state(folder / OPTIMISER, optimizer, progress.step)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress
-
-
-def checkpoint_config(folder: Path) -> RunConfig | None:
-    """The configuration of the run that a checkpoint came from; None if it did not come from one.
-
-    Raises:
-        UsageError: its training.json is damaged.
-    """
-    if not (folder / TRAINING).exists():
-        return None
-    return _config(folder, _entries(folder))
+    return weights, _optimiser_state(folder / OPTIMISER, optimizer, progress.step), progress
 
 
 def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     """What a file says of how far a run is, as a dataclass of whole numbers and floats.
 
     Args:
-        kind: the dataclass. Fields that default to a number have to hold one, the others may hold null.
+        kind: the dataclass. Fields that default to a number have to hold one, those that default to null may hold it,
+            and a string may be missing, as earlier versions wrote none.
         where: the file, for messages.
         steps: of the whole run, so that no more can be done.
 
@@ -100,7 +100,8 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     """
     if not isinstance(values, dict):
         raise UsageError(f"{where} does not say how far the run is: it has no progress.")
-    known = {f.name: f.default for f in fields(kind)}
+    known = {f.name: f.default for f in fields(cast(Any, kind))}
+    values = {name: default for name, default in known.items() if isinstance(default, str)} | values
     if differing := sorted(values.keys() ^ known.keys()):
         what = "no" if differing[0] in known else "the unknown entry"
         raise UsageError(f"{where} does not say how far the run is: its progress has {what} {differing[0]!r:.40}.")
@@ -109,7 +110,9 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
         value = found[name] = values[name]
         if value is None and default is None:
             continue
-        if isinstance(default, int):
+        if isinstance(default, str):
+            good, wanted = isinstance(value, str), "a string"
+        elif isinstance(default, int):
             good, wanted = isinstance(value, int) and 0 <= value <= steps, f"a whole number from 0 to {steps}"
         else:
             good, wanted = _is_finite(value), "a finite number"
@@ -117,7 +120,7 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
                 good, wanted = good and value >= 0, "0 or more"
         if isinstance(value, bool) or not good:
             raise UsageError(f"{where} does not say how far the run is: {name} must be {wanted}, not {value!r:.40}.")
-        if not isinstance(default, int):
+        if not isinstance(default, int | str):
             found[name] = float(value)
     return kind(**found)
 
@@ -161,10 +164,8 @@ def _optimiser_state(path: Path, optimizer: torch.optim.Optimizer, step: int) ->
     moments = ("exp_avg", "exp_avg_sq")
     wanted = {f"{i}.{key}": p for i, p in enumerate(parameters) for key in ("step", *moments)} if step else {}
     if differing := sorted(wanted.keys() ^ tensors.keys()):
-        what = "lacks" if differing[0] in wanted else "has"
-        raise UsageError(
-            f"{path} is not the state of this run's optimiser after step {step}: it {what} {differing[0]}."
-        )
+        what = f"{'lacks' if differing[0] in wanted else 'has'} {differing[0]}"
+        raise UsageError(f"{path} is not the state of this run's optimiser after step {step}: it {what}.")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, parameter in wanted.items():
         index, key = name.split(".")

@@ -72,7 +72,9 @@ class TrainConfig(OptimiserConfig):
     task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
     lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
     min_length: int | None = described(None, "draw each batch's length from this to its stage's; None: the stage's")
-    batch_sizes: tuple[int, ...] = described((256, 64), "sequences per step in each stage")
+    batch_sizes: tuple[int, ...] = described(
+        (256, 64), "sequences per step in each stage; a single number: the same in all"
+    )
     stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
     stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
     num_samples: int | None = described(None, "train on this many sequences per stage, over and over; None: fresh")

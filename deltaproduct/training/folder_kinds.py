@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json
+from deltaproduct.files import read_json, read_whole, whole_folder
 
-# A run or a checkpoint, of anything; of a task (or compiled); of a language model; and a run, to be resumed, of either.
-Wanted = Literal["model", "task model", "language model", "task run", "language run"]
+# A run or a checkpoint, of anything; of any library's layout; of a task (or compiled); of a language model; what
+# `compile` wrote; and a run, to be resumed, of either kind.
+Wanted = Literal["model", "any layout", "task model", "language model", "compiled model", "task run", "language run"]
 CONFIG, CHECKPOINT, TRAINING = "config.json", "checkpoint", "training.json"
 
 
@@ -20,6 +21,13 @@ def why_not(folder: Path, wanted: Wanted) -> str | None:
 
     Damage is none of its business: what looks like the right thing is read, and refused by whoever reads it.
     """
+    return read_whole(folder, lambda there: _why_not(folder, there, wanted))
+
+
+def _why_not(folder: Path, there: Path, wanted: Wanted) -> str | None:
+    """`why_not` of a folder whose newest whole version is at `there`."""
+    if there != folder:
+        return None  # a writer died between two renames
     if not folder.exists():
         return f"{folder} does not exist." if not wanted.endswith("run") else None
     if not folder.is_dir():
@@ -35,6 +43,11 @@ def why_not(folder: Path, wanted: Wanted) -> str | None:
             return f"{folder} is a checkpoint and not a run; {advice}."
         return None
     what = "run" if is_run else "checkpoint"
+    if wanted == "compiled model":
+        if (folder / "automaton.json").exists() or kind is None:
+            return None
+        command = "lm evaluate" if kind == "language" else "evaluate"
+        return f"{folder} is a {what} and not a compiled model; `deltaproduct {command}` takes it."
     if kind == "language" and wanted.startswith("task"):
         if wanted == "task run":
             return f"{folder} is the run of a language model; `deltaproduct lm train --resume` continues it."
@@ -49,7 +62,7 @@ def why_not(folder: Path, wanted: Wanted) -> str | None:
             f"{folder} is a {what} of a task, not of a language model; `deltaproduct evaluate` and "
             "`deltaproduct extract` take it."
         )
-    if is_run or (folder / CHECKPOINT).exists() or wanted.endswith("run"):
+    if is_run or whole_folder(folder / CHECKPOINT).exists() or wanted.endswith("run") or wanted == "any layout":
         return None
     from deltaproduct.models.folders import why_no_checkpoint  # imports PyTorch
 
@@ -83,7 +96,7 @@ def _written_by_others(folder: Path, wanted: Wanted) -> str | None:
         )
     if holds("evaluation.json"):
         return f"{folder} holds the report of an evaluation and no model; give the run that was evaluated."
-    if holds("automaton.json", CONFIG) and wanted not in ("model", "task model"):
+    if holds("automaton.json", CONFIG) and (wanted.startswith("language") or wanted.endswith("run")):
         return (
             f"{folder} is a compiled model, which is not trained and cannot be resumed; `deltaproduct verify` and "
             "`deltaproduct evaluate --task` take it."

@@ -1,6 +1,8 @@
 """What a run says while it goes: JSON lines on disk, a progress bar on a terminal, plain lines elsewhere."""
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, shown
 from deltaproduct.files import parse_json, write_bytes
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal
@@ -56,14 +58,18 @@ def _values(line: bytes) -> dict[str, Any] | None:
 class Metrics:
     """metrics.jsonl: one JSON object a line, appended as training goes; the source of truth for curves."""
 
-    def __init__(self, path: Path, *, after_step: int):
+    def __init__(self, path: Path, *, after_step: int, digest: str | None = None):
         """Open for appending, keeping only the lines up to `after_step`: later ones will be computed again.
 
         A last line without an end was cut off by a kill, and goes.
 
+        Args:
+            digest: what `synced` returned when step `after_step` was saved, if that is known.
+
         Raises:
             UsageError: the file cannot be read or written, or has a line that no run wrote: one that is no JSON object
-                with a step, or whose step is not above the one before. The message names its number; nothing changed.
+                with a step, or whose step is not above the one before, and the message names its number; or its lines
+                are others than they were. Nothing changed. A file that is not there is begun anew.
         """
         *lines, cut_off = _lines(path) or [b""]
         if cut_off and (values := _values(cut_off)) is not None and values["step"] <= after_step:
@@ -80,15 +86,28 @@ class Metrics:
             before = values["step"]
             if before <= after_step:
                 kept.append(line + b"\n")
+        self._sum = hashlib.sha256(b"".join(kept))
+        if digest not in (None, self._sum.hexdigest()) and path.exists():
+            raise UsageError(
+                f"{path} was changed: its lines up to step {after_step} are not those that the run wrote before that step "
+                "was saved. Put back the file that the run wrote, or remove it: the run then goes on without them."
+            )
         write_bytes(path, b"".join(kept))
         try:
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         except OSError as e:
             raise UsageError(f"{path} cannot be written: {e.strerror or e}.") from e
 
+    def synced(self) -> str:
+        """Bring all lines to the disk, where a checkpoint is about to count on them; returns their sha256."""
+        os.fsync(self._file.fileno())
+        return self._sum.hexdigest()
+
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self._sum.update(line.encode())
 
     def close(self) -> None:
         self._file.close()
@@ -98,6 +117,7 @@ class Bar:
     """One line of progress, whichever way it is shown."""
 
     def __init__(self, title: str, total: int, console: Console | None, bar: Progress | None):
+        title = shown(title)  # of a task, whose name may be any file's
         self._title, self._total, self._console, self._bar = title, total, console, bar
         self._task = None if bar is None else bar.add_task(title, total=total, info="")
         self._last = time.monotonic()
@@ -112,7 +132,7 @@ class Bar:
     def say(self, line: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._console is not None:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -169,7 +189,7 @@ class Board:
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -185,6 +205,6 @@ def board(title: str, totals: Mapping[str, int], *, show: bool = True) -> Iterat
 
 def bars(console: Console) -> Progress:
     """Bars of steps on a terminal, gone when all is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[info]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[info]}", markup=False))  # fmt: skip
     return Progress(*columns, console=console, transient=True)

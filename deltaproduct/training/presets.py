@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models import ModelConfig
 
 PAPERS_VOCABULARY = 32_000  # of Mistral-7B's tokenizer
@@ -90,7 +90,7 @@ PRESETS: dict[str, Preset] = {
 def get_preset(name: str) -> Preset:
     """`UsageError` if there is none of that name."""
     if name not in PRESETS:
-        raise UsageError(f"There is no preset {name!r}; choose from {', '.join(PRESETS)}.")
+        raise UsageError(f"There is no preset {name!r}{did_you_mean(name, PRESETS)}; choose from {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 

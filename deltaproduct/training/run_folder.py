@@ -26,6 +26,7 @@ from deltaproduct.files import (
 from deltaproduct.machine import command_line, describe_machine
 from deltaproduct.training.checkpoint import TRAINING
 from deltaproduct.training.config import AnyRun, LanguageRun, RunConfig
+from deltaproduct.training.folder_kinds import Wanted, why_not
 
 CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
 LOCK = ".lock"
@@ -66,12 +67,18 @@ class Located:
         return None if trained is None else trained.training.task
 
 
-def locate(source: Path) -> Located:
+def locate(source: Path, wanted: Wanted = "model") -> Located:
     """The checkpoint in a folder that is a run's or a checkpoint's, also where a writer has died in the middle of it.
 
+    Args:
+        wanted: what the model has to be of.
+
     Raises:
-        UsageError: there is no such folder, or it is a run without a checkpoint.
+        UsageError: there is no such folder, it is a run without a checkpoint, or it is something else than `wanted`;
+            the message says what takes it.
     """
+    if reason := why_not(source, wanted):
+        raise UsageError(reason)
     inner = source / CHECKPOINT
     if whole_folder(inner).exists():
         return Located(inner, source)

@@ -45,8 +45,8 @@ def command(kind, *arguments):
 
 def test_bench_train_runs_what_reproduce_runs(monkeypatch):
     configs = []
-    monkeypatch.setattr(cli, "bench_train", lambda config, **kw: configs.append(config) or S3)
-    monkeypatch.setattr(cli, "render", lambda *a: None)
+    monkeypatch.setattr("deltaproduct.benchmarks.bench_train", lambda config, **kw: configs.append(config) or S3)
+    monkeypatch.setattr("deltaproduct.benchmarks.render.render", lambda *a: None)
     command(cli.BenchTrain)
     command(cli.BenchTrain, "--task", "S5", "--num-householder", "4")
     assert configs[0] == S3 and S3.model.num_householder == 2 and S3.model.allow_neg_eigval
@@ -88,7 +88,7 @@ def test_against_a_peer_draws_how_many_times_as_fast(capsys, tmp_path, monkeypat
         drawn.append((ours, peer, [s["label"] for s in shapes]))
         speedup_figure(shapes, ours, peer, path)
 
-    monkeypatch.setattr(cli, "speedup_figure", figure)
+    monkeypatch.setattr("deltaproduct.plots.benchmark.speedup_figure", figure)
     shapes = [TINY.label, f"{TINY.label} gated", "B1 T4 H1 K4 V8 N3"]
     common = ["--quick", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "ops.json")]
     command(cli.BenchOps, "--against", "textbook_loop", "--shapes", *shapes, *common)

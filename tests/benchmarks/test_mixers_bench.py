@@ -190,8 +190,8 @@ def command(*arguments):
 
 def test_the_command_compares_mixers_at_one_size(monkeypatch):
     configs = []
-    monkeypatch.setattr(cli, "bench_mixers", lambda config, **kw: configs.append((config, kw)) or S3)
-    monkeypatch.setattr(cli, "render", lambda *a: None)
+    monkeypatch.setattr("deltaproduct.benchmarks.bench_mixers", lambda config, **kw: configs.append((config, kw)) or S3)
+    monkeypatch.setattr("deltaproduct.benchmarks.render.render", lambda *a: None)
     command("--all")
     command("--all", "--task", "S5", "--num-householder", "3", "--quick", "--repeats", "2", "--device", "cpu")
     (config, _), (other, options) = configs

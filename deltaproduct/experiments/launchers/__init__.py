@@ -9,13 +9,9 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from deltaproduct.errors import UsageError
-from deltaproduct.experiments.launchers.launcher import Call, Launcher, Settle
-from deltaproduct.experiments.launchers.local import Local
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.experiments.launchers.options import (
     RAY_OPTIONS,
     RAY_RANK_OPTIONS,
@@ -24,12 +20,15 @@ from deltaproduct.experiments.launchers.options import (
     parse_options,
     typed,
 )
-from deltaproduct.experiments.launchers.ranks import RankLauncher
+
+if TYPE_CHECKING:
+    from deltaproduct.experiments.launchers.launcher import Launcher
+    from deltaproduct.experiments.launchers.ranks import RankLauncher
 
 LAUNCHERS = ("local", "slurm", "ray")
 
 
-def get_launcher(name: str, *, workers: int, folder: Path, options: Mapping[str, Any] | None = None) -> Launcher:
+def get_launcher(name: str, *, workers: int, folder: Path, options: Mapping[str, Any] | None = None) -> "Launcher":
     """The launcher of that name; `UsageError` if it cannot serve here. Nothing is written before it runs.
 
     Args:
@@ -39,6 +38,8 @@ def get_launcher(name: str, *, workers: int, folder: Path, options: Mapping[str,
     """
     # slurm and ray are imported when they are asked for: neither is needed by the other or by anybody else.
     if name == "local":
+        from deltaproduct.experiments.launchers.local import Local  # imports PyTorch, as the others do
+
         typed(options or {}, {}, name)
         return Local(workers)
     if name == "slurm":
@@ -53,10 +54,11 @@ def get_launcher(name: str, *, workers: int, folder: Path, options: Mapping[str,
         from deltaproduct.experiments.launchers.ray_tune import Ray
 
         return Ray(workers, folder / name, settings)
-    raise UsageError(f"There is no launcher {name!r}; choose from {', '.join(LAUNCHERS)}.")
+    near = did_you_mean(name, LAUNCHERS)
+    raise UsageError(f"There is no launcher {name!r}{near}; choose from {', '.join(LAUNCHERS)}.")
 
 
-def get_rank_launcher(name: str, folder: Path, options: Mapping[str, Any] | None = None) -> RankLauncher | None:
+def get_rank_launcher(name: str, folder: Path, options: Mapping[str, Any] | None = None) -> "RankLauncher | None":
     """The launcher of that name, None for "local": this process. `UsageError` if it cannot serve; nothing is written.
 
     Args:
@@ -78,7 +80,8 @@ def get_rank_launcher(name: str, folder: Path, options: Mapping[str, Any] | None
         from deltaproduct.experiments.launchers.ray_train import RayRanks
 
         return RayRanks(folder / name, settings)
-    raise UsageError(f"There is no launcher {name!r}; choose from {', '.join(LAUNCHERS)}.")
+    near = did_you_mean(name, LAUNCHERS)
+    raise UsageError(f"There is no launcher {name!r}{near}; choose from {', '.join(LAUNCHERS)}.")
 
 
 def need(module: str) -> None:
@@ -94,4 +97,6 @@ def default_workers(jobs: int, launcher: str = "local", options: Mapping[str, An
     after the other on all. On a cluster all at once, for it has a queue of its own."""
     if launcher != "local" and (options or {}).get("cluster") != "local":
         return max(1, jobs)
+    import torch
+
     return max(1, min(torch.cuda.device_count() or os.cpu_count() or 1, jobs))

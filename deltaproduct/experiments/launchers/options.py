@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 
 # Named as submitit names them. What is not here can be set by sbatch's own variables, such as SBATCH_RESERVATION.
 SLURM_OPTIONS: Mapping[str, type] = {
@@ -49,7 +49,13 @@ def parse_options(text: str | None) -> dict[str, str]:
     before it."""
     options: dict[str, str] = {}
     name = None
+    if text is not None and not text.strip():
+        raise UsageError("Options are written NAME=VALUE,NAME=VALUE, and none is given.")
     for part in (text or "").split(",") if text else ():
+        if not part.strip():
+            raise UsageError(
+                f"Options are written NAME=VALUE,NAME=VALUE, and a comma of {text!r} has nothing beside it."
+            )
         before, sign, after = part.partition("=")
         if sign and before.strip():
             name = before.strip()
@@ -70,7 +76,8 @@ def typed(options: Mapping[str, Any], kinds: Mapping[str, type], launcher: str) 
     values = {}
     for name, value in options.items():
         if name not in kinds:
-            raise UsageError(f"The launcher {launcher} has no option {name!r}; it has {', '.join(kinds)}.")
+            near = did_you_mean(name, kinds)
+            raise UsageError(f"The launcher {launcher} has no option {name!r}{near}; it has {', '.join(kinds)}.")
         try:
             values[name] = kinds[name](value)
         except (TypeError, ValueError):

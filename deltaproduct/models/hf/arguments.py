@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models.hf.cache import DeltaProductCache
-from deltaproduct.models.hf.names import did_you_mean
 from deltaproduct.ops.inputs import check_cu_seqlens
 
 PACKING = ("position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

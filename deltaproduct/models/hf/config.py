@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.hf.checkpoint import check_folder
-from deltaproduct.models.hf.names import did_you_mean
 from deltaproduct.models.sequence_model import MODEL_TYPE
 
 OWN = tuple(f.name for f in fields(ModelConfig))

@@ -12,13 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models import sequence_model
 from deltaproduct.models.hf.arguments import check_other_arguments, read_layout
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
 from deltaproduct.models.hf.config import DeltaProductConfig
-from deltaproduct.models.hf.names import did_you_mean
 from deltaproduct.models.sequence_model import SequenceModel, draw_with_deviation
 
 

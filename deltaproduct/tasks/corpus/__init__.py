@@ -8,9 +8,24 @@ those (`reader.py`), and windows of them are a batch (`windows.py`).
     batch = Windows(corpus.split("train"), length=512, seed=0).batch(step=0, size=8)
 """
 
-from deltaproduct.tasks.corpus.reader import Corpus, Split
-from deltaproduct.tasks.corpus.sidecar import TOKENIZER
-from deltaproduct.tasks.corpus.tokenizer import Tokenizer, load_tokenizer
-from deltaproduct.tasks.corpus.windows import Batch, PackedDocuments, Windows
+from typing import TYPE_CHECKING
+
+from deltaproduct.late import late
+
+if TYPE_CHECKING:
+    from deltaproduct.tasks.corpus.reader import Corpus, Split
+    from deltaproduct.tasks.corpus.sidecar import TOKENIZER
+    from deltaproduct.tasks.corpus.tokenizer import Tokenizer, load_tokenizer
+    from deltaproduct.tasks.corpus.windows import Batch, PackedDocuments, Windows
 
 __all__ = ["TOKENIZER", "Batch", "Corpus", "PackedDocuments", "Split", "Tokenizer", "Windows", "load_tokenizer"]
+
+__getattr__, __dir__ = late(
+    __name__,
+    {
+        "reader": ("Corpus", "Split"),
+        "sidecar": ("TOKENIZER",),
+        "tokenizer": ("Tokenizer", "load_tokenizer"),
+        "windows": ("Batch", "PackedDocuments", "Windows"),
+    },
+)

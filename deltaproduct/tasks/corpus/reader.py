@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.tasks.corpus.sidecar import (
     SIDECAR,
     TOKENIZER,
@@ -195,7 +195,10 @@ class Corpus:
     def split(self, name: str) -> Split:
         """The split "train" or "validation"; `UsageError` for any other name."""
         if name not in self._splits:
-            raise UsageError(f"The corpus {self.folder} has no split {name!r}; it has {' and '.join(self._splits)}.")
+            near = did_you_mean(name, self._splits)
+            raise UsageError(
+                f"The corpus {self.folder} has no split {name!r}{near}; it has {' and '.join(self._splits)}."
+            )
         return self._splits[name]
 
 
