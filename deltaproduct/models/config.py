@@ -74,7 +74,7 @@ class ModelConfig:
         # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
         from deltaproduct.layers import get_mixer
         from deltaproduct.layers.linear_attention import FEATURE_MAPS
-from deltaproduct.layers.parts import ACTIVATIONS
+        from deltaproduct.layers.parts import ACTIVATIONS
 
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")

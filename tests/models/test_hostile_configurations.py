@@ -99,7 +99,8 @@ def test_what_models_have_is_taken_as_before():
 
 
 TRAINING = {
-    "steps": [0, -1, 1.5, "6", True, HUGE], "lr": [0, -1.0, "1", None, True], "beta1": [2, "0.9"], "seed": [-1, HUGE, 0.5],
+    "steps": [0, -1, 1.5, "6", True, HUGE], "lr": [0, -1.0, "1", None, True], "beta1": [2, "0.9"],
+    "seed": [-1, HUGE, 0.5],
     "lengths": ["48", [], [0], [1.5], ["4"], {"4": 1}, 4, [HUGE], [True]], "batch_sizes": ["4", [0], None],
     "stage_steps": ["", "5", [0]], "min_length": [0, 1.5, "1"], "task": [1, None, ["S3"]], "weight_decay": [-1, "0"],
     "warmup_steps": [-1, HUGE, 2.5], "grad_accumulation": [0, "1"], "num_samples": [1.5, "100"],
@@ -114,7 +115,8 @@ def test_a_runs_field_of_another_kind(name, value):
 
 
 JSON = {
-    "empty": b"", "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}", "5,000 digits below 0": b'{"a": -' + b"9" * 5000 + b"}",
+    "empty": b"", "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "5,000 digits below 0": b'{"a": -' + b"9" * 5000 + b"}",
     "101 digits": b"[" + b"9" * 101 + b"]", "NaN": b'{"a": NaN}', "infinite": b"[Infinity]", "minus": b"[-Infinity]",
     "1e999": b"[1e999]", "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000,
     "half a character": b'{"a": "\\ud800"}', "half a name": b'{"\\uDFFF": 1}', "twice": b'{"a": 1, "b": 2, "a": 1}',
