@@ -14,10 +14,9 @@ from deltaproduct.cli.flags import BackendName, check_given, config_flags, value
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import LanguageConfig, LanguageRun
-from deltaproduct.training.corpus_place import find_corpus
+from deltaproduct.training.corpus_place import find_corpus, is_corpus
 from deltaproduct.training.folder_kinds import CONFIG, why_not
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
 
@@ -78,6 +77,8 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_folder(self.out)
         from deltaproduct.experiments.launchers import get_rank_launcher
+        from deltaproduct.tasks.corpus.sidecar import SIDECAR
+        from deltaproduct.training.run_folder import is_finished
 
         if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
             raise UsageError(found)
@@ -86,6 +87,11 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             raise UsageError(
                 f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
                 f"changed: start a new run of {self.steps} steps with another --out."
+            )
+        if stored is not None and (self.data / SIDECAR).is_file() and not is_corpus(self.data, stored.training.corpus):
+            raise UsageError(
+                f"{self.out} was trained on another corpus than {self.data}; give that one with --data, or begin a new "
+                "run with another --out."
             )
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
@@ -156,7 +162,12 @@ def stored_run(out: Path) -> LanguageRun | None:
     if found := why_not(out, "language run"):
         raise UsageError(found)
     if (out / CONFIG).is_file():
-        return LanguageRun.from_dict(read_json(out / CONFIG))
+        from deltaproduct.training.run_folder import read_run
+
+        stored = read_run(out)
+        if not isinstance(stored, LanguageRun):
+            raise UsageError(f"{out} is a run on a task; `deltaproduct train --resume` continues it.")
+        return stored
     if "RANK" in os.environ:
         return None
     raise UsageError(f"{out} holds no run to resume; leave out --resume to begin one.")

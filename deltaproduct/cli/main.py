@@ -118,6 +118,12 @@ def main(arguments: list[str] | None = None) -> None:
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
+    except (MemoryError, RuntimeError) as e:
+        from deltaproduct.memory import why_out_of_memory
+
+        if not (reason := why_out_of_memory(e)):
+            raise
+        _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
 

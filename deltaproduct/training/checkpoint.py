@@ -3,7 +3,6 @@
 The folder is also an ordinary checkpoint for `SequenceModel.from_pretrained`, which ignores the rest of it.
 """
 
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_folder, read_json, read_whole, replaced_folder, write_json
+from deltaproduct.files import read_folder, read_json, replaced_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.weights import read_tensors, write_tensors
 from deltaproduct.training.config import RunConfig
@@ -31,6 +30,7 @@ class Progress:
     stage_start: int = 0  # the step at which the stage began
     loss_mean: float = 0.0  # running mean of the loss within the stage, uncorrected
     seconds: float = 0.0  # time spent training, over all sittings
+    metrics: str = ""  # sha256 of the lines of metrics.jsonl, so that a resumed run knows them again
 
 
 def save_checkpoint(
@@ -85,24 +85,12 @@ def _read(
     return weights, _optimiser_state(folder / OPTIMISER, optimizer, progress.step), progress
 
 
-def checkpoint_config(folder: Path) -> RunConfig | None:
-    """The configuration of the run that a checkpoint came from; None if it did not come from one.
-
-    Raises:
-        UsageError: its training.json is damaged.
-    """
-
-    def read(whole: Path) -> RunConfig | None:
-        return _config(whole, _entries(whole)) if os.path.lexists(whole / TRAINING) else None
-
-    return read_whole(folder, read)
-
-
 def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     """What a file says of how far a run is, as a dataclass of whole numbers and floats.
 
     Args:
-        kind: the dataclass. Fields that default to a number have to hold one, the others may hold null.
+        kind: the dataclass. Fields that default to a number have to hold one, those that default to null may hold it,
+            and a string may be missing, as earlier versions wrote none.
         where: the file, for messages.
         steps: of the whole run, so that no more can be done.
 
@@ -113,6 +101,7 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     if not isinstance(values, dict):
         raise UsageError(f"{where} does not say how far the run is: it has no progress.")
     known = {f.name: f.default for f in fields(cast(Any, kind))}
+    values = {name: default for name, default in known.items() if isinstance(default, str)} | values
     if differing := sorted(values.keys() ^ known.keys()):
         what = "no" if differing[0] in known else "the unknown entry"
         raise UsageError(f"{where} does not say how far the run is: its progress has {what} {differing[0]!r:.40}.")
@@ -121,7 +110,9 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
         value = found[name] = values[name]
         if value is None and default is None:
             continue
-        if isinstance(default, int):
+        if isinstance(default, str):
+            good, wanted = isinstance(value, str), "a string"
+        elif isinstance(default, int):
             good, wanted = isinstance(value, int) and 0 <= value <= steps, f"a whole number from 0 to {steps}"
         else:
             good, wanted = _is_finite(value), "a finite number"
@@ -129,7 +120,7 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
                 good, wanted = good and value >= 0, "0 or more"
         if isinstance(value, bool) or not good:
             raise UsageError(f"{where} does not say how far the run is: {name} must be {wanted}, not {value!r:.40}.")
-        if not isinstance(default, int):
+        if not isinstance(default, int | str):
             found[name] = float(value)
     return kind(**found)
 

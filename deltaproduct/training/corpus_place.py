@@ -23,6 +23,12 @@ def note_corpus(run: Path, corpus: Path) -> None:
     write_json(run / PLACE, {"corpus": absolute, "corpus_from_here": os.path.relpath(absolute, os.path.abspath(run))})
 
 
+def is_corpus(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder holds the corpus of this fingerprint, as far as its corpus.json says."""
+    path = folder / SIDECAR
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == fingerprint
+
+
 def find_corpus(run: Path, fingerprint: str) -> Path:
     """The folder of the corpus that a run was trained on.
 
@@ -40,7 +46,7 @@ def find_corpus(run: Path, fingerprint: str) -> Path:
     places = [Path(noted[0]), Path(os.path.normpath(run.absolute() / noted[1]))]
     there = [place for place in places if (place / SIDECAR).is_file()]
     for place in there:
-        if hashlib.sha256((place / SIDECAR).read_bytes()).hexdigest() == fingerprint:
+        if is_corpus(place, fingerprint):
             return place
     if there:
         raise UsageError(f"{run} was trained on another corpus than {there[0]} is now; {advice}.")

@@ -27,6 +27,7 @@ from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loop import gone_wrong, interrupted, new_model, new_optimizer, not_finite
 from deltaproduct.training.loss import summed_cross_entropy, summed_cross_entropy_of
+from deltaproduct.training.memory import check_language_run
 from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
 
@@ -96,6 +97,7 @@ def train_language(
     """
     settings = config.training
     _check(config, corpus, ranks)
+    check_language_run(config, ranks.device, processes=ranks.size, sharded=parallel == "fsdp", recompute=recompute)
     model = new_model(config).to(ranks.device).use_backend(backend).divide_over(ranks.spans)
     model.recompute = recompute
     if compile:
@@ -120,7 +122,9 @@ def train_language(
         if ranks.any(ranks.first and is_finished(out, config)):
             return model.eval()
         commands = begin_record(out) if ranks.first else {}
-        metrics = Metrics(out / METRICS, after_step=progress.step) if ranks.first else None
+        metrics = (
+            Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
+        )
         if metrics is not None:
             held.callback(metrics.close)
         # Of several processes, one that has died would have the others wait for it after a SIGTERM.
@@ -158,6 +162,7 @@ def train_language(
                 if ranks.any(name is not None):
                     what = f"After step {progress.step}, {name or 'a weight of another process'} is not finite"
                     raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced() if metrics is not None else ""
                 save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
                 saved = progress.step
             if logged:

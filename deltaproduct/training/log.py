@@ -1,6 +1,8 @@
 """What a run says while it goes: JSON lines on disk, a progress bar on a terminal, plain lines elsewhere."""
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,14 +58,18 @@ def _values(line: bytes) -> dict[str, Any] | None:
 class Metrics:
     """metrics.jsonl: one JSON object a line, appended as training goes; the source of truth for curves."""
 
-    def __init__(self, path: Path, *, after_step: int):
+    def __init__(self, path: Path, *, after_step: int, digest: str | None = None):
         """Open for appending, keeping only the lines up to `after_step`: later ones will be computed again.
 
         A last line without an end was cut off by a kill, and goes.
 
+        Args:
+            digest: what `synced` returned when step `after_step` was saved, if that is known.
+
         Raises:
             UsageError: the file cannot be read or written, or has a line that no run wrote: one that is no JSON object
-                with a step, or whose step is not above the one before. The message names its number; nothing changed.
+                with a step, or whose step is not above the one before, and the message names its number; or its lines
+                are others than they were. Nothing changed. A file that is not there is begun anew.
         """
         *lines, cut_off = _lines(path) or [b""]
         if cut_off and (values := _values(cut_off)) is not None and values["step"] <= after_step:
@@ -80,15 +86,28 @@ class Metrics:
             before = values["step"]
             if before <= after_step:
                 kept.append(line + b"\n")
+        self._sum = hashlib.sha256(b"".join(kept))
+        if digest not in (None, self._sum.hexdigest()) and path.exists():
+            raise UsageError(
+                f"{path} was changed: its lines up to step {after_step} are not those that the run wrote before that "
+                "step was saved. Put back the file that the run wrote, or remove it: the run then goes on without them."
+            )
         write_bytes(path, b"".join(kept))
         try:
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         except OSError as e:
             raise UsageError(f"{path} cannot be written: {e.strerror or e}.") from e
 
+    def synced(self) -> str:
+        """Bring all lines to the disk, where a checkpoint is about to count on them; returns their sha256."""
+        os.fsync(self._file.fileno())
+        return self._sum.hexdigest()
+
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self._sum.update(line.encode())
 
     def close(self) -> None:
         self._file.close()

@@ -23,6 +23,7 @@ from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, Tra
 from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loss import IGNORED
+from deltaproduct.training.memory import check_run
 from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends
@@ -56,6 +57,7 @@ def train(
     task = get_task(settings.task)
     check_fits(config.model, task)
     where = choose_device(device)
+    check_run(config, where)
     model = new_model(config).to(where).use_backend(backend)
     optimizer = new_optimizer(model, settings)
     progress, checkpoint = Progress(), out / CHECKPOINT
@@ -66,7 +68,7 @@ def train(
         if is_finished(out, config):
             return model.eval()
         commands = begin_record(out)
-        metrics = Metrics(out / METRICS, after_step=progress.step)
+        metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None)
         held.callback(metrics.close)
         asked_to_end = held.enter_context(interruptible())
         bar = held.enter_context(progress_bar(f"{settings.task} seed {settings.seed}", settings.steps, show=show))
@@ -93,6 +95,7 @@ def train(
                 if name := not_finite(model, optimizer):
                     what = f"After step {progress.step}, {name} is not finite"
                     raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced()
                 save_checkpoint(checkpoint, model, optimizer, progress, config)
                 saved = progress.step
             if asked_to_end and not done:

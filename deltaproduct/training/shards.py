@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import beside, read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.weights import write_tensors
-from deltaproduct.training.checkpoint import TRAINING
+from deltaproduct.training.checkpoint import TRAINING, progress_from
 from deltaproduct.training.config import LanguageRun
 from deltaproduct.training.distributed import Ranks
 
@@ -46,6 +46,7 @@ class LanguageProgress:
     seconds: float = 0.0  # time spent training, over all sittings
     loss_mean: float | None = None  # running mean
     lowest_mean: float | None = None  # the lowest that it has been
+    metrics: str = ""  # sha256 of the lines of metrics.jsonl, so that a resumed run knows them again
 
 
 def save_shards(
@@ -290,17 +291,10 @@ def _read_progress(path: Path, steps: int) -> LanguageProgress:
     """How far the run of a checkpoint was; `UsageError` if its file does not say so."""
     stored = read_json(path)
     values = stored.get("progress") if isinstance(stored, dict) else None
-    wanted = {field.name for field in fields(LanguageProgress)}
-    if not isinstance(values, dict) or values.keys() != wanted:
-        raise UsageError(f"{path} does not say how far the run is: a progress has {', '.join(sorted(wanted))}.")
-    step, seconds, means = values["step"], values["seconds"], (values["loss_mean"], values["lowest_mean"])
-    if type(step) is not int or not 0 <= step <= steps:
-        raise UsageError(f"{path} says that step {_short(step)} is done, but the run has {steps} steps.")
-    if not _is_number(seconds) or seconds < 0 or not all(mean is None or _is_number(mean) for mean in means):
-        raise UsageError(f"{path} has a progress whose seconds, loss_mean or lowest_mean is no number.")
-    if step and None in means:
-        raise UsageError(f"{path} has no loss_mean or lowest_mean of {step} steps.")
-    return LanguageProgress(**values)
+    progress = progress_from(values, LanguageProgress, path, steps=steps)
+    if progress.step and None in (progress.loss_mean, progress.lowest_mean):
+        raise UsageError(f"{path} has no loss_mean or lowest_mean of {progress.step} steps.")
+    return progress
 
 
 def _is_number(value: Any) -> bool:
@@ -335,7 +329,7 @@ def _fresh(folder: Path, ranks: Ranks) -> Iterator[Path]:
     """`replaced_folder` for several processes: the first opens and closes it, the others write while it is open."""
     with ExitStack() as stack:
         with ranks.together():
-            fresh = stack.enter_context(replaced_folder(folder)) if ranks.first else beside(folder, "new")
+            fresh = stack.enter_context(replaced_folder(folder)) if ranks.first else beside(folder.resolve(), "new")
         yield fresh
         with ranks.together():  # which also waits until it is in place
             stack.close()

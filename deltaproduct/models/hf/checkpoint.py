@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, check_listed, is_model_file, read_json, updated_folder
 from deltaproduct.models.folders import CONFIG
+from deltaproduct.models.hf.config import DeltaProductConfig
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
+from deltaproduct.models.size import check_model, check_stored, stored_shapes
 from deltaproduct.models.weights import read_index
 
 REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
@@ -57,6 +59,29 @@ def check_folder(
         base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
         if isinstance(base, str) and Path(base) != folder:
             check_folder(base, is_read=_is_read)
+
+
+def check_size(
+    kind: type[PreTrainedModel], name_or_path: Any, ignore_mismatched_sizes: bool, options: dict[str, Any]
+) -> None:
+    """Whether a folder's configuration is of its weights, as far as shows before a model is built: what does not fit
+    would be built, and drawn anew.
+
+    Raises:
+        UsageError: it describes more layers than there are tensors, another embedding, or what memory cannot hold.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        return
+    folder, config = Path(name_or_path) / (options.get("subfolder") or ""), options.get("config")
+    if config is None and (folder / CONFIG).is_file():
+        config = kind.config_class.from_pretrained(folder)
+    if not isinstance(config, DeltaProductConfig) or (shapes := stored_shapes(folder)) is None:
+        return
+    described = config.model_config()
+    if ignore_mismatched_sizes:
+        shapes.pop("embedding.weight", None)
+    check_stored(described, shapes, folder)
+    check_model(described)
 
 
 def _check_contents(folder: Path, is_read: Callable[[str], bool]) -> None:
@@ -164,6 +189,7 @@ class CheckpointedModel(PreTrainedModel):
                 weights and configuration do not belong together.
         """
         check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        check_size(cls, pretrained_model_name_or_path, ignore_mismatched_sizes, kwargs)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,

@@ -49,6 +49,16 @@ class Split:
         Raises:
             UsageError: the file holds no such numbers, or they do not rise from 0.
         """
+        offsets = self._offsets
+        for first in range(0, self.num_documents, CHUNK):
+            if not (np.diff(offsets[first : first + CHUNK + 1]) > 0).all():
+                path = self._folder / self._entry.offsets.name
+                raise UsageError(f"{path} is damaged: its documents do not start one after the other.")
+        return offsets
+
+    @cached_property
+    def _offsets(self) -> np.memmap:
+        """The same, of which only the first and the last were looked at."""
         path = self._folder / self._entry.offsets.name
         try:
             offsets = np.lib.format.open_memmap(path, mode="r")
@@ -58,10 +68,11 @@ class Split:
         shape = (self.num_documents + 1,)
         if offsets.dtype != np.int64 or offsets.shape != shape or offsets[0] != 0 or offsets[-1] != self.num_tokens:
             raise UsageError(f"{path} is damaged: it does not mark {self.num_documents} documents.")
-        for first in range(0, self.num_documents, CHUNK):
-            if not (np.diff(offsets[first : first + CHUNK + 1]) > 0).all():
-                raise UsageError(f"{path} is damaged: its documents do not start one after the other.")
         return offsets
+
+    def check_ends(self) -> None:
+        """`UsageError` if the documents' offsets are not as many as they should be, from 0 to the split's end."""
+        _ = self._offsets
 
     def check_ids(self) -> None:
         """Read all tokens; `UsageError` if one is beyond the vocabulary."""
@@ -113,7 +124,7 @@ class Split:
 
     def __getstate__(self) -> dict[str, object]:
         """Without the maps: another process makes its own."""
-        return {k: v for k, v in vars(self).items() if k not in ("_shards", "document_offsets")}
+        return {k: v for k, v in vars(self).items() if k not in ("_shards", "_offsets", "document_offsets")}
 
 
 class Corpus:
@@ -139,8 +150,8 @@ class Corpus:
             folder: its --out.
             verify: read every file once, compare its sha256, and see that all tokens are in the vocabulary and that
                 documents start one after the other. Otherwise what is cheap is looked at: corpus.json's own seal, all
-                names and sizes, the tokenizer's files, and the first token of each split; tokens and documents are
-                then checked as they are read.
+                names and sizes, the tokenizer's files, the number of documents, and the first token of each split;
+                tokens and documents are then checked as they are read.
 
         Raises:
             UsageError: the folder is no corpus, one of its files is not what was written or leads out of the folder, or
@@ -165,6 +176,7 @@ class Corpus:
         dtype, size = token_dtype(sidecar.vocab_size), sidecar.vocab_size
         splits = {name: Split(folder, name, entry, dtype, size) for name, entry in sidecar.splits.items()}
         for split_ in splits.values():
+            split_.check_ends()
             if split_.num_tokens and split_.tokens(0, 1).item() != sidecar.document_token:
                 raise UsageError(
                     f"The corpus {folder} is corrupt: {split_.name} does not start with the document token "

@@ -136,7 +136,7 @@ def structured(path: Path, values: Any, kind: type[T]) -> T:
     try:
         largest = max(_integers(values), default=0)
         made = cattrs.Converter(forbid_extra_keys=True).structure(values, kind)
-        same = json.loads(json.dumps(asdict(made))) == values  # type: ignore[call-overload]
+        same = _same(json.loads(json.dumps(asdict(made))), values)  # type: ignore[call-overload]
     except Exception as e:  # cattrs raises groups of whatever the fields' conversions raise
         reasons = "; ".join(cattrs.transform_error(e, path=path.stem))
         raise UsageError(f"{path} is damaged: {_printable(reasons)}.") from e
@@ -145,6 +145,15 @@ def structured(path: Path, values: Any, kind: type[T]) -> T:
     if not same:  # cattrs takes "7" for 7, and leaves out what it need not know
         raise UsageError(f"{path} is damaged: it has values of other types than `deltaproduct lm prepare` writes.")
     return made
+
+
+def _same(made: Any, values: Any) -> bool:
+    """Whether plain values are equal, where True is not 1."""
+    if isinstance(made, dict) and isinstance(values, dict):
+        return made.keys() == values.keys() and all(_same(made[k], values[k]) for k in made)
+    if isinstance(made, list) and isinstance(values, list):
+        return len(made) == len(values) and all(map(_same, made, values))
+    return bool(made == values) and isinstance(made, bool) == isinstance(values, bool)
 
 
 def _integers(value: Any) -> Iterator[int]:

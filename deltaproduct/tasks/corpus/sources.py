@@ -8,6 +8,7 @@ their end held out instead (`HashedSource`).
 A source is scanned before anything is written, so that what cannot be read is known by then.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -247,12 +248,7 @@ class FileSource(HashedSource):
     def __init__(self, pattern: str, share: float | None = None, leave_out: Path | None = None):
         """`pattern`: a file, a folder, or a glob pattern. `leave_out`: a folder whose files are not taken."""
         super().__init__(share)
-        self._of_folder = Path(pattern).is_dir()
-        self._skipped: list[str] = []
-        if self._of_folder:
-            self._files, self._skipped = _files_in(Path(pattern), self.suffix, leave_out)
-        else:
-            self._files = _matching(pattern, leave_out)
+        self._files, self._skipped = _files_of(pattern, self.suffix, leave_out)
         self._sizes = [_size(path) for path in self._files]
         self.total = sum(self._sizes)
         if self._skipped:
@@ -373,16 +369,24 @@ def _cut(text: str, at: int, slack: int) -> int:
     return at
 
 
-def _matching(pattern: str, leave_out: Path | None) -> list[Path]:
-    """The files that a pattern matches, in order; a file of that very name is meant first."""
+def _files_of(pattern: str, suffix: str | None, leave_out: Path | None) -> tuple[list[Path], list[str]]:
+    """The files of a folder, or that a pattern matches, in order; and what of a folder is skipped, with the reason.
+
+    A file or a folder of that very name is meant first.
+    """
     try:
+        if Path(pattern).is_dir():
+            return _files_in(Path(pattern), suffix, leave_out)
         found = [Path(pattern)] if Path(pattern).is_file() else map(Path, glob.glob(pattern, recursive=True))
         files = sorted(path for path in found if path.is_file() and not _within(path, leave_out))
+    except UsageError:
+        raise
     except (OSError, ValueError) as e:  # a name that is too long, or has a zero in it
-        raise UsageError(f"{shown(pattern)} cannot be looked for: {e}.") from e
+        reason = getattr(e, "strerror", None) or e
+        raise UsageError(f"{shown(pattern)} cannot be looked for: {reason}.") from e
     if not files:
         raise UsageError(f"No file matches {shown(pattern)}; patterns such as 'texts/**/*.txt' need quotes in a shell.")
-    return files
+    return files, []
 
 
 def _files_in(folder: Path, suffix: str | None, leave_out: Path | None) -> tuple[list[Path], list[str]]:
@@ -419,7 +423,9 @@ def _why_no_text(path: Path, is_folder: bool, suffix: str | None) -> str | None:
     if suffix is not None:
         return None if path.suffix == suffix else f"not {suffix}"
     with _reading(path), open(path, "rb") as f:
-        return "binary" if b"\0" in f.read(BINARY_BYTES) else None
+        start = f.read(BINARY_BYTES)
+    # UTF-16 is full of zeros and is text all the same: it has to be converted, and is not left out.
+    return "binary" if b"\0" in start and not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
 def _within(path: Path, folder: Path | None) -> bool:
@@ -453,7 +459,7 @@ def _decoded(path: Path, data: bytes) -> str:
     except UnicodeDecodeError as e:
         raise UsageError(
             f"{_escaped(path)} is not text in UTF-8: byte {e.start} is 0x{data[e.start]:02x}. Convert it, as with "
-            "`iconv -f latin1 -t utf-8`, or leave it out."
+            "`iconv -f ENCODING -t utf-8`, or leave it out."
         ) from e
 
 

@@ -224,6 +224,6 @@ def _versions(tokenizer: Tokenizer, settings: Settings) -> dict[str, str]:
 
 
 def _remove_traces(out: Path) -> None:
-    """Remove what only an unfinished corpus needs, and what a kill within the writing of a journal leaves."""
-    for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(f".{JOURNAL}.*.tmp")):
+    """Remove what only an unfinished corpus needs, and what a kill within the writing of a file leaves."""
+    for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(".*.tmp")):
         path.unlink(missing_ok=True)
