@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
-from deltaproduct.files import MANIFEST
 from deltaproduct.experiments.job import Asked, Job, run_job
 from deltaproduct.experiments.recipes import state_tracking_model
+from deltaproduct.files import MANIFEST
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training.config import OptimiserConfig, RunConfig, TrainConfig
