@@ -172,12 +172,18 @@ def no_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the work was begun")
 
-    for name in ("deltaproduct.theory.certificate.certificates", "deltaproduct.analysis.extract",
-                 "deltaproduct.models.export.export_step", "deltaproduct.evaluation.perplexity.perplexity",
-                 "deltaproduct.training.loop.train", "deltaproduct.experiments.runner.run_jobs",
-                 "deltaproduct.models.checkpoints.write_fla", "deltaproduct.models.SequenceModel.from_pretrained",
-                 "deltaproduct.training.language.train_language",
-                 *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "decode", "step", "train"))):
+    for name in (
+        "deltaproduct.theory.certificate.certificates",
+        "deltaproduct.analysis.extract",
+        "deltaproduct.models.export.export_step",
+        "deltaproduct.evaluation.perplexity.perplexity",
+        "deltaproduct.training.loop.train",
+        "deltaproduct.experiments.runner.run_jobs",
+        "deltaproduct.models.checkpoints.write_fla",
+        "deltaproduct.models.SequenceModel.from_pretrained",
+        "deltaproduct.training.language.train_language",
+        *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "decode", "step", "train")),
+    ):
         monkeypatch.setattr(name, work)
 
 

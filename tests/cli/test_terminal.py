@@ -217,7 +217,7 @@ def test_ctrl_c_while_pytorch_is_imported_is_one_line():
 # --- Pipes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "--version", "tasks list", "tasks show S3"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "--version", "tasks list"])
 def test_a_reader_that_has_gone_is_no_error(arguments):
     read, write = os.pipe()
     os.close(read)  # as `head` does when it has enough
