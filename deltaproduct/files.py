@@ -8,7 +8,9 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -65,14 +67,67 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not text in UTF-8.") from e
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; `UsageError` if it is missing or is no JSON."""
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        finite: whether NaN and infinities, which Python writes and JSON does not have, are refused.
+
+    Raises:
+        UsageError: the file is missing or is no JSON, an object names an entry twice, a number has more than 100 digits
+            or is not finite, or a string is not text.
+    """
+    if path.exists() and not path.is_file():  # a folder, or a pipe that nobody may ever write to
+        raise UsageError(f"{path} cannot be read: it is not a file.")
+    return parse_json(read_text(path), str(path), finite=finite)
+
+
+def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
+    """The value in a JSON text, as `read_json`; `where` names the text in messages."""
     try:
-        return json.loads(read_text(path))
-    except UsageError:
-        raise
-    except (ValueError, RecursionError) as e:  # ValueError: also a number of thousands of digits
-        raise UsageError(f"{path} is not valid JSON: {e}.") from e
+        value = json.loads(
+            text,
+            object_pairs_hook=_once_each,
+            parse_int=_small_integer,
+            parse_float=_finite_number if finite else float,
+            parse_constant=_no_constant if finite else float,
+        )
+        if "\\ud" in text or "\\uD" in text:  # half of a character; only those that stand for a file name's bytes go
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
+    except RecursionError as e:
+        raise UsageError(f"{where} is not valid JSON: it is nested too deeply.") from e
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{where} is not valid JSON: a string has half of a surrogate pair.") from e
+    except ValueError as e:
+        raise UsageError(f"{where} is not valid JSON: {e}.") from e
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; an entry that comes twice would be read in one way here and in another elsewhere."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the entry {twice[:40]!r} comes twice")
+    return values
+
+
+def _small_integer(digits: str) -> int:
+    if len(digits) > 100:
+        raise ValueError(f"it has an integer of {len(digits.lstrip('-')):,} digits")
+    return int(digits)
+
+
+def _finite_number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"it has the number {digits[:40]}, which is too large")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it has {name}, which JSON does not")
 
 
 def make_folder(path: Path) -> Path:
@@ -139,6 +194,22 @@ def verified_folder(path: Path, what: str) -> list[str]:
     return read_folder(path, what, lambda _, files: files)
 
 
+def check_listed(path: Path, what: str, is_read: Callable[[str], bool]) -> None:
+    """Check those files of a folder that its manifest lists and that `is_read`; nothing where there is no manifest.
+
+    This is for folders that others write to as well, and read in ways of their own.
+
+    Raises:
+        UsageError: one is missing or not what was written; the message says how to keep it.
+    """
+
+    def check(folder: Path) -> None:
+        if (folder / MANIFEST).is_file():
+            _check_files(folder, path, what, [name for name in _read_manifest(folder) if is_read(name)])
+
+    read_whole(path, check)
+
+
 def whole_folder(path: Path) -> Path:
     """Where the newest whole version of a folder lies: at `path`, but for the moment between a writer's two renames,
     or for ever after a writer that died there."""
@@ -158,16 +229,22 @@ def _verified(folder: Path, path: Path, what: str) -> list[str]:
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{path} has no {MANIFEST}, so it is not a {what} of this library.")
     files = _read_manifest(folder)
-    for name, entry in files.items():
+    _check_files(folder, path, what, files)
+    return list(files)
+
+
+def _check_files(folder: Path, path: Path, what: str, names: Collection[str]) -> None:
+    """Check files of a folder, which is called `path` in messages, against its manifest."""
+    files = _read_manifest(folder)
+    for name in names:
         file = folder / name
         if not file.is_file():
             raise UsageError(f"The {what} {path} is incomplete: {name} is missing.")
-        if entry != _fingerprint(file):
+        if files[name] != _fingerprint(file):
             raise UsageError(
                 f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256. If you changed it, "
-                f"say so: deltaproduct seal {path}."
+                f"say so: deltaproduct seal {shlex.quote(str(path))}"
             )
-    return list(files)
 
 
 def _mark(folder: Path) -> bytes | None:
@@ -176,7 +253,7 @@ def _mark(folder: Path) -> bytes | None:
     Its inode and time are not enough: both come again within milliseconds on some file systems.
     """
     try:
-        return (folder / MANIFEST).read_bytes()
+        return (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None  # a pipe would never end
     except OSError:
         return None
 
@@ -353,6 +430,33 @@ def seal_folder(path: Path, names: Collection[str] | None = None) -> list[str]:
             return _seal(path, names)
         except OSError as e:
             raise UsageError(f"The folder {path} cannot be written: {e.strerror or e}.") from e
+
+
+def reseal_folder(path: Path) -> list[str]:
+    """`seal_folder` for a folder that was sealed before and was changed since.
+
+    The manifest lists what it listed before and is still there, and what of a model's weights and configuration has
+    come to lie there. Other files that came, such as a tokenizer's, stay unlisted, as they were.
+
+    Returns:
+        The files that differ from the old manifest, were added to it or left it.
+
+    Raises:
+        UsageError: there is no manifest, it cannot be read, or it cannot be written.
+    """
+    if not (path / MANIFEST).is_file():
+        raise UsageError(f"{path} has no {MANIFEST}, so it was not written by this library; there is nothing to seal.")
+    before = _read_manifest(path)
+    there = {p.name for p in path.iterdir() if p.is_file()}
+    seal_folder(path, there & (before.keys() | {name for name in there if is_model_file(name)}))
+    now = _read_manifest(path)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name is a model's configuration, weights or their index: what loading a model reads."""
+    weights = name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
+    return weights or name in ("config.json", "generation_config.json")
 
 
 @contextmanager

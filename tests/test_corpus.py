@@ -32,7 +32,7 @@ from deltaproduct.tasks.corpus import (
     sources,
     writer,
 )
-from deltaproduct.tasks.corpus.sidecar import SIDECAR, token_dtype
+from deltaproduct.tasks.corpus.sidecar import SIDECAR, sealed, token_dtype
 from deltaproduct.tasks.corpus.sources import StdlibSource, TextSource, make_source
 from deltaproduct.tasks.corpus.tokenizer import DOCUMENT, ByteTokenizer, make_tokenizer, train_bpe
 from deltaproduct.tasks.corpus.windows import permuted
@@ -190,7 +190,9 @@ def test_ids_beyond_16_bits(tmp_path):
     words.pre_tokenizer = WhitespaceSplit()
     words.save(str(tmp_path / "words.json"))  # to which the document token is added
     (tmp_path / "text.txt").write_text("w65535 w7")
-    corpus = make(f"text:{tmp_path}/text.txt", tmp_path / "out", tokenizer=str(tmp_path / "words.json"))
+    corpus = make(
+        f"text:{tmp_path}/text.txt", tmp_path / "out", tokenizer=str(tmp_path / "words.json"), validation_share=0
+    )
     assert corpus.split("train").tokens(0, 3).tolist() == [65536, 65535, 7]
 
 
@@ -306,7 +308,8 @@ def test_the_share_that_is_held_out_by_hash(tmp_path):
     assert 60 <= len(held) <= 140
     (tmp_path / "a.txt").write_text(held[0])
     (tmp_path / "b.txt").write_text(held[0])  # a copy is on the same side
-    assert [d.held_out for d in TextSource(f"{tmp_path}/*.txt").documents()] == [True, True]
+    (tmp_path / "c.txt").write_text("another")
+    assert [d.held_out for d in TextSource(f"{tmp_path}/*.txt").documents()] == [True, True, False]
 
 
 def test_a_dataset_of_the_hub_library(tmp_path):
@@ -468,8 +471,10 @@ def test_folders_and_corpora_that_are_refused(files, tmp_path):
 
 
 def edit(folder: Path, **changes) -> None:
-    values = json.loads((folder / SIDECAR).read_text())
-    (folder / SIDECAR).write_text(json.dumps(values | changes))
+    """A change of corpus.json whose seal is made to fit."""
+    values = json.loads((folder / SIDECAR).read_text()) | changes
+    del values["seal"]
+    (folder / SIDECAR).write_text(json.dumps(sealed(values)))
 
 
 DAMAGE = {
@@ -479,7 +484,7 @@ DAMAGE = {
     "other offsets": (lambda d: flip(d / "train-documents.npy"), r"train-documents\.npy does not match"),
     "cut JSON": (lambda d: os.truncate(d / SIDECAR, 100), "not valid JSON"),
     "a missing field": (lambda d: (d / SIDECAR).write_text('{"format": 1}'), "is damaged"),
-    "another format": (lambda d: edit(d, format=2), "of format 2"),
+    "another format": (lambda d: edit(d, format=3), "of format 3"),
     "another type": (lambda d: edit(d, dtype="uint32"), "257 tokens need uint16"),
     "another cut": (lambda d: edit(d, shard_tokens=499), "sizes of the shards"),
     "one split": (lambda d: edit(d, splits={}), "it has the splits"),
@@ -490,9 +495,9 @@ DAMAGE = {
 }
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, at: int = -1) -> None:
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[at] ^= 1
     path.write_bytes(bytes(data))
 
 
@@ -510,13 +515,13 @@ def test_damage_is_one_clear_line(name, files, tmp_path):
 
 def test_opening_without_a_checksum(files, tmp_path):
     make(files, tmp_path / "out")
-    flip(tmp_path / "out" / "train-00001.bin")
+    flip(tmp_path / "out" / "train-00001.bin", at=0)
     assert Corpus.open(tmp_path / "out", verify=False).split("train").num_tokens
-    flip(tmp_path / "out" / "train-documents.npy")  # the last offset, which sizes alone contradict
-    with pytest.raises(UsageError, match="does not mark"):
-        _ = Corpus.open(tmp_path / "out", verify=False).split("train").document_offsets
     with pytest.raises(UsageError, match="no split 'test'"):
         Corpus.open(tmp_path / "out", verify=False).split("test")
+    flip(tmp_path / "out" / "train-documents.npy")  # the last offset, which sizes alone contradict
+    with pytest.raises(UsageError, match="does not mark"):
+        Corpus.open(tmp_path / "out", verify=False)
     with pytest.raises(UsageError, match="not a folder"):
         Corpus.open(tmp_path / "none")
 

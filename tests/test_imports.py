@@ -22,7 +22,7 @@ RANKS = (
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # Evaluation scores models and a benchmark times a training step: the first of these may import the second of its rank.
 SIDEWAYS = {("evaluation", "models"), ("benchmarks", "training")}
-LEAVES = {"errors", "files", "late", "machine", "seeds"}  # modules at the top, which every room may import
+LEAVES = {"errors", "files", "late", "machine", "memory", "seeds"}  # modules at the top, which every room may import
 
 
 def targets(tree: ast.AST, module: str, is_package: bool) -> set[str]:

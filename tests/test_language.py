@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(cor
 
     monkeypatch.setattr(language, "language_step", failing)
     message = refusal(corpus, tmp_path / "run", checkpoint_every=4)
-    assert "Step 6 has a loss of nan" in message and "last good checkpoint is in" in message
+    assert "Step 6 has a loss of nan" in message and "last good checkpoint, of step 4, is in" in message
     assert read_json(tmp_path / "run" / "checkpoint" / "training.json")["progress"]["step"] == 4
     monkeypatch.undo()
     resumed = run(corpus.folder, tmp_path / "run", resume=True)
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(corpus, tmp_path):
     cut_off(corpus.folder, tmp_path / "run", "ddp", 8)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoint").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for name in ("model.safetensors", "__0_0.distcp"):  # neither does fit; the larger does not
+    for name in ("model.safetensors", "optimizer-0-of-1.safetensors"):  # neither does fit; the larger does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) // 2, hard))  # to a writer, a disk that is full
         try:
             assert "cannot be written" in refusal(corpus, tmp_path / "run", resume=True)
@@ -254,9 +254,9 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(corpus, tmp_path):
 
 def test_a_damaged_checkpoint(corpus, tmp_path):
     run(corpus.folder, tmp_path / "run", {"steps": 2})
-    shard = tmp_path / "run" / "checkpoint" / "__0_0.distcp"
+    shard = tmp_path / "run" / "checkpoint" / "optimizer-0-of-1.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert "__0_0.distcp does not match" in refusal(corpus, tmp_path / "run", {"steps": 2}, resume=True)
+    assert "optimizer-0-of-1.safetensors does not match" in refusal(corpus, tmp_path / "run", {"steps": 2}, resume=True)
 
 
 def test_packed_documents_do_not_see_each_other(corpus, tmp_path):

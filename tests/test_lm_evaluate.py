@@ -10,8 +10,9 @@ import torch
 from streams import random_stream
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import write_json
+from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.training.config import LanguageConfig, LanguageRun
 
 pytest.importorskip("deltaproduct.tasks.corpus")
 command = pytest.importorskip("deltaproduct.cli.lm_evaluate")
@@ -47,8 +48,11 @@ def write_run(folder, context=CONTEXT, **options):
         intermediate_size=16, **options,
     )  # fmt: skip
     folder.mkdir()
-    SequenceModel(config).save_pretrained(folder / "checkpoint")
-    write_json(folder / "config.json", {"training": {"context": context}, "model": config.to_dict()})
+    trained = LanguageRun(LanguageConfig(context=context), config).to_dict()
+    with replaced_folder(folder / "checkpoint") as fresh:
+        SequenceModel(config).write_files(fresh)
+        write_json(fresh / "training.json", {"progress": {}, "config": trained})
+    write_json(folder / "config.json", trained)
     return folder
 
 
@@ -141,13 +145,14 @@ def test_what_is_refused(corpus, run, flags, message):
 
 def test_what_is_refused_of_runs_and_folders(corpus, run, tmp_path):
     options = {"what": "perplexity", "data": run}
-    for source, message in ((tmp_path / "none", "does not exist"), (run / "checkpoint", "at what context")):
+    SequenceModel.from_pretrained(run / "checkpoint").save_pretrained(tmp_path / "bare")
+    for source, message in ((tmp_path / "none", "does not exist"), (tmp_path / "bare", "at what context")):
         with pytest.raises(UsageError, match=message):
             LmEvaluate(source=source, **options).run()
     with pytest.raises(UsageError, match="already exists"):
         LmEvaluate(source=run, out=run, **options).run()
     with pytest.raises(UsageError, match="length must be at least 1, not 0"):
-        LmEvaluate(source=write_run(tmp_path / "zero", context=0), **options).run()
+        LmEvaluate(source=run, length=0, **options).run()
     transformer = write_run(tmp_path / "transformer", mixer="attention")
     with pytest.raises(UsageError, match="No layer of this model has states to trace"):
         LmEvaluate(source=transformer, what="effective-rank", data=run, length=20).run()

@@ -15,6 +15,7 @@ from deltaproduct.analysis.clustering import learn_clustering
 from deltaproduct.analysis.moore import Moore, probing_words
 from deltaproduct.analysis.teacher import Teacher, Vocabulary, vocabulary
 from deltaproduct.errors import UsageError
+from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
@@ -73,6 +74,8 @@ def extract(
             raise UsageError(f"{name} must be at least 1, not {value}.")
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}.")
+    words = f"{CHECKED_WORDS} words of {max_length:,} symbols"
+    check_memory(words, 2 * 8 * CHECKED_WORDS * max_length, "max_length")  # and their labels
     known = vocabulary(model.config, source)
     was_training = model.training
     model.eval()

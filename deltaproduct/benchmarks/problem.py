@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from deltaproduct.benchmarks.peers import PEERS, Operator, first_line
 from deltaproduct.benchmarks.report import OpShape, Row
 from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.memory import check_memory
 from deltaproduct.ops import delta_product
 
 ERROR_LIMIT = 1e-3  # relative to max|·|; far above float32's rounding here (1e-6 to 3e-4), far below a wrong formula
@@ -30,6 +31,8 @@ class Problem:
         generator = torch.Generator().manual_seed(settings.seed)
         b, t, n, h, d = shape.batch, shape.length, shape.num_householder, shape.num_heads, shape.head_dim
         values = shape.values
+        floats = b * t * h * (d + n * (d + values + 1) + values)  # q, k, v, β and the output's gradient
+        check_memory(f"The inputs of a problem of {t:,} tokens", 4 * floats, "its batch, length or heads")
 
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator)

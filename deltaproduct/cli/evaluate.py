@@ -12,7 +12,6 @@ import tyro
 from deltaproduct.cli.flags import BackendName, IntList, check_lengths
 from deltaproduct.cli.outputs import say
 from deltaproduct.errors import UsageError
-from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.evaluation import RangeResult
@@ -47,17 +46,12 @@ class Evaluate:
         from deltaproduct.machine import choose_device
         from deltaproduct.models import SequenceModel
         from deltaproduct.tasks import get_task
-        from deltaproduct.training.checkpoint import checkpoint_config
-        from deltaproduct.training.loop import CHECKPOINT, METRICS
+        from deltaproduct.training.run_folder import locate
 
-        if found := why_not(self.source, "task model"):
-            raise UsageError(found)
-        inner = self.source / CHECKPOINT
-        is_run = inner.exists() or (self.source / METRICS).exists()
-        folder = inner if is_run else self.source
+        found = locate(self.source, "task model")
+        folder = found.checkpoint
         model = SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
-        trained = checkpoint_config(folder)
-        name = self.task or (trained.training.task if trained else None)
+        name = self.task or found.task()
         if name is None:
             raise UsageError(f"{folder} does not say what it was trained on; name it with --task.")
         task = get_task(name)

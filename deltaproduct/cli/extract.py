@@ -14,7 +14,6 @@ from deltaproduct.cli.flags import BackendName
 from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, write_json, write_text
-from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.analysis import Extraction
@@ -115,16 +114,12 @@ def trained(
     from deltaproduct.tasks import get_task
     from deltaproduct.tasks.automata import Automaton
     from deltaproduct.theory.compiler import AUTOMATON
-    from deltaproduct.training.checkpoint import checkpoint_config
-    from deltaproduct.training.loop import CHECKPOINT, METRICS
+    from deltaproduct.training.run_folder import locate
 
-    if found := why_not(source, "task model"):
-        raise UsageError(found)
-    inner = source / CHECKPOINT
-    folder = inner if inner.exists() or (source / METRICS).exists() else source
+    found = locate(source, "task model")
+    folder = found.checkpoint
     model = SequenceModel.from_pretrained(folder, device=choose_device(device)).use_backend(backend)
-    config = checkpoint_config(folder)
-    if name := task or (config.training.task if config else None):
+    if name := task or found.task():
         return model, get_task(name)
     if (folder / AUTOMATON).is_file():
         return model, Automaton.from_dict(read_json(folder / AUTOMATON))

@@ -10,8 +10,7 @@ import tyro
 
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.files import MANIFEST, verified_folder
-from deltaproduct.training.folder_kinds import why_not
+from deltaproduct.files import MANIFEST, read_whole, verified_folder
 
 if TYPE_CHECKING:
     from deltaproduct.models.fla_config import Layout
@@ -48,12 +47,10 @@ class LmConvert:
         from deltaproduct.models import SequenceModel
         from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
         from deltaproduct.models.fla_config import USES_NEG_EIGVAL
-        from deltaproduct.training.loop import CHECKPOINT
+        from deltaproduct.training.run_folder import locate
 
-        if found := why_not(self.source, "any layout"):
-            raise UsageError(found)
-        folder = self.source / CHECKPOINT if (self.source / CHECKPOINT).exists() else self.source
-        kind, wanted = checkpoint_kind(folder), "ours" if self.to == "ours" else "fla"
+        folder = locate(self.source, "any layout").checkpoint
+        kind, wanted = read_whole(folder, checkpoint_kind), "ours" if self.to == "ours" else "fla"
         if kind == wanted == "ours":
             raise UsageError(f"{folder} is in this library's layout already.")
         check_replaceable(self.out, wanted)

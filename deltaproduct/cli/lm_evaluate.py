@@ -16,8 +16,7 @@ import tyro
 from deltaproduct.cli.flags import BackendName
 from deltaproduct.cli.outputs import check_new_folder, plain, say
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, write_bytes, write_json
-from deltaproduct.training.folder_kinds import why_not
+from deltaproduct.files import replaced_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from deltaproduct.evaluation.windows import Progress
     from deltaproduct.models import SequenceModel
     from deltaproduct.tasks.corpus import Corpus, Split
+    from deltaproduct.training.run_folder import Located
 
 REPORT, ARRAYS = "evaluation.json", "arrays.npz"
 LOSS_FIGURE, RANK_FIGURE = "loss_by_position.png", "effective_rank.png"
@@ -142,16 +142,18 @@ class LmEvaluate:
                 from deltaproduct.plots.style import pyplot
 
                 pyplot()  # where it is missing, better now than after all the work
-        if found := why_not(self.source, "language model"):
-            raise UsageError(found)
+        self._located()
+
+    def _located(self) -> Located:
+        from deltaproduct.training.run_folder import locate
+
+        return locate(self.source, "language model")
 
     def _model(self) -> SequenceModel:
         from deltaproduct.machine import choose_device
         from deltaproduct.models import SequenceModel
-        from deltaproduct.training.loop import CHECKPOINT
 
-        inner = self.source / CHECKPOINT
-        folder = inner if inner.exists() else self.source
+        folder = self._located().checkpoint
         return SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
 
     def _text(self, model: SequenceModel) -> tuple[Corpus, Split]:
@@ -176,14 +178,11 @@ class LmEvaluate:
         }
 
     def _training_context(self) -> int | None:
-        """What the run's configuration says; None for a checkpoint that lies there without a run."""
-        from deltaproduct.training.loop import CONFIG
+        """What the checkpoint says; None for one that came from no language run."""
+        from deltaproduct.training.config import LanguageRun
 
-        path = self.source / CONFIG
-        values = read_json(path) if path.is_file() else {}
-        training = values.get("training") if isinstance(values, dict) else None
-        context = training.get("context") if isinstance(training, dict) else None
-        return context if isinstance(context, int) else None
+        trained = self._located().trained_as()
+        return trained.training.context if isinstance(trained, LanguageRun) else None
 
     def _length(self, times: int) -> int:
         """--length, or so many times the training context."""

@@ -8,7 +8,6 @@ import tyro
 
 from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.training.folder_kinds import why_not
 
 
 @dataclass(kw_only=True)
@@ -24,20 +23,15 @@ class LmExport:
     device: Annotated[str, tyro.conf.arg(help="what aotinductor compiles for: auto, cpu or cuda")] = "cpu"
 
     def run(self) -> None:
-        if found := why_not(self.source, "model"):
-            raise UsageError(found)
         if self.to == "onnx" and self.device != "cpu":
             raise UsageError("--device goes with --to aotinductor: an ONNX graph is for all devices.")
         check_new_folder(self.out)
         from deltaproduct.machine import choose_device
         from deltaproduct.models import SequenceModel
         from deltaproduct.models.export import export_step
-        from deltaproduct.training.loop import CHECKPOINT
+        from deltaproduct.training.run_folder import locate
 
-        inner = self.source / CHECKPOINT
-        model = SequenceModel.from_pretrained(
-            inner if inner.exists() else self.source, device=choose_device(self.device)
-        )
+        model = SequenceModel.from_pretrained(locate(self.source).checkpoint, device=choose_device(self.device))
         description = export_step(model, self.out, self.to)
         checked = description["checked"]
         state = ", ".join(f"{entry['name']} {entry['shape']}" for entry in description["inputs"][1:])

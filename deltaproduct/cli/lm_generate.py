@@ -19,7 +19,6 @@ import tyro
 from deltaproduct.cli.outputs import check_folder
 from deltaproduct.errors import UsageError, shown
 from deltaproduct.files import make_folder, read_text
-from deltaproduct.training.folder_kinds import why_not
 
 if TYPE_CHECKING:
     from deltaproduct.models import SequenceModel
@@ -194,12 +193,10 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     from deltaproduct.machine import choose_device
     from deltaproduct.models import SequenceModel
     from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
-    from deltaproduct.training.loop import CHECKPOINT
+    from deltaproduct.training.run_folder import locate
 
-    if found := why_not(source, "language model"):
-        raise UsageError(found)
-    run = source if (source / CHECKPOINT).exists() else source.absolute().parent
-    checkpoint = source / CHECKPOINT if run == source else source
+    found = locate(source, "language model")
+    checkpoint, run = found.checkpoint, found.run or found.checkpoint.absolute().parent
     model = SequenceModel.from_pretrained(checkpoint, device=choose_device(device))
     if not (run / TOKENIZER).is_dir():
         raise UsageError(f"{checkpoint} has no tokenizer beside it: {run / TOKENIZER} is not a folder.")

@@ -8,13 +8,15 @@ import tyro
 
 from deltaproduct.cli.outputs import say
 from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
-from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE
+from deltaproduct.tasks.corpus.sidecar import Sidecar
+from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE, TAIL_SHARE
 from deltaproduct.tasks.corpus.tokenizer import SPECS
 from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
 
 _SHARE = (
-    f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, {MODULE_SHARE} of the standard "
-    f"library's modules, and of shakespeare always {', '.join(HELD_OUT)}"
+    f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, or the last {TAIL_SHARE} of the "
+    f"text where these are too few, {MODULE_SHARE} of the standard library's modules, and of shakespeare always "
+    f"{', '.join(HELD_OUT)}"
 )
 
 
@@ -35,6 +37,19 @@ class LmPrepare:
 
     def run(self) -> None:
         from deltaproduct.tasks.corpus import Corpus
+
+        try:
+            sidecar = self._prepare()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"The same command with --resume goes on with the corpus in {self.out}.") from None
+        corpus = Corpus.open(self.out, verify=False)
+        say(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
+        for name, split in sidecar.splits.items():
+            print(f"  {name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
+        if not sidecar.splits["validation"].documents:
+            print("  No document was held out, so nothing can be validated, and `lm train` needs that.")
+
+    def _prepare(self) -> Sidecar:
         from deltaproduct.training.log import progress_bar
 
         with progress_bar("lm prepare, %", 100) as bar:
@@ -43,7 +58,7 @@ class LmPrepare:
                 percent = 100 * progress.done // progress.total if progress.total else 0
                 bar.update(percent, f"{progress.doing}, {progress.tokens:,} tokens")
 
-            sidecar = prepare(
+            return prepare(
                 self.source,
                 self.tokenizer,
                 self.out,
@@ -52,10 +67,5 @@ class LmPrepare:
                 workers=self.workers,
                 resume=self.resume,
                 progress=show,
+                remark=bar.say,
             )
-        corpus = Corpus.open(self.out, verify=False)
-        say(f"{self.out}: {corpus.vocab_size:,} tokens in the vocabulary, {sidecar.dtype}, {corpus.fingerprint}")
-        for name, split in sidecar.splits.items():
-            print(f"  {name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
-        if not sidecar.splits["validation"].documents:
-            print("  No document was held out, so nothing can be validated; --validation-share can be larger.")

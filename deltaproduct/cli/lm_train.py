@@ -14,9 +14,10 @@ from deltaproduct.cli.flags import BackendName, check_given, config_flags, value
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.corpus_place import find_corpus, is_corpus
+from deltaproduct.training.folder_kinds import CONFIG, why_not
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
 
 if TYPE_CHECKING:
@@ -39,9 +40,13 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     """
 
     preset: Annotated[str, tyro.conf.arg(help=f"what the other flags default to: {', '.join(PRESETS)}")] = DEFAULT
-    data: Annotated[Path, tyro.conf.arg(help="folder of the corpus")]
+    data: Annotated[Path, tyro.conf.arg(help="folder of the corpus; with --resume where the run left it")]
     out: Annotated[Path, tyro.conf.arg(help="folder of the run; created")]
     resume: Annotated[bool, tyro.conf.arg(help="continue the run in --out; other flags default to its own")] = False
+    allow_pickled_optimizer: Annotated[
+        bool,
+        tyro.conf.arg(help="with --resume: read also an optimiser in pickles, as earlier versions saved it"),
+    ] = False
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
     backend: BackendName = "auto"
     parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
@@ -72,7 +77,22 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_folder(self.out)
         from deltaproduct.experiments.launchers import get_rank_launcher
+        from deltaproduct.tasks.corpus.sidecar import SIDECAR
+        from deltaproduct.training.run_folder import is_finished
 
+        if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
+            raise UsageError(found)
+        stored = stored_run(self.out) if self.resume else None
+        if stored is not None and stored.training.steps != self.steps and is_finished(self.out, stored):
+            raise UsageError(
+                f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
+                f"changed: start a new run of {self.steps} steps with another --out."
+            )
+        if stored is not None and (self.data / SIDECAR).is_file() and not is_corpus(self.data, stored.training.corpus):
+            raise UsageError(
+                f"{self.out} was trained on another corpus than {self.data}; give that one with --data, or begin a new "
+                "run with another --out."
+            )
         launcher = get_rank_launcher(self.launcher, self.out, parse_options(self.launcher_options))
         last = self.train() if launcher is None else self._train_by(launcher)
         if last:
@@ -88,7 +108,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
         from deltaproduct.training.language import train_language
         from deltaproduct.training.log import last_metrics
-        from deltaproduct.training.loop import METRICS
+        from deltaproduct.training.run_folder import METRICS
 
         with Ranks.started(self.device, spans=self.spans) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
@@ -104,6 +124,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 compile=self.compile,
                 log_every=self.log_every,
                 checkpoint_every=self.checkpoint_every,
+                allow_pickled_optimizer=self.allow_pickled_optimizer,
             )
             return (last_metrics(self.out / METRICS) or {}) if ranks.first else {}
 
@@ -112,7 +133,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         from deltaproduct.experiments.launchers.ranks import followed
         from deltaproduct.tasks.corpus import Corpus
         from deltaproduct.training.log import last_metrics
-        from deltaproduct.training.loop import CONFIG, METRICS
+        from deltaproduct.training.run_folder import METRICS
 
         if "RANK" in os.environ:
             raise UsageError("A launcher starts the processes itself; call the command without torchrun.")
@@ -131,19 +152,44 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         return LanguageRun(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
 
 
+def stored_run(out: Path) -> LanguageRun | None:
+    """The run that --resume continues; None where a process of torchrun may begin it, as it has to be able to start all
+    its processes again with the same command.
+
+    Raises:
+        UsageError: there is no run of a language model.
+    """
+    if found := why_not(out, "language run"):
+        raise UsageError(found)
+    if (out / CONFIG).is_file():
+        from deltaproduct.training.run_folder import read_run
+
+        stored = read_run(out)
+        if not isinstance(stored, LanguageRun):
+            raise UsageError(f"{out} is a run on a task; `deltaproduct train --resume` continues it.")
+        return stored
+    if "RANK" in os.environ:
+        return None
+    raise UsageError(f"{out} holds no run to resume; leave out --resume to begin one.")
+
+
 def defaults(arguments: Sequence[str]) -> LmTrain:
-    """What the flags default to: with --resume the run in --out, if there is one, else what --preset says."""
+    """What the flags default to: with --resume the run in --out and its corpus, else what --preset says."""
     out, name = value_of("--out", arguments), value_of("--preset", arguments) or DEFAULT
     steps = value_of("--num-householder", arguments)
-    if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
-        stored = LanguageRun.from_dict(read_json(Path(out) / "config.json"))
+    missing: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    resumed = "--resume" in arguments and out is not None and not asks_for_help
+    stored = stored_run(Path(out)) if resumed and out is not None else None
+    if stored is not None and out is not None:
         values = vars(stored.model) | vars(stored.training)
+        if value_of("--data", arguments) is None:
+            missing["data"] = find_corpus(Path(out), stored.training.corpus)
     else:
         of_preset = preset_model(name, int(steps)) if steps is not None and steps.isdecimal() else preset_model(name)
         values = of_preset | dict(get_preset(name).training)
     known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
-    missing = {"data": tyro.MISSING, "out": tyro.MISSING}
-    return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})  # type: ignore[arg-type]
+    return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})
 
 
 def check(command: LmTrain, arguments: Sequence[str]) -> None:

@@ -82,6 +82,8 @@ COMMANDS: "dict[str, Command | Group]" = {
         "convert": Command("lm_convert", "LmConvert", "Write a checkpoint of this library (or a run's) in "
                            "flash-linear-attention's layout, or one of its own in ours."),
     }),
+    "seal": Command("seal", "Seal", "Accept what was changed in a checkpoint's folder on purpose: its files are "
+                    "checked by what they are now."),
     "doctor": Command("doctor", "Doctor", "Say what this machine is, which backends of the operator it can run, and "
                       "which optional packages are here."),
 }  # fmt: skip
@@ -116,6 +118,12 @@ def main(arguments: list[str] | None = None) -> None:
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
+    except (MemoryError, RuntimeError) as e:
+        from deltaproduct.memory import why_out_of_memory
+
+        if not (reason := why_out_of_memory(e)):
+            raise
+        _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
     except MemoryError:
@@ -218,7 +226,9 @@ def _fail(message: str) -> NoReturn:
 def _complain(message: str) -> None:
     """One line on standard error."""
     with _unless_nobody_reads():
-        print(f"{PROGRAM}: {shown(' '.join(message.split()))}", file=sys.stderr)
+        line = shown(" ".join(message.split()))
+        # What files say may be of any length.
+        print(f"{PROGRAM}: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
 
 
 def _is_about_memory(e: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from deltaproduct.cli.flags import BackendName, check_given, config_flags, value
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
-from deltaproduct.files import read_json, read_text
+from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import RunConfig, TrainConfig
 from deltaproduct.training.folder_kinds import CONFIG, why_not
@@ -44,7 +45,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_folder(self.out)
         from deltaproduct.tasks import get_task
-        from deltaproduct.training.loop import METRICS, train
+        from deltaproduct.training.loop import train
 
         if self.resume:
             if not (self.out / CONFIG).is_file():
@@ -62,12 +63,15 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )
-        lines = read_text(self.out / METRICS).splitlines() or [""]
-        say(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {lines[-1]}")
+        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.run_folder import METRICS
+
+        last = json.dumps(last_metrics(self.out / METRICS) or {})
+        say(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
 
     def _check_unchanged(self, stored: RunConfig) -> None:
         """`UsageError` where a flag asks for something else than the run that is to be continued."""
-        from deltaproduct.training.loop import is_finished
+        from deltaproduct.training.run_folder import is_finished
 
         changed = []
         for part in (stored.training, stored.model):

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import device_of
+from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.config import check_fits
+from deltaproduct.models.size import FLOAT
 from deltaproduct.seeds import evaluation_generator
 from deltaproduct.tasks import Task
 
 SAMPLED_TOKENS = 1 << 22  # tokens of data held at once
+MOST_TOKENS = 10**12  # of all sequences of a length: days on the fastest machine
 PIECE_TOKENS = 1 << 15  # tokens that go through the model at once
 
 
@@ -40,11 +43,14 @@ def evaluate_length(
     """Evaluate on `sequences` fresh sequences of one length, in float32 (float64 models stay so).
 
     The data come from the evaluation stream of `seed`, which no training run can draw from.
+
+    Raises UsageError when `sequences` is less than 1, or there are more than 10¹² tokens, or more at once than fit.
     """
     if sequences < 1:
         raise UsageError(f"sequences must be at least 1, not {sequences}.")
     generator = evaluation_generator(seed, length)
     device = device_of(model)
+    _check_size(model, device, sequences, length)
     right_at = torch.zeros(1 + length, dtype=torch.long)
     exact_at = torch.zeros(1 + length, dtype=torch.long)
     scored_at = torch.zeros(1 + length, dtype=torch.long)
@@ -77,6 +83,21 @@ def evaluate_length(
         by_position=(right_at / scored_at.clamp(min=1)).masked_fill(nowhere, torch.nan),
         prefix_by_position=(exact_at / sequences).masked_fill(nowhere, torch.nan),
     )
+
+
+def _check_size(model: SequenceModel, device: torch.device, sequences: int, length: int) -> None:
+    """`UsageError` if so much can never be read, or what is held at once cannot fit."""
+    if sequences * (1 + length) > MOST_TOKENS:
+        raise UsageError(
+            f"{sequences:,} sequences of length {length:,} are more than {MOST_TOKENS:,} tokens; lower one of them."
+        )
+    what, advice = f"Evaluation at length {length:,}", "lengths or sequences"
+    at_once = min(sequences, max(1, SAMPLED_TOKENS // (1 + length)))
+    data = (34 * at_once + 3 * 8) * (1 + length)  # of `Task.sample`, and three counts at each position
+    carried = model.state_size_after(1 + length) if isinstance(model, SequenceModel) else 0
+    state = FLOAT * at_once * carried
+    check_memory(what, data + (state if device.type == "cpu" else 0), advice)
+    check_memory(what, state, advice, device=device)
 
 
 def evaluate_lengths(

@@ -6,6 +6,7 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.lengths import LengthResult, evaluate_length
+from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import evaluation_generator
@@ -51,6 +52,7 @@ def evaluate_range(
     if sequences < 1:
         raise UsageError(f"sequences must be at least 1, not {sequences}.")
     check_fits(model.config, task)
+    check_memory(f"A draw of {sequences:,} lengths", 8 * sequences, "sequences")
     # No sequence has length 0, so this stream is nobody else's.
     drawn = torch.randint(lo, hi + 1, (sequences,), generator=evaluation_generator(seed, 0))
     was_training = model.training

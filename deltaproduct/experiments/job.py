@@ -9,11 +9,11 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult, evaluate_lengths, evaluate_range, scores
-from deltaproduct.files import read_json, write_json
+from deltaproduct.files import read_json, seal_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, train
-from deltaproduct.training.loop import CHECKPOINT, RUN, is_finished, open_run
+from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
 
 RESULT = "result.json"
 RUNS = "runs"
@@ -145,6 +145,7 @@ def run_job(job: Job, out: Path, *, threads: int | None = None) -> dict[str, Any
     result = described(job, model) | {"wall_seconds": read_json(folder / RUN)["wall_seconds"]}
     result |= measure(model, job) | {"asked": plain(job.asked)}
     write_json(folder / RESULT, result)
+    seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
     return result
 
 
@@ -153,7 +154,7 @@ def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
     folder = out / RUNS / job.name
     if not (folder / RESULT).exists() or not is_finished(folder, job.config):
         return None
-    result: dict[str, Any] = read_json(folder / RESULT)
+    result: dict[str, Any] = read_json(folder / RESULT, finite=False)
     return result if result.get("asked") == plain(job.asked) else None
 
 

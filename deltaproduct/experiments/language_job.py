@@ -10,13 +10,13 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
 from deltaproduct.experiments.job import RESULT, RUNS
-from deltaproduct.files import make_folder, read_json, write_json
+from deltaproduct.files import make_folder, read_json, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.tasks.corpus.sidecar import SIDECAR
 from deltaproduct.tasks.corpus.writer import prepare
 from deltaproduct.training.config import LanguageConfig, LanguageRun
-from deltaproduct.training.loop import CHECKPOINT, RUN, is_finished, open_run
+from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
 
 CORPORA = "corpora"  # beside the runs' folder
 
@@ -66,7 +66,7 @@ class LanguageJob:
         folder = out / RUNS / self.name
         if not (folder / RESULT).exists() or not is_finished(folder, self._config(self._corpus(out))):
             return None
-        result: dict[str, Any] = read_json(folder / RESULT)
+        result: dict[str, Any] = read_json(folder / RESULT, finite=False)
         return result if result.get("asked") == self._asked() else None
 
     def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
@@ -103,6 +103,7 @@ class LanguageJob:
             "asked": self._asked(),
         }
         write_json(folder / RESULT, result)
+        seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
         return result
 
     def in_training(self, metrics: Mapping[str, Any]) -> str:

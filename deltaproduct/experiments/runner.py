@@ -16,7 +16,7 @@ from deltaproduct.experiments.launchers import default_workers, get_launcher
 from deltaproduct.files import make_folder, write_json, write_text
 from deltaproduct.machine import command_line, describe_machine
 from deltaproduct.training.log import board, last_metrics
-from deltaproduct.training.loop import METRICS
+from deltaproduct.training.run_folder import METRICS
 
 SUMMARY = "summary.json"
 ERROR = "error.txt"

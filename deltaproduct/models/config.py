@@ -1,8 +1,12 @@
 """What a model is made of: a frozen, validated record that is saved beside the weights."""
 
+import math
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import cattrs
 
@@ -10,6 +14,10 @@ from deltaproduct.errors import UsageError
 
 if TYPE_CHECKING:
     from deltaproduct.tasks import Task
+
+LARGEST_SIZE = 2**28  # of a width or a number of heads or steps, and of a layer's keys or values: no model comes near
+LARGEST_VOCABULARY = 2**31
+MOST_LAYERS = 2**16
 
 
 def described(default: Any, help: str) -> Any:
@@ -62,6 +70,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
         from deltaproduct.layers import get_mixer
         from deltaproduct.layers.linear_attention import FEATURE_MAPS
@@ -83,18 +92,40 @@ class ModelConfig:
         for name in ("initializer_range", "embedding_init_std"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "0 or more")
+        self._check_sizes()
         if self.tie_word_embeddings and self.vocab_size != self.num_labels:
             raise UsageError(
                 f"tie_word_embeddings needs vocab_size={self.vocab_size} and num_labels={self.num_labels} to be equal."
             )
         get_mixer(self.mixer)
         names = {f.name for f in fields(self)} - {"vocab_size", "num_labels", "hidden_size", "layer_overrides"}
+        layers = {str(i) for i in range(self.num_hidden_layers)} if self.layer_overrides else set()
         for layer, override in self.layer_overrides.items():
-            if layer not in {str(i) for i in range(self.num_hidden_layers)}:
+            if layer not in layers:
                 raise UsageError(f"layer_overrides names layer {layer!r}; layers are 0 … {self.num_hidden_layers - 1}.")
+            if not isinstance(override, Mapping):
+                raise UsageError(f"layer_overrides must give layer {layer} a mapping of fields, not {override!r:.40}.")
             if unknown := set(override) - names:
                 raise UsageError(f"layer_overrides sets what no layer {layer} has: {', '.join(sorted(unknown))}.")
             self.layer(int(layer))
+
+    def _check_sizes(self) -> None:
+        """That sizes can be multiplied with each other: PyTorch counts the bytes of a tensor in 63 bits."""
+        for name in ("vocab_size", "num_labels"):
+            self._require(name, getattr(self, name) < LARGEST_VOCABULARY, f"below {LARGEST_VOCABULARY:,}")
+        self._require("num_hidden_layers", self.num_hidden_layers < MOST_LAYERS, f"below {MOST_LAYERS:,}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Integral) and f.name not in ("vocab_size", "num_labels", "num_hidden_layers"):
+                self._require(f.name, value < LARGEST_SIZE, f"below {LARGEST_SIZE:,}")
+        heads = max(self.num_heads, self.num_v_heads or 0, self.num_kv_heads or 0)
+        widest = max(heads * self.head_dim * max(1.0, self.expand_v) * self.num_householder,
+                     self.hidden_size * self.expand)  # fmt: skip
+        if not widest < LARGEST_SIZE:
+            raise UsageError(
+                f"A layer would have {widest:,.3g} keys or values (heads · head_dim · expand_v · num_householder, or "
+                f"hidden_size · expand); it can have fewer than {LARGEST_SIZE:,}."
+            )
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -124,10 +155,85 @@ class ModelConfig:
         except UsageError:
             raise
         except Exception as e:
-            if found := _usage_error(e):
+            if found := usage_error(e):
                 raise found from e
-            reasons = "; ".join(cattrs.transform_error(e, path="config"))
-            raise UsageError(f"This is not a model configuration: {reasons}.") from e
+            raise UsageError(f"This is not a model configuration: {reasons(e, 'config')}.") from e
+
+
+def check_kinds(config: Any) -> None:
+    """`UsageError` unless every field of a dataclass has a value of the kind that it is declared with, and every number
+    is finite. Whole numbers serve as floats."""
+    for name, kinds in _kinds(cast(Any, type(config))).items():
+        value = getattr(config, name)
+        if not any(_is_of(value, kind) for kind in kinds):
+            wanted = " or ".join(_KINDS[kind] for kind in kinds)
+            raise UsageError(f"{name} must be {wanted}, not {value!r:.40}.")
+
+
+@cache
+def _kinds(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The kinds that a dataclass declares its fields to be of, where they are simple ones."""
+    found = {}
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        hint = hints[f.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if get_origin(hint) is tuple:
+            kinds = (tuple,)
+        if all(kind in _KINDS for kind in kinds):
+            found[f.name] = kinds
+    return found
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        # A whole number of 400 digits is none that math can take.
+        return (isinstance(value, Real) and not isinstance(value, bool)
+                and (abs(int(value)) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_is_of(x, int) and abs(x) < 2**63 for x in value)
+    return isinstance(value, kind)
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    bool: "true or false",
+    tuple: "whole numbers",
+    types.NoneType: "none",
+}
+
+
+def strict_converter() -> cattrs.Converter:
+    """Reads dataclasses from JSON's values: no unknown fields, and nothing is turned into another kind ("64" or 64.5
+    into 64), as cattrs does by itself."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (int, float, str, bool):
+        converter.register_structure_hook(kind, _structured)
+    converter.register_structure_hook_func(lambda hint: hint == tuple[int, ...], _structured_tuple)
+    return converter
+
+
+def _structured(value: Any, kind: type) -> Any:
+    if not _is_of(value, kind):
+        raise ValueError
+    return kind(value)
+
+
+def _structured_tuple(value: Any, hint: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    return tuple(_structured(x, int) for x in value)
+
+
+def reasons(e: BaseException, path: str) -> str:
+    """What cattrs found wrong with the values at `path`, the first three of it."""
+    found = cattrs.transform_error(e, path=path)
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(text if len(text) < 200 else f"{text[:200]} …" for text in found[:3]) + more
 
 
 def check_fits(config: ModelConfig, task: "Task") -> None:
@@ -138,12 +244,12 @@ def check_fits(config: ModelConfig, task: "Task") -> None:
             raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")
 
 
-def _usage_error(e: BaseException) -> UsageError | None:
+def usage_error(e: BaseException) -> UsageError | None:
     """cattrs wraps what a constructor raises into groups; the user's mistake is inside."""
     if isinstance(e, UsageError):
         return e
     inner = e.exceptions if isinstance(e, BaseExceptionGroup) else ()
-    return next((found for x in inner if (found := _usage_error(x))), None)
+    return next((found for x in inner if (found := usage_error(x))), None)
 
 
-_CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+_CONVERTER = strict_converter()

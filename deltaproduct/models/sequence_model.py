@@ -21,7 +21,8 @@ from deltaproduct.layers.states import device_of
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.folders import CONFIG, MODEL_TYPE, why_no_checkpoint
 from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
-from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
+from deltaproduct.models.size import check_stored
+from deltaproduct.models.weights import WEIGHTS, check_weights, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
 from deltaproduct.ops.spans import Spans
 from deltaproduct.ops.tape import Tape
@@ -293,6 +294,11 @@ class SequenceModel(nn.Module):
             values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
         config = ModelConfig.from_dict(values)
         tensors = read_weights(folder, files, pickles=False)
+        check_weights(tensors, folder)
+        # Before a model of very many layers is built, which takes long.
+        if (last := f"blocks.{config.num_hidden_layers - 1}.mixer_norm.weight") not in tensors:
+            raise UsageError(f"The checkpoint {folder} does not fit its configuration: it has no {last}.")
+        check_stored(config, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
         with torch.device("meta"):
             model = cls(config)
         if config.tie_word_embeddings and "embedding.weight" in tensors:

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -18,16 +17,19 @@ from torch.utils._pytree import tree_map
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.layers.plain import unusual
-from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.config import ModelConfig, reasons, strict_converter, usage_error
 from deltaproduct.models.decoder import Decoder, NotDecodable
 from deltaproduct.models.sampling import Sampling, draw
-from deltaproduct.models.sequence_model import SequenceModel, write_tensors
+from deltaproduct.models.sequence_model import SequenceModel
 from deltaproduct.models.states import check_state, from_named, initial_state, named_tensors
+from deltaproduct.models.weights import read_tensors, write_tensors
 
 PIECE = 512  # tokens of a prompt that are read at once: memory is for so many, however long the prompt is
 STREAM = "stream.json"
 TENSORS = "stream.safetensors"
 WHAT = "saved conversation"
+
+_SAMPLING = strict_converter()
 
 
 class ModelDecoder:
@@ -221,13 +223,16 @@ class Stream:
                 raise UsageError(f"The {WHAT} {folder} has no {name}.")
         saved = read_json(folder / STREAM)
         _check_same(folder, saved, model)
-        tensors = safetensors.torch.load_file(folder / TENSORS)
+        tensors = read_tensors(folder / TENSORS)
         try:
-            stream = cls(model, Sampling(**saved["sampling"]))
-        except TypeError as e:
-            raise UsageError(f"{folder / STREAM} is of another version of this library: its sampling is.") from e
-        if not isinstance(saved["position"], int) or saved["position"] < 1:
-            raise UsageError(f"{folder / STREAM} is damaged: its position is {saved['position']!r}.")
+            sampling = _SAMPLING.structure(saved["sampling"], Sampling)
+        except Exception as e:
+            why = usage_error(e) or reasons(e, "sampling")
+            raise UsageError(f"{folder / STREAM} is damaged or of another version of this library: {why}.") from e
+        stream = cls(model, sampling)
+        position = saved["position"]
+        if not isinstance(position, int) or isinstance(position, bool) or not 1 <= position < 2**63:
+            raise UsageError(f"{folder / STREAM} is damaged: its position is {position!r:.40}.")
         device = model.device
         template = initial_state(model, 1, device="meta")  # for its names alone
         wanted = {f"state.{name}" for name in named_tensors(template)} | {"logits", "generator"}
@@ -239,8 +244,12 @@ class Stream:
         state = from_named(template, {n: x.to(device) for n, x in tensors.items()}, "state")
         try:
             check_state(model, state, 1, device)
-            if tensors["logits"].shape != (model.config.vocab_size,):
-                raise UsageError(f"It has logits of {list(tensors['logits'].shape)}.")
+            logits = tensors["logits"]
+            if logits.shape != (model.config.vocab_size,) or not logits.is_floating_point():
+                raise UsageError(f"It has logits of {logits.dtype} {list(logits.shape)}.")
+            for name, x in tensors.items():
+                if x.is_floating_point() and not bool(x.isfinite().all()):
+                    raise UsageError(f"It has numbers in {name} that are not finite.")
             stream._generator.set_state(tensors["generator"])
         except (UsageError, RuntimeError, TypeError) as e:
             raise UsageError(f"The {WHAT} {folder} is damaged. {str(e).splitlines()[0]}") from e

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint's folder: in one file or in shards with an index, as safetensors or as pickles."""
 
 import pickle
-from collections.abc import Container
+import warnings
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json
+from deltaproduct.files import is_plain_name, read_json
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -22,6 +24,34 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as e:
         raise UsageError(f"{path} cannot be written: {e}.") from e
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `UsageError` if it is missing or damaged."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a safetensors file: it is not a file.")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as e:
+        # Beside its own error: a kind of number that this PyTorch does not know, sizes that overflow.
+        raise UsageError(f"{path} is not a safetensors file: {str(e).splitlines()[0] if str(e) else e!r}.") from e
+
+
+def check_weights(tensors: Mapping[str, Any], where: Path) -> None:
+    """`UsageError` unless all of them are floating-point tensors of one precision that layers compute in."""
+    first: tuple[str, torch.dtype] | None = None
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.dtype not in COMPUTED:
+            what = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTED)
+            raise UsageError(f"The checkpoint {where} has {name} of {what}; weights are of {wanted}.")
+        first = first or (name, x.dtype)
+        if x.dtype != first[1]:
+            mine, other = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, first[1]))
+            raise UsageError(
+                f"The checkpoint {where} has {name} of {mine} and {first[0]} of {other}; all weights have to be of one "
+                "precision. Save it anew after model.to(one of them)."
+            )
 
 
 def read_weights(folder: Path, files: Container[str] | None = None, *, pickles: bool = True) -> dict[str, Any]:
@@ -48,15 +78,21 @@ def _there(folder: Path, name: str, files: Container[str] | None) -> bool:
     return (folder / name).is_file() and (files is None or name in files)
 
 
-def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict[str, Any]:
-    values = read_json(folder / index)
+def read_index(path: Path) -> dict[str, str]:
+    """Which file of its folder has which tensor, as an index of shards says; `UsageError` if it is damaged."""
+    values = read_json(path)
     places = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UsageError(f"{folder / index} has no weight_map from tensors to files.")
-    shards = {}
+        raise UsageError(f"{path} has no weight_map from tensors to files.")
     for file in sorted(set(places.values())):
-        if Path(file).name != file:
-            raise UsageError(f"{folder / index} names the file {file!r}, which is not in its own folder.")
+        if not is_plain_name(file):
+            raise UsageError(f"{path} names the file {file!r:.80}, which is not in its own folder.")
+    return places
+
+
+def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict[str, Any]:
+    places, shards = read_index(folder / index), {}
+    for file in sorted(set(places.values())):
         if not (folder / file).is_file():
             raise UsageError(f"The checkpoint {folder} is incomplete: {file} is missing.")
         if not _there(folder, file, files):
@@ -71,13 +107,21 @@ def _read_shards(folder: Path, index: str, files: Container[str] | None) -> dict
 def _read_file(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors file or, going by its ending, of a pickle."""
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UsageError(f"{path} is not a safetensors file: {e}.") from e
+        return read_tensors(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of pickles that others wrote
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as e:
         # PyTorch's own message is a page of advice, some of it to run the pickle after all.
         raise UsageError(
             f"{path} is damaged, or holds more than tensors and was not read. If you trust it, load it "

@@ -21,6 +21,7 @@ from deltaproduct.tasks.task import Task
 
 ANSWERS = ("rejected", "accepted")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MAX_FLOWS = 1_000_000  # pairs of a state and a next one in a task's automaton: `chance` goes through them 1,000 times
 SETTLED = 500  # symbols after which `chance` is measured, and over which
 
 
@@ -91,16 +92,58 @@ def run_automaton(automaton: Automaton, tokens: Tensor) -> Tensor:
 
 def lively_symbols(automaton: Automaton) -> tuple[np.ndarray, np.ndarray]:
     """For every state, the symbols that keep the most states within reach first, [n,s]; and how many those are, [n]."""
-    within = [1 << q for q in range(len(automaton.states))]  # the states within reach of each, as bits
-    before: list[int] = []
-    while within != before:
-        before = list(within)
-        for q in reversed(range(len(within))):  # discovered late, as a rule, is within reach of those before
-            for to in automaton.transitions[q]:
-                within[q] |= within[to]
+    within = states_within_reach(automaton)
     reach = np.array([states.bit_count() for states in within])[np.array(automaton.transitions)]
     best = reach == reach.max(axis=1, keepdims=True)
     return np.argsort(~best, axis=1, kind="stable"), best.sum(axis=1)
+
+
+def states_within_reach(automaton: Automaton) -> list[int]:
+    """For every state, those that words lead to from it, itself with them, as the bits of a number.
+
+    Tarjan's algorithm: states that reach each other are of one component, and a component is complete only after all
+    that it leads to. So every transition is looked at once, whatever the order of the states.
+    """
+    n, rows = len(automaton.states), [tuple(dict.fromkeys(row)) for row in automaton.transitions]
+    found, low = [-1] * n, [0] * n  # when each was found, and the earliest that is still open and within its reach
+    within, is_open = [0] * n, [False] * n
+    opened: list[int] = []
+    count = 0
+    for root in range(n):
+        if found[root] >= 0:
+            continue
+        path = [(root, iter(rows[root]))]
+        found[root] = low[root] = count
+        count += 1
+        opened.append(root)
+        is_open[root] = True
+        while path:
+            state, ways = path[-1]
+            for to in ways:
+                if found[to] < 0:
+                    found[to] = low[to] = count
+                    count += 1
+                    opened.append(to)
+                    is_open[to] = True
+                    path.append((to, iter(rows[to])))
+                    break
+                if is_open[to]:
+                    low[state] = min(low[state], found[to])
+            else:
+                path.pop()
+                if path:
+                    low[path[-1][0]] = min(low[path[-1][0]], low[state])
+                if low[state] == found[state]:
+                    component, reached = [], 0
+                    while not component or component[-1] != state:
+                        component.append(opened.pop())
+                        reached |= 1 << component[-1]
+                        is_open[component[-1]] = False
+                    for to in {to for member in component for to in rows[member]} - set(component):
+                        reached |= within[to]
+                    for member in component:
+                        within[member] = reached
+    return within
 
 
 def automaton_task(name: str, summary: str, automaton: Automaton, accept: bool = False) -> AutomatonTask:
@@ -134,12 +177,21 @@ def _chance(automaton: Automaton, accept: bool) -> float:
     lively = np.zeros((n, s))
     np.put_along_axis(lively, order, np.where(np.arange(s) < count[:, None], 1 / count[:, None], 0), axis=1)
     accepting, best = np.array(_accepts(automaton)), 0.0
+    # Each different pair of a state and its next one once, with its share of either kind of sequence.
+    pairs, which = np.unique((np.arange(n)[:, None] * n + table).ravel(), return_inverse=True)
+    if len(pairs) > MAX_FLOWS:
+        raise UsageError(
+            f"An automaton whose states have {len(pairs):,} different next states in all is too large for a task; at "
+            f"most {MAX_FLOWS:,} are possible."
+        )
+    source, to = pairs // n, pairs % n
+    shares = [np.bincount(which.ravel(), weights.ravel()) for weights in (np.full((n, s), 1 / s), lively)]
     # The two kinds of sequences are as likely as each other, and each stays of its kind.
     at = np.zeros((2, n))
     at[:, automaton.initial] = 0.5
     for t in range(2 * SETTLED):
-        flow = (at[0, :, None] / s, at[1, :, None] * lively)
-        at = np.stack([np.bincount(table.ravel(), np.broadcast_to(f, (n, s)).ravel(), minlength=n) for f in flow])
+        at = np.stack([np.bincount(to, at_one[source] * share, minlength=n)
+                       for at_one, share in zip(at, shares, strict=True)])  # fmt: skip
         if t >= SETTLED:
             state = at.sum(axis=0)
             accepted = state[accepting].sum()

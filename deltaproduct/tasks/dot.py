@@ -1,4 +1,4 @@
-"""Automata from and to Graphviz's DOT language, parsed by pydot.
+"""Automata from and to Graphviz's DOT language (dot_syntax.py).
 
 The field's conventions. A state is a node, its name the node's own (not its label). Accepting states have the shape
 doublecircle, or two peripheries. To the initial state leads an edge from a node that is no state: one of the shape
@@ -11,16 +11,15 @@ Of a Moore machine, whose states are records with the label "name|output" (so AA
 output 1, true, yes or accept are the accepting ones, if all others have 0, false, no or reject.
 """
 
-import contextlib
-import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import SINK, Automaton, new_name
+from deltaproduct.tasks.automata import SINK, Automaton, check_table, new_name
+from deltaproduct.tasks.dot_syntax import Graph, Grouped, Html, NoDot, graphs_of
+from deltaproduct.tasks.names import shortened
 
 DOT_EXAMPLE = (
     'digraph { begin [shape=point]; begin -> even; even [shape=doublecircle]; even -> even [label="0"]; '
@@ -31,6 +30,10 @@ STATES = {"circle", "ellipse", "oval", "box", "rect", "rectangle", "square", "do
 OF_NODES = ("label", "shape", "peripheries", "initial", "start")
 NO_STATES = {"point", "none", "plain", "plaintext"}
 STARTS = {"", "init", "start", "__start0"}
+MOST_NAMED = 3  # in a message
+# A piece of a label, up to the next comma or line break; no space is looked at twice.
+QUOTED_PIECE = re.compile(r'[^\S\n\r]*+("[^"\\]*+(?:\\.[^"\\]*+)*+")[^\S\n\r]*+(?:[,\n\r]|$)')
+PIECE = re.compile(r"([^,\n\r]*+)(?:[,\n\r]|$)")
 INITIAL = {"start", "init", "initial"}  # names of an initial state
 OUTPUTS = {"1": True, "true": True, "yes": True, "accept": True, "accepted": True,
            "0": False, "false": False, "no": False, "reject": False, "rejected": False}  # fmt: skip
@@ -38,7 +41,8 @@ OUTPUTS = {"1": True, "true": True, "yes": True, "accept": True, "accepted": Tru
 
 def automaton_to_dot(automaton: Automaton) -> str:
     """The automaton as DOT text, which `automaton_from_dot` reads back as it was."""
-    start = next(name for i in range(len(automaton.states) + 1) if (name := f"__start{i}") not in automaton.states)
+    taken, accepting = set(automaton.states), set(automaton.accepting)
+    start = next(name for i in range(len(taken) + 1) if (name := f"__start{i}") not in taken)
     lines = [
         "digraph automaton {",
         f"  alphabet={_quoted(', '.join(map(_symbol, automaton.alphabet)))};",  # for the order; Graphviz ignores it
@@ -46,7 +50,7 @@ def automaton_to_dot(automaton: Automaton) -> str:
         f'  {_quoted(start)} [label="", shape=none];',
     ]
     for state, name in enumerate(automaton.states):
-        lines.append(f"  {_quoted(name)} [shape={'doublecircle' if state in automaton.accepting else 'circle'}];")
+        lines.append(f"  {_quoted(name)} [shape={'doublecircle' if state in accepting else 'circle'}];")
     lines.append(f"  {_quoted(start)} -> {_quoted(automaton.states[automaton.initial])};")
     for state, row in enumerate(automaton.transitions):
         symbols: dict[int, list[str]] = {}
@@ -65,7 +69,7 @@ def automaton_from_dot(text: str) -> Automaton:
     else sorted. Transitions that are missing lead to one more state, "sink", which nothing leaves.
 
     Raises UsageError, in one line with an example, when the text is no DOT or does not describe one deterministic
-    automaton; or when pydot is not installed.
+    automaton, or one that is too large.
     """
     try:
         return _automaton(text)
@@ -75,9 +79,9 @@ def automaton_from_dot(text: str) -> Automaton:
 
 def _automaton(text: str) -> Automaton:
     """Raises _FormatError for what an example helps with."""
-    graph = _parsed(text)
     drawing = _Drawing()
-    drawing.read(graph, {}, {})
+    drawing.read(_parsed(text))
+    drawing.count_edges()
     starts = {name for name in drawing.nodes if drawing.is_start(name)}
     initial = drawing.initial(starts)
     states = [name for name in drawing.nodes if name not in starts]
@@ -88,28 +92,31 @@ def _automaton(text: str) -> Automaton:
             continue
         names = _symbols(label)
         if not names:
-            raise _FormatError(f"The edge from {begin!r} to {end!r} has no symbols as its label.")
+            raise _FormatError(f"The edge from {shortened(begin)} to {shortened(end)} has no symbols as its label.")
         for symbol in names:
             symbols[symbol] = None
             if steps.setdefault((begin, symbol), end) != end:
-                raise UsageError(f"The automaton is not deterministic: from {begin!r}, {symbol!r} leads to "
-                                 f"{steps[begin, symbol]!r} and to {end!r}.")  # fmt: skip
+                raise UsageError(f"The automaton is not deterministic: from {shortened(begin)}, {shortened(symbol)} "
+                                 f"leads to {shortened(steps[begin, symbol])} and to {shortened(end)}.")  # fmt: skip
     given = _symbols(drawing.alphabet)
-    if given and (unknown := [symbol for symbol in symbols if symbol not in given]):
-        raise UsageError(f"The symbol {unknown[0]!r} is not in the alphabet that the graph gives.")
+    known = set(given)
+    if given and (unknown := [symbol for symbol in symbols if symbol not in known]):
+        raise UsageError(f"The symbol {shortened(unknown[0])} is not in the alphabet that the graph gives.")
     alphabet = given or sorted(symbols)
     accepting = drawing.accepting(states)
-    if any((state, symbol) not in steps for state in states for symbol in alphabet):
-        sink = new_name(SINK, states)
-        states.append(sink)
-        steps = {(state, symbol): sink for state in states for symbol in alphabet} | steps
+    check_table(len(states), len(alphabet))
     number = {name: i for i, name in enumerate(states)}
+    place = {symbol: i for i, symbol in enumerate(alphabet)}
+    sink, missing = len(states), len(states) * len(alphabet) - len(steps)
+    rows = [[sink] * len(alphabet) for _ in range(len(states) + bool(missing))]
+    for (state, symbol), to in steps.items():
+        rows[number[state]][place[symbol]] = number[to]
     return Automaton(
         alphabet=tuple(alphabet),
-        states=tuple(states),
+        states=(*states, new_name(SINK, states)) if missing else tuple(states),
         initial=number[initial],
         accepting=tuple(number[name] for name in accepting),
-        transitions=tuple(tuple(number[steps[state, symbol]] for symbol in alphabet) for state in states),
+        transitions=tuple(map(tuple, rows)),
     )
 
 
@@ -117,24 +124,18 @@ class _FormatError(Exception):
     """The text is DOT, and draws no automaton by these conventions."""
 
 
-def _parsed(text: str) -> Any:
-    """pydot's graph."""
+def _parsed(text: str) -> Graph:
     try:
-        import pydot
-    except ImportError as e:
-        raise UsageError("DOT files need pydot: pip install 'deltaproduct[formal]'.") from e
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):  # where pydot reports mistakes
-            graphs = pydot.graph_from_dot_data(text)
-    except Exception as e:  # on odd input it fails in more ways than it documents, deep nesting among them
-        raise UsageError(f"This is not DOT ({type(e).__name__} in pydot).") from e
+        graphs = graphs_of(text)
+    except NoDot as e:
+        raise _FormatError(f"This is not DOT: {e}.") from e
+    except Grouped as e:
+        raise UsageError("An edge of an automaton goes from one node to one other, not to a group of them.") from e
     if not graphs:
-        reason = (said.getvalue().strip().splitlines() or ["nothing in it"])[-1]
-        raise _FormatError(f"This is not DOT: {reason}.")
+        raise _FormatError("This is not DOT: nothing in it.")
     if len(graphs) > 1:
         raise UsageError(f"There are {len(graphs)} graphs in it; one automaton is one graph.")
-    if graphs[0].get_type() != "digraph":
+    if not graphs[0].directed:
         raise _FormatError("An automaton is a directed graph (digraph); this one is not.")
     return graphs[0]
 
@@ -147,57 +148,69 @@ class _Drawing:
     edges: list[tuple[str, str, str]] = field(default_factory=list)
     alphabet: str = ""
 
-    def read(self, graph: Any, nodes: dict[str, str], edges: dict[str, str]) -> None:
-        """Add a graph's or subgraph's statements in their order; `nodes` and `edges` are the defaults so far."""
-        nodes, edges = dict(nodes), dict(edges)
-        self.alphabet = self.alphabet or _unquoted(graph.get_attributes().get("alphabet", ""))
-        statements = [*graph.get_node_list(), *graph.get_edge_list(), *graph.get_subgraph_list()]
-        for statement in sorted(statements, key=lambda x: x.get_sequence()):
-            if hasattr(statement, "get_subgraph_list"):
-                self.read(statement, nodes, edges)
-            elif hasattr(statement, "get_destination"):
-                begin, end = (self._node(name, nodes) for name in (statement.get_source(), statement.get_destination()))
-                self.edges.append((begin, end, (edges | _attributes(statement, "label")).get("label", "")))
-            elif statement.get_name() == "edge":
-                edges |= _attributes(statement, "label")
-            elif statement.get_name() == "node":
-                nodes |= _of_node(statement)
-            elif statement.get_name() != "graph":
-                self.nodes[self._node(statement.get_name(), nodes)] |= _of_node(statement)
+    entered: set[str] = field(default_factory=set)  # nodes that an edge leads to
+    labelled: dict[str, bool] = field(default_factory=dict)  # whether an edge that leaves a node has a label
 
-    def _node(self, name: Any, defaults: dict[str, str]) -> str:
-        if not isinstance(name, str):
-            raise UsageError("An edge of an automaton goes from one node to one other, not to a group of them.")
-        match = re.fullmatch(r'("(?:[^"\\]|\\.)*"|[^":]*)(:.*)?', name, re.DOTALL)  # without a port
-        known = _unquoted(match[1] if match else name)
-        self.nodes.setdefault(known, dict(defaults))
-        return known
+    def read(self, graph: Graph) -> None:
+        """Add a graph's statements in their order."""
+        scopes: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})]  # of nodes and edges, within each brace
+        for kind, names, attributes in graph.statements:
+            nodes, edges = scopes[-1]
+            attributes = attributes or {}
+            if kind == "open":
+                scopes.append((dict(nodes), dict(edges)))
+            elif kind == "close":
+                scopes.pop()
+            elif kind == "set" and names[0] == "alphabet":
+                self.alphabet = self.alphabet or _plain(attributes["alphabet"])
+            elif kind == "default" and names[0] == "node":
+                nodes.update(_of_node(attributes))
+            elif kind == "default" and names[0] == "edge":
+                edges.update(_attributes(attributes, "label"))
+            elif kind == "node":
+                self._node(names[0], nodes).update(_of_node(attributes))
+            elif kind == "edge":
+                begin, end = names
+                self._node(begin, nodes)
+                self._node(end, nodes)
+                self.edges.append((begin, end, (edges | _attributes(attributes, "label")).get("label", "")))
+
+    def _node(self, name: str, defaults: dict[str, str]) -> dict[str, str]:
+        """A node's attributes; of one that was not named before, the defaults."""
+        return self.nodes.setdefault(_plain(name), dict(defaults))
+
+    def count_edges(self) -> None:
+        """Note what edges there are, for `is_start`."""
+        self.entered = {end for _, end, _ in self.edges}
+        for begin, _, label in self.edges:
+            self.labelled[begin] = self.labelled.get(begin, False) or bool(label)
 
     def is_start(self, name: str) -> bool:
         """Whether a node is no state, but where the edge to the initial state comes from."""
         shape = self.nodes[name].get("shape", "ellipse").lower()
         if shape not in STATES | NO_STATES:
-            raise UsageError(f"The node {name!r} has the shape {shape!r}; states are circles or doublecircles, and a "
-                             "point marks the start.")  # fmt: skip
-        entered = any(end == name for _, end, _ in self.edges)
-        leaving = [label for begin, _, label in self.edges if begin == name]
+            raise UsageError(f"The node {shortened(name)} has the shape {shortened(shape)}; states are circles or "
+                             "doublecircles, and a point marks the start.")  # fmt: skip
         if shape in NO_STATES:
-            if entered:
-                raise UsageError(f"An edge leads to the node {name!r}, whose shape {shape!r} is that of no state.")
+            if name in self.entered:
+                raise UsageError(
+                    f"An edge leads to the node {shortened(name)}, whose shape {shape!r} is that of no state."
+                )
             return True
-        return name in STARTS and bool(leaving) and not any(leaving) and not entered
+        return name in STARTS and self.labelled.get(name) is False and name not in self.entered
 
     def accepting(self, states: list[str]) -> list[str]:
         """Which of these states are marked as accepting ones."""
         shapes = {name: self.nodes[name].get("shape", "").lower() for name in states}
         if not any(shape in RECORDS for shape in shapes.values()):
-            double = [name for name in states if self.nodes[name].get("peripheries") == "2"]
-            return [name for name in states if shapes[name] == "doublecircle" or name in double]
+            return [
+                name for name in states if shapes[name] == "doublecircle" or self.nodes[name].get("peripheries") == "2"
+            ]
         outputs = {name: self.nodes[name].get("label", "").rpartition("|")[2].strip() for name in states}
         if unknown := [name for name in states if outputs[name].lower() not in OUTPUTS or shapes[name] not in RECORDS]:
             raise _FormatError(
-                f"The state {unknown[0]!r} has no output that says whether it accepts: beside states that are records "
-                'all must be such, with a label like "name|1" or "name|0".'
+                f"The state {shortened(unknown[0])} has no output that says whether it accepts: beside states that are "
+                'records all must be such, with a label like "name|1" or "name|0".'
             )
         return [name for name in states if OUTPUTS[outputs[name].lower()]]
 
@@ -214,35 +227,31 @@ class _Drawing:
         if not found:
             raise _FormatError('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
         if len(found) > 1:
-            raise UsageError(f"There are {len(found)} initial states: {' and '.join(map(repr, sorted(found)))}.")
+            some = sorted(found)[:MOST_NAMED]
+            more = " and others" if len(found) > len(some) else ""
+            raise UsageError(f"There are {len(found)} initial states: {' and '.join(map(shortened, some))}{more}.")
         return found.pop()
 
 
-def _attributes(statement: Any, *names: str) -> dict[str, str]:
-    given = statement.get_attributes()
-    return {name: _unquoted(given[name]) for name in names if name in given}
+def _attributes(given: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: _plain(given[name]) for name in names if name in given}
 
 
-def _of_node(statement: Any) -> dict[str, str]:
+def _of_node(given: dict[str, str]) -> dict[str, str]:
     """A node's attributes; a label in HTML is only how it looks."""
-    html = str(statement.get_attributes().get("label", "")).startswith("<")
-    return _attributes(statement, *OF_NODES[html:])
+    return _attributes(given, *OF_NODES[isinstance(given.get("label"), Html) :])
+
+
+def _plain(text: str) -> str:
+    """Raises UsageError for an HTML-like string."""
+    if isinstance(text, Html):
+        raise UsageError("The graph has an HTML-like string; plain ones are understood.")
+    return text
 
 
 def _quoted(text: str) -> str:
     """As a DOT string."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\r", "\\r").replace("\n", "\\n") + '"'
-
-
-def _unquoted(text: Any) -> str:
-    """What a DOT identifier or string stands for."""
-    text = "" if text is None else str(text)
-    if len(text) < 2 or not text.startswith('"'):
-        if text.startswith("<"):
-            raise UsageError("The graph has an HTML-like string; plain ones are understood.")
-        return text
-    escapes = {"n": "\n", "l": "\n", "r": "\r"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match[1], match[1]), text[1:-1], flags=re.DOTALL)
 
 
 def _symbol(name: str) -> str:
@@ -259,15 +268,15 @@ def _symbols(label: str) -> list[str]:
 def _pieces(label: str) -> Iterator[str]:
     at = 0
     while at < len(label):
-        match = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*(?:[,\n\r]|$)').match(label, at)
+        match = QUOTED_PIECE.match(label, at)
         if match:
             try:
                 yield json.loads(match[1])
             except ValueError as e:
-                raise UsageError(f"The label {label!r} has a quoted symbol that is no JSON string.") from e
+                raise UsageError(f"The label {shortened(label)} has a quoted symbol that is no JSON string.") from e
             at = match.end()
             continue
-        match = re.compile(r"([^,\n\r]*)(?:[,\n\r]|$)").match(label, at)
+        match = PIECE.match(label, at)
         assert match is not None  # it matches anything
         if match[1].strip():
             yield match[1].strip()

@@ -244,12 +244,15 @@ class _Reader:
     def several(self, depth: int) -> Language:
         if depth > MAX_NESTED:
             raise NoExpression(f"more than {MAX_NESTED} brackets are inside one another")
-        found = self.row(depth)
+        found = [self.row(depth)]
         while (sign := self.next_kind()) in ("|", "&", "^"):
             self.at += 1
-            make = {"|": any_of, "&": all_of, "^": shuffle}[sign]
-            found = _small_enough(make((found, self.row(depth))))
-        return found
+            if sign != "|":
+                make = all_of if sign == "&" else shuffle
+                found = [_small_enough(make((_small_enough(any_of(found)), self.row(depth))))]
+            else:  # all at once at the end: a set that grows one by one is copied each time
+                found.append(self.row(depth))
+        return _small_enough(any_of(found))
 
     def row(self, depth: int) -> Language:
         found: list[Language] = []

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.tasks.names import SHOWN, shortened
 from deltaproduct.tasks.task import Task
 
 MAX_ELEMENTS = 5_040
@@ -191,8 +192,8 @@ def build_group(name: str) -> Group:
     if not re.fullmatch(GROUP_NAME, name, re.ASCII):
         # The families' letters are large, and what joins factors is small.
         meant = name.upper().replace("_X_", "_x_")
-        near = did_you_mean(name, [meant]) if re.fullmatch(GROUP_NAME, meant, re.ASCII) else ""
-        raise UsageError(f"there is no group {name!r}{near}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
+        near = did_you_mean(name, [meant]) if len(name) <= SHOWN and re.fullmatch(GROUP_NAME, meant, re.ASCII) else ""
+        raise UsageError(f"there is no group {shortened(name)}{near}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
     factors = [(part[0], int(part[1:])) for part in name.split("_x_")]
     for family, n in factors:
         least = _SMALLEST[family]
@@ -200,10 +201,13 @@ def build_group(name: str) -> Group:
             where = f" in {name}" if len(factors) > 1 else ""
             why = "fewer than 3 corners do not tell its elements apart" if family == "D" else "it has nothing to track"
             raise UsageError(f"{family}{n}{where} cannot be used because {why}; the smallest is {family}{least}")
-    order = math.prod(_order(family, n) for family, n in factors)
+    order = 1
+    for family, n in factors:
+        order = min(order * _order(family, n), 10**18)  # beyond that only "too many" matters
     if order > MAX_ELEMENTS:
         size = f"{order:,}" if order < 10**18 else "more than 10^18"
-        raise UsageError(f"{name} has {size} elements, and a group may have at most {MAX_ELEMENTS:,}")
+        shown = name if len(name) <= SHOWN else shortened(name)
+        raise UsageError(f"{shown} has {size} elements, and a group may have at most {MAX_ELEMENTS:,}")
 
     elements, names = _factor(*factors[0])
     parts: list[tuple[str, ...]] = [(name,) for name in names]

@@ -17,6 +17,7 @@ from deltaproduct.tasks import (
     recall,
     regular,
 )
+from deltaproduct.tasks.names import shortened
 from deltaproduct.tasks.task import Task
 
 
@@ -94,7 +95,7 @@ def get_task(name: str) -> Task:
     for family in FAMILIES:
         if match := re.fullmatch(family.regex, name, re.ASCII):
             return _kept(family, name, match.groups()) if family.kept else family.build(name, *match.groups())
-    raise UsageError(f"unknown task {name!r}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+    raise UsageError(f"unknown task {shortened(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
 
 
 @lru_cache(maxsize=64)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError, shown
+from deltaproduct.memory import check_memory
+
+MOST_SHOWN = 100_000  # tokens of a worked example
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,12 +54,16 @@ class Task(ABC):
         mask bool and True where the label is scored. Column 0 is BOS; its label is 0 and it is never scored. The
         generator is the only source of randomness, so equal generator states give equal data.
 
-        Raises UsageError when `batch` is less than 1 or `length` is less than `min_length`.
+        Raises UsageError when `batch` is less than 1, `length` is less than `min_length`, or they cannot fit into
+        memory.
         """
         if batch < 1:
             raise UsageError(f"batch must be at least 1, not {batch} (task {self.name})")
         if length < self.min_length:
             raise UsageError(f"length must be at least {self.min_length}, not {length} (task {self.name})")
+        # Tokens and labels of 8 bytes and the mask of 1, here and once more with the column of BOS.
+        what = f"A sample of {batch:,} sequences of length {length:,}"
+        check_memory(what, 34 * batch * (1 + length), "their number or length", device=generator.device)
         tokens, labels, mask = self._sample(batch, length, generator)
         column = (batch, 1)
         return (
@@ -83,6 +90,8 @@ class Task(ABC):
         `length` None means 8, or `min_length` if that is more. Raises UsageError as `sample` does.
         """
         length = max(8, self.min_length) if length is None else length
+        if length > MOST_SHOWN:
+            raise UsageError(f"An example may have at most {MOST_SHOWN:,} tokens, not {length:,} (task {self.name})")
         sampled = self.sample(1, length, generator=torch.Generator().manual_seed(seed))
         columns = (column[0].tolist() for column in sampled)
         rows = [("position", "token", "label", "scored")]

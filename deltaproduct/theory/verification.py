@@ -10,6 +10,7 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_folder, read_json
 from deltaproduct.layers.states import device_of
+from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import lively_symbols, run_automaton
@@ -83,10 +84,12 @@ def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.n
 def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) -> Verification:
     """Run the model on random words, streamed in pieces with the carried state, and compare every label.
 
-    Raises UsageError when `length` or `words` is less than 1.
+    Raises UsageError when `length` or `words` is less than 1, or so many do not fit into memory.
     """
     if length < 1 or words < 1:
         raise UsageError(f"At least one word of at least one symbol is needed, not {words} of {length}.")
+    # Symbols, states and one copy of either in the order of time, of 8 bytes.
+    check_memory(f"Verifying {words:,} words of {length:,} symbols", 24 * words * length, "length or words")
     model, automaton = compiled.model, compiled.automaton
     device = device_of(model)
     symbols = draw_words(automaton, words, length, seed)

@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
-import cattrs
-
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig
-from deltaproduct.models.config import described
+from deltaproduct.models.config import check_kinds, described, reasons, strict_converter, usage_error
+
+_CONVERTER = strict_converter()
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class OptimiserConfig:
     precision: str = described("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("steps", "grad_accumulation"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "warmup_steps"):
+            self._require(name, getattr(self, name) < 2**53, "below 2⁵³")
         for name in ("lr", "eps"):
             self._require(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "positive")
         for name in ("warmup_steps", "weight_decay", "clip"):
@@ -151,10 +154,11 @@ class AnyRun:
         if not isinstance(values, dict) or set(values) != {"training", "model"}:
             raise UsageError("This is not a run's configuration: it should have the keys training and model.")
         try:
-            training = cattrs.Converter(forbid_extra_keys=True).structure(values["training"], cls.kind)
+            training = _CONVERTER.structure(values["training"], cls.kind)
         except Exception as e:
-            reasons = "; ".join(cattrs.transform_error(e, path="training"))
-            raise UsageError(f"This is not a training configuration: {reasons}.") from e
+            if found := usage_error(e):
+                raise found from e
+            raise UsageError(f"This is not a training configuration: {reasons(e, 'training')}.") from e
         return cls(training, ModelConfig.from_dict(values["model"]))
 
     def differences(self, other: Self) -> list[str]:

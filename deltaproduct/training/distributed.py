@@ -2,9 +2,13 @@
 
 `torchrun` starts them, on one machine or on many, and says to each in its environment which of them it is. Without it
 there is one process, and none of this costs anything.
+
+Where all processes are on one machine, what they open to find each other listens on its loopback address alone: who can
+reach it could take part in the training. torchrun and NCCL open ports of their own.
 """
 
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +26,8 @@ from deltaproduct.machine import choose_device
 from deltaproduct.ops.spans import Spans
 
 PARALLEL = ("ddp", "fsdp")
+LOOPBACK = "127.0.0.1"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 PATIENCE = timedelta(minutes=30)  # for a rank that writes a large checkpoint, or prepares its device
 
 
@@ -58,7 +64,9 @@ class Ranks:
             if where.type == "cuda":
                 where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
                 torch.cuda.set_device(where)
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
+            added = _begin_group("nccl" if where.type == "cuda" else "gloo")
+        else:
+            added = []
         try:
             rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             if spans < 1 or size % spans:
@@ -67,6 +75,8 @@ class Ranks:
         finally:
             if dist.is_initialized() and not known:
                 dist.destroy_process_group()
+            for name in added:
+                os.environ.pop(name, None)
 
     @property
     def first(self) -> bool:
@@ -125,10 +135,76 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def any(self, here: bool) -> bool:
+        """Whether something holds on any of the ranks."""
+        return here if self.size == 1 else bool(self.summed(torch.tensor(float(here), device=self.device)))
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, by rank. They travel as bytes: PyTorch's own exchange of objects would unpickle them."""
+        if self.size == 1:
+            return [text]
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(own)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = nn.functional.pad(own, (0, longest - len(own)))
+        found = [torch.zeros_like(padded) for _ in range(self.size)]
+        if longest:
+            dist.all_gather(found, padded)
+        return [bytes(x[: int(n)].tolist()).decode() for x, n in zip(found, lengths)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank fails on all of them, so that none waits for another that has gone. Every rank enters.
+
+        Raises:
+            UsageError: the first error of any rank, with the rank's number unless all say the same.
+        """
+        error = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        said = self.texts("" if error is None else str(error) or type(error).__name__)
+        if error is not None and (self.size == 1 or not isinstance(error, UsageError)):
+            raise error
+        rank = next((rank for rank, text in enumerate(said) if text), None)
+        if rank is not None:
+            same = len(set(said)) == 1
+            raise UsageError(" ".join((said[rank] if same else f"Rank {rank}: {said[rank]}").split())) from error
+
+
+def _begin_group(backend: str) -> list[str]:
+    """The process group that the variables of `torchrun` describe; returns those that were added for its time."""
+    added: list[str] = []
+    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # all ranks are on this machine
+    interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if here and interfaces and GLOO_INTERFACE not in os.environ:
+        os.environ[GLOO_INTERFACE] = interfaces[0]  # or gloo takes the address of the machine's name
+        added.append(GLOO_INTERFACE)
+    if not here or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has opened a port for it
+        dist.init_process_group(backend, timeout=PATIENCE)
+        return added
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    handle = _listening(port) if rank == 0 else None  # what PyTorch opens by itself listens on every address
+    store = dist.TCPStore(LOOPBACK, port, size, rank == 0, PATIENCE, master_listen_fd=handle)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return added
+
+
+def _listening(port: int) -> int:
+    """A handle on which this machine's processes are listened to; PyTorch closes it."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((LOOPBACK, port))
+        s.listen(1024)
+        return s.detach()
 
 
 def _spans(size: int, per_sequence: int) -> Spans | None:

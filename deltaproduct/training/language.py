@@ -6,7 +6,7 @@ b windows of this process · T tokens in a window, or in this process's span of 
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,16 +16,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import recover_folder, write_json
 from deltaproduct.layers.plain import runs_as_written
-from deltaproduct.machine import command_line, describe_machine, memory_in_use, peak_flops
+from deltaproduct.machine import memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.corpus_place import note_corpus
 from deltaproduct.training.distributed import Ranks
+from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
-from deltaproduct.training.loop import CHECKPOINT, METRICS, RUN, new_model, new_optimizer, open_run
+from deltaproduct.training.loop import gone_wrong, interrupted, new_model, new_optimizer, not_finite
 from deltaproduct.training.loss import summed_cross_entropy, summed_cross_entropy_of
+from deltaproduct.training.memory import check_language_run
+from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
 
 MEMORY = 0.95  # of the running mean of the loss
@@ -70,9 +73,11 @@ def train_language(
     compile: bool = False,
     log_every: int = 10,
     checkpoint_every: int = 100,
+    allow_pickled_optimizer: bool = False,
     show: bool = True,
 ) -> SequenceModel:
-    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/ and run.json.
+    """Train one run in folder `out`: config.json, metrics.jsonl, checkpoint/, tokenizer/, data.json and
+    run.json.
 
     Every process calls this, with an `out` that all of them see. A run may go on with another number of processes, or
     with other values of the keywords: none of them is part of its configuration.
@@ -83,13 +88,16 @@ def train_language(
         recompute: keep only the blocks' inputs for the backward pass, and run the blocks a second time in it.
         compile: have torch.compile compile every block.
         log_every, checkpoint_every: steps between metric lines, and between checkpoints with the validation loss.
+        allow_pickled_optimizer: resume also from what an earlier version saved; see `load_shards`.
 
     Raises:
         UsageError: folder, corpus, model and processes do not fit together, or training goes wrong: the loss is no
             longer finite, or has risen by `max_rise`. The message says where the last good checkpoint is.
+        KeyboardInterrupt: Ctrl-C; the checkpoint is of the last step, unless the loss had risen too far by then.
     """
     settings = config.training
     _check(config, corpus, ranks)
+    check_language_run(config, ranks.device, processes=ranks.size, sharded=parallel == "fsdp", recompute=recompute)
     model = new_model(config).to(ranks.device).use_backend(backend).divide_over(ranks.spans)
     model.recompute = recompute
     if compile:
@@ -101,17 +109,30 @@ def train_language(
     wrapped = ranks.wrap(LanguageLoss(model), parallel, blocks=model.blocks, precision=settings.precision)
     optimizer = new_optimizer(model, settings)
     checkpoint, progress = out / CHECKPOINT, LanguageProgress()
-    if ranks.first:
-        open_run(config, out, resume)
-        corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
-        recover_folder(checkpoint)
-    ranks.wait()
-    if resume and checkpoint.exists():
-        progress = load_shards(checkpoint, wrapped, model, optimizer, ranks)
-    wrapped.train()
-    begun, before = time.monotonic(), progress.seconds
-    shown = progress_bar(f"{out.name} seed {settings.seed}", settings.steps, show=show and ranks.first)
-    with _metrics(out / METRICS, progress.step, ranks) as metrics, shown as bar:
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(writing_run(config, out, resume))
+                corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
+                note_corpus(out, corpus.folder)
+        if checkpoint.exists():
+            progress = load_shards(
+                checkpoint, wrapped, model, optimizer, config, ranks, allow_pickled_optimizer=allow_pickled_optimizer
+            )
+        if ranks.any(ranks.first and is_finished(out, config)):
+            return model.eval()
+        commands = begin_record(out) if ranks.first else {}
+        metrics = (
+            Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
+        )
+        if metrics is not None:
+            held.callback(metrics.close)
+        # Of several processes, one that has died would have the others wait for it after a SIGTERM.
+        asked_to_end = held.enter_context(interruptible(terminable=ranks.size == 1))
+        title = f"{out.name} seed {settings.seed}"
+        bar = held.enter_context(progress_bar(title, settings.steps, show=show and ranks.first))
+        wrapped.train()
+        begun, before, saved = time.monotonic(), progress.seconds, progress.step
         while progress.step < settings.steps:
             rate = settings.learning_rate(progress.step)
             for group in optimizer.param_groups:
@@ -119,31 +140,39 @@ def train_language(
             loss, norm = language_step(wrapped, model, batches, settings, progress.step, ranks)
             good = math.isfinite(loss) and math.isfinite(norm)
             if not good or advance(progress, settings, loss) > (settings.max_rise or math.inf):
-                raise UsageError(_gone_wrong(progress, loss, norm, checkpoint))
+                raise UsageError(gone_wrong(_what_is_wrong(progress, loss, norm), checkpoint, saved))
             optimizer.step()
             progress.seconds = before + time.monotonic() - begun
             meter.count(settings.tokens_per_step)
             done = progress.step == settings.steps
             bar.update(progress.step, f"loss {loss:.4f}  {meter.rate:,.0f} tokens/s")
-            saving = done or (progress.step % checkpoint_every == 0 and _calm(progress, settings))
-            if not saving and progress.step % log_every:
-                continue
-            line = {"step": progress.step, "tokens": progress.step * settings.tokens_per_step, "loss": loss,
-                    "loss_mean": progress.loss_mean, "lr": rate, "grad_norm": norm, **meter.figures(),
-                    "seconds": round(progress.seconds, 3)}  # fmt: skip
+            due, ending = done or progress.step % checkpoint_every == 0, ranks.any(bool(asked_to_end))
+            saving = done or ((due or ending) and _calm(progress, settings))
+            logged = (due and saving) or progress.step % log_every == 0
+            if logged:
+                line = {"step": progress.step, "tokens": progress.step * settings.tokens_per_step, "loss": loss,
+                        "loss_mean": progress.loss_mean, "lr": rate, "grad_norm": norm, **meter.figures(),
+                        "seconds": round(progress.seconds, 3)}  # fmt: skip
+                if due and saving:
+                    line["validation_loss"] = validation_loss(wrapped, corpus.split("validation"), settings, ranks)
+                if metrics is not None:
+                    metrics.write(line)  # first, so that no checkpoint is without the lines before it
             if saving:
-                line["validation_loss"] = validation_loss(wrapped, corpus.split("validation"), settings, ranks)
-            if metrics is not None:
-                metrics.write(line)  # first, so that no checkpoint is without the lines before it
-            if saving:
+                name = not_finite(model, optimizer)
+                if ranks.any(name is not None):
+                    what = f"After step {progress.step}, {name or 'a weight of another process'} is not finite"
+                    raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced() if metrics is not None else ""
                 save_shards(checkpoint, wrapped, model, optimizer, progress, config, ranks)
-            meter.begin()
-    if ranks.first:
-        write_json(out / RUN, {"finished": True, "seed": settings.seed, "steps": settings.steps,
-                               "parameters": meter.parameters, "wall_seconds": round(progress.seconds, 2),
-                               "command": command_line(), "processes": ranks.size, "device": str(ranks.device),
-                               "machine": describe_machine()})  # fmt: skip
-    ranks.wait()
+                saved = progress.step
+            if logged:
+                meter.begin()
+            if ending and not done:
+                raise asked_to_end.error(interrupted(checkpoint, saved) if ranks.first else "")
+        if ranks.first:
+            figures = {"parameters": meter.parameters, "processes": ranks.size, "device": str(ranks.device)}
+            end_record(out, config, progress.seconds, commands, **figures)
+        ranks.wait()
     return model.eval()
 
 
@@ -208,13 +237,10 @@ def _calm(progress: LanguageProgress, settings: LanguageConfig) -> bool:
     return not settings.max_rise or progress.loss_mean - progress.lowest_mean <= settings.max_rise / 2
 
 
-def _gone_wrong(progress: LanguageProgress, loss: float, norm: float, checkpoint: Path) -> str:
+def _what_is_wrong(progress: LanguageProgress, loss: float, norm: float) -> str:
     if math.isfinite(loss) and math.isfinite(norm):
-        what = f"The mean loss has risen from {progress.lowest_mean:.3f} to {progress.loss_mean:.3f} nats"
-    else:
-        what = f"Step {progress.step + 1} has a loss of {loss} and a gradient of norm {norm}"
-    last = f"the last good checkpoint is in {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-    return f"{what}; {last}. A lower --lr, more --warmup-steps or a smaller --clip usually helps."
+        return f"The mean loss has risen from {progress.lowest_mean:.3f} to {progress.loss_mean:.3f} nats"
+    return f"Step {progress.step + 1} has a loss of {loss} and a gradient of norm {norm}"
 
 
 def _check(config: LanguageRun, corpus: Corpus, ranks: Ranks) -> None:
@@ -253,17 +279,6 @@ def _synchronised(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         wrapped.set_requires_gradient_sync(last)
     with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
         yield
-
-
-@contextmanager
-def _metrics(path: Path, step: int, ranks: Ranks) -> Iterator[Metrics | None]:
-    """The file of metrics, on the rank that writes it."""
-    metrics = Metrics(path, after_step=step) if ranks.first else None
-    try:
-        yield metrics
-    finally:
-        if metrics is not None:
-            metrics.close()
 
 
 class _Meter:

@@ -5,7 +5,7 @@ B sequences · T = 1 + length tokens, BOS first.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import make_folder, read_json, recover_folder, write_json
-from deltaproduct.machine import choose_device, command_line, describe_machine
+from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import order_generator, training_generator, weights_seed
 from deltaproduct.tasks import Task, get_task
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, TrainConfig
+from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loss import IGNORED
+from deltaproduct.training.memory import check_run
+from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 
-CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends
 
 
@@ -48,75 +49,90 @@ def train(
         log_every, checkpoint_every: steps between metric lines and between checkpoints; the last step has both.
 
     Raises:
-        UsageError: the folder cannot be used, the device or backend cannot serve, or the loss is no longer finite.
+        UsageError: the folder cannot be used, another process trains there, the device or backend cannot serve, or the
+            loss, the gradient or the weights are no longer finite.
+        KeyboardInterrupt: Ctrl-C; the checkpoint is of the last step.
     """
     settings = config.training
     task = get_task(settings.task)
     check_fits(config.model, task)
     where = choose_device(device)
+    check_run(config, where)
     model = new_model(config).to(where).use_backend(backend)
     optimizer = new_optimizer(model, settings)
-    open_run(config, out, resume)
     progress, checkpoint = Progress(), out / CHECKPOINT
-    recover_folder(checkpoint)
-    if resume and checkpoint.exists():
-        progress = load_checkpoint(checkpoint, model, optimizer)
-    metrics = Metrics(out / METRICS, after_step=progress.step)
-    model.train()
-    begun, before = time.monotonic(), progress.seconds
-    title = f"{settings.task} seed {settings.seed}"
-    try:
-        with progress_bar(title, settings.steps, show=show) as bar:
-            while progress.step < settings.steps:
-                rate = settings.learning_rate(progress.step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss, accuracy, norm = train_step(model, optimizer, task, settings, progress, where)
-                if not math.isfinite(loss):
-                    raise UsageError(
-                        f"The loss of step {progress.step + 1} is {loss}; the last good checkpoint is in {checkpoint}. "
-                        "A lower --lr, more --warmup-steps or a smaller --clip usually helps."
-                    )
-                length = settings.lengths[progress.stage]
-                mean = advance(progress, settings, loss)
-                progress.seconds = before + time.monotonic() - begun
-                done = progress.step == settings.steps
-                bar.update(progress.step, f"length {length}  loss {loss:.4f}  accuracy {accuracy:.3f}")
-                if done or progress.step % log_every == 0:
-                    metrics.write({"step": progress.step, "length": length, "loss": loss, "loss_mean": mean,
-                                   "accuracy": accuracy, "lr": rate, "grad_norm": norm,
-                                   "seconds": round(progress.seconds, 3)})  # fmt: skip
-                if done or progress.step % checkpoint_every == 0:
-                    save_checkpoint(checkpoint, model, optimizer, progress, config)
-    finally:
-        metrics.close()
-    write_json(out / RUN, {"finished": True, "seed": settings.seed, "steps": settings.steps,
-                           "wall_seconds": round(progress.seconds, 2), "command": command_line(),
-                           "device": str(where), "machine": describe_machine()})  # fmt: skip
+    with ExitStack() as held:
+        held.enter_context(writing_run(config, out, resume))
+        if checkpoint.exists():
+            progress = load_checkpoint(checkpoint, model, optimizer)
+        if is_finished(out, config):
+            return model.eval()
+        commands = begin_record(out)
+        metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None)
+        held.callback(metrics.close)
+        asked_to_end = held.enter_context(interruptible())
+        bar = held.enter_context(progress_bar(f"{settings.task} seed {settings.seed}", settings.steps, show=show))
+        model.train()
+        begun, before, saved = time.monotonic(), progress.seconds, progress.step
+        while progress.step < settings.steps:
+            rate = settings.learning_rate(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, accuracy, norm = train_step(model, optimizer, task, settings, progress, where)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"Step {progress.step + 1} has a loss of {loss} and a gradient of norm {norm}"
+                raise UsageError(gone_wrong(what, checkpoint, saved))
+            length = settings.lengths[progress.stage]
+            mean = advance(progress, settings, loss)
+            progress.seconds = before + time.monotonic() - begun
+            done = progress.step == settings.steps
+            bar.update(progress.step, f"length {length}  loss {loss:.4f}  accuracy {accuracy:.3f}")
+            if done or progress.step % log_every == 0:
+                metrics.write({"step": progress.step, "length": length, "loss": loss, "loss_mean": mean,
+                               "accuracy": accuracy, "lr": rate, "grad_norm": norm,
+                               "seconds": round(progress.seconds, 3)})  # fmt: skip
+            if done or progress.step % checkpoint_every == 0 or asked_to_end:
+                if name := not_finite(model, optimizer):
+                    what = f"After step {progress.step}, {name} is not finite"
+                    raise UsageError(gone_wrong(what, checkpoint, saved))
+                progress.metrics = metrics.synced()
+                save_checkpoint(checkpoint, model, optimizer, progress, config)
+                saved = progress.step
+            if asked_to_end and not done:
+                raise asked_to_end.error(interrupted(checkpoint, saved))
+        end_record(out, config, progress.seconds, commands, device=str(where))
     return model.eval()
 
 
-def open_run(config: AnyRun, out: Path, resume: bool) -> None:
-    """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
-    make_folder(out)
-    if (out / CONFIG).exists():
-        if not resume:
-            raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another folder.")
-        stored = type(config).from_dict(read_json(out / CONFIG))
-        if stored != config:
-            differences = "; ".join(config.differences(stored))
-            raise UsageError(f"{out} holds a run with another configuration ({differences}).")
-    elif (out / CHECKPOINT).exists():
-        raise UsageError(f"{out} holds a checkpoint but no {CONFIG}; choose another folder.")
-    else:
-        write_json(out / CONFIG, config.to_dict())
+def gone_wrong(what: str, checkpoint: Path, saved: int) -> str:
+    """What to say when training cannot go on."""
+    last = f"the last good checkpoint, of step {saved}, is in {checkpoint}" if saved else "there is no checkpoint yet"
+    return (
+        f"{what}; {last}. Going on from there usually comes to the same; begin another run with a lower --lr, more "
+        "--warmup-steps or a smaller --clip."
+    )
 
 
-def is_finished(out: Path, config: AnyRun) -> bool:
-    """Whether `out` holds this very run, trained to its end."""
-    if not (out / RUN).exists() or not (out / CONFIG).exists():
-        return False
-    return bool(read_json(out / RUN).get("finished")) and type(config).from_dict(read_json(out / CONFIG)) == config
+def interrupted(checkpoint: Path, saved: int) -> str:
+    """What to say when training was asked to end."""
+    if not saved:
+        return "interrupted; no step was saved."
+    return f"interrupted; step {saved} is saved in {checkpoint}: the same command with --resume goes on."
+
+
+def not_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The first weight or moment of the optimiser that holds an infinity or none at all; None if all are finite."""
+
+    def finite(x: Tensor) -> bool:
+        here: Tensor = x.to_local() if hasattr(x, "to_local") else x  # FSDP's: this process's share
+        return bool(here.isfinite().all())
+
+    for name, weight in model.named_parameters():
+        if not finite(weight):
+            return f"the weight {name}"
+        if not all(finite(x) for x in optimizer.state.get(weight, {}).values() if isinstance(x, Tensor)):
+            return f"the optimiser's state of {name}"
+    return None
 
 
 def new_model(config: AnyRun) -> SequenceModel:
@@ -165,7 +181,10 @@ def train_step(
     progress: Progress,
     device: torch.device,
 ) -> tuple[float, float, float]:
-    """One optimiser step; returns the loss, the token accuracy and the gradient's norm before clipping."""
+    """One optimiser step; returns the loss, the token accuracy and the gradient's norm before clipping.
+
+    Where loss or gradient are not finite the weights stay as they are.
+    """
     batch = sample_batch(task, settings, progress.step, progress.stage)
     scored = batch[2].sum()
     loss_sum = torch.zeros((), device=device)
@@ -182,8 +201,9 @@ def train_step(
         right += ((logits.detach().argmax(-1) == labels) & mask).sum()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip if settings.clip > 0 else math.inf)
-    optimizer.step()
     loss_value, right_value, norm_value = torch.stack((loss_sum, right, norm)).tolist()  # one synchronisation
+    if math.isfinite(loss_value) and math.isfinite(norm_value):  # or the weights would be lost with it
+        optimizer.step()
     return loss_value, right_value / int(scored), norm_value
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,17 +13,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.launcher import KILLED, PAUSE, Call, last_line, opened
 from deltaproduct.experiments.launchers.ranks import LostRank, RankCall, Tick, at_least_one, cause, mistaken
 from deltaproduct.experiments.launchers.ray_tune import SAID, connected, quiet
 from deltaproduct.files import make_folder
+from deltaproduct.training.distributed import LOOPBACK
 
 
 class RayRanks:
-    """One worker of Ray Train per rank; the process group is Ray's: nccl where ranks have GPUs, gloo elsewhere."""
+    """One worker of Ray Train per rank; the process group is nccl where ranks have GPUs, gloo elsewhere.
+
+    On a cluster it is Ray's own, on a Ray that was started here one that no other machine can reach.
+    """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]):
         """
@@ -38,13 +44,15 @@ class RayRanks:
 
     def run(self, call: Call, tick: Tick) -> None:
         make_folder(self.folder)
-        with quiet(self.folder / SAID), connected(self.address):
+        with quiet(self.folder / SAID), connected(self.address) as started:
             scaling = self._scaling()
             for left in reversed(range(self.max_failures + 1)):
                 # Not Ray's own FailureConfig, which would start again also what failed by a mistake of the user's.
+                port = _free_port() if started else None
                 trainer = TorchTrainer(
                     _on_worker,
-                    train_loop_config={"call": RankCall(call, sys.argv, self.cpu)},
+                    train_loop_config={"call": RankCall(call, sys.argv, self.cpu), "port": port},
+                    torch_config=_OwnGroup() if started else None,
                     scaling_config=scaling,
                     run_config=RunConfig(storage_path=str(self.folder)),
                 )
@@ -73,9 +81,34 @@ class RayRanks:
         return ScalingConfig(num_workers=workers, use_gpu=gpu > 0, resources_per_worker=share)
 
 
-def _on_worker(config: dict[str, RankCall]) -> None:
-    """What every worker carries out, in a process of its own that is in a process group already."""
+def _on_worker(config: dict[str, Any]) -> None:
+    """What every worker carries out, in a process of its own that is in a process group already, unless there is a port
+    to begin one on."""
+    if config["port"] is not None:
+        context = ray.train.get_context()
+        os.environ.update(
+            RANK=str(context.get_world_rank()),
+            WORLD_SIZE=str(context.get_world_size()),
+            LOCAL_RANK=str(context.get_local_rank()),
+            LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+            MASTER_ADDR=LOOPBACK,
+            MASTER_PORT=str(config["port"]),
+        )
     opened(config["call"]())
+
+
+class _OwnGroup(TorchConfig):
+    """Ray beginning no process group, as the port for one of its own listens on every address of the machine."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind((LOOPBACK, 0))
+        return s.getsockname()[1]
 
 
 def _reason(error: TrainingFailedError) -> Exception:

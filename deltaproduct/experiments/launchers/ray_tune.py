@@ -5,13 +5,15 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 from ray.exceptions import RayActorError
 
 from deltaproduct.errors import UsageError
@@ -20,6 +22,7 @@ from deltaproduct.files import make_folder
 
 NAME, END = "name", "end"
 SAID = "said.log"
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # or every result is written three times over
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is to end this program, and not Tune alone
@@ -133,20 +136,50 @@ def refused(why: str) -> dict[str, Any]:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
-    """With Ray: the caller's if it is there already, else one that is left, or stopped if it was started here."""
+def connected(address: str) -> Iterator[bool]:
+    """With Ray: the caller's if it is there already, else one that is left, or stopped if it was started here.
+
+    Yields whether it was started here. Then its processes listen on this machine's loopback address alone, since Ray
+    does whatever those who reach it ask for.
+    """
     if ray.is_initialized():
-        yield
+        yield False
         return
-    here = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        raise UsageError(f"Ray cannot be reached or started at {address!r}: {' '.join(str(e).split())}") from e
+    here = address == "local"
+    with _on_loopback() if here else nullcontext():
+        try:
+            settings = {"include_dashboard": False} if here else {}
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise UsageError(f"Ray cannot be reached or started at {address!r}: {' '.join(str(e).split())}") from e
+        try:
+            if here and not ip_address(node := ray.util.get_node_ip_address()).is_loopback:
+                raise UsageError(
+                    f"Ray {ray.__version__} listens on {node} although it was started for this machine alone. Start it "
+                    "yourself (ray start --head) behind a firewall, and give its address with the option address."
+                )
+            yield here
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray starting clusters that listen on 127.0.0.1.
+
+    It takes every address of this machine for one that others are to reach, `_node_ip_address="127.0.0.1"` too, except
+    where it believes that clusters are not supported, as on macOS. It asks this variable on its import, and its
+    processes ask it again.
+    """
+    before = os.environ.get(CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        os.environ.pop(CLUSTERS)
+        if before[0] is not None:
+            os.environ[CLUSTERS] = before[0]
 
 
 @contextmanager

@@ -1,17 +1,23 @@
 """Folders that transformers and SequenceModel both load."""
 
 import copy
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import updated_folder
+from deltaproduct.files import MANIFEST, check_listed, is_model_file, read_json, updated_folder
+from deltaproduct.models.folders import CONFIG
+from deltaproduct.models.hf.config import DeltaProductConfig
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
+from deltaproduct.models.size import check_model, check_stored, stored_shapes
+from deltaproduct.models.weights import read_index
 
 REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
 SOURCE = Path(__file__).with_name("remote.py")
@@ -22,6 +28,91 @@ AUTO_MAP = {
 }
 HEAD = "head.weight"
 VOCABULARY = {"embedding.weight", HEAD}
+
+
+ADAPTER = "adapter_config.json"  # of PEFT: it names the folder of the model that the adapter is for
+
+
+def check_folder(
+    name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None
+) -> None:
+    """Check what transformers is about to load from a folder of this machine against the folder's manifest.
+
+    Args:
+        name_or_path, subfolder: as transformers takes them; a model of a hub, or None, has nothing to check.
+        is_read: which files it will read; by default those of a model and of an adapter.
+
+    Raises:
+        UsageError: a file is missing or not what was written.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        return
+    folder = Path(name_or_path) / (subfolder or "")
+    if not folder.is_dir():
+        return
+    check_listed(folder, "checkpoint", is_read or _is_read)
+    if (folder / MANIFEST).is_file():
+        _check_contents(folder, is_read or _is_read)
+    adapter = folder / ADAPTER
+    if is_read is None and adapter.is_file() and not (folder / CONFIG).is_file():
+        values = read_json(adapter)
+        base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        if isinstance(base, str) and Path(base) != folder:
+            check_folder(base, is_read=_is_read)
+
+
+def check_size(
+    kind: type[PreTrainedModel], name_or_path: Any, ignore_mismatched_sizes: bool, options: dict[str, Any]
+) -> None:
+    """Whether a folder's configuration is of its weights, as far as shows before a model is built: what does not fit
+    would be built, and drawn anew.
+
+    Raises:
+        UsageError: it describes more layers than there are tensors, another embedding, or what memory cannot hold.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        return
+    folder, config = Path(name_or_path) / (options.get("subfolder") or ""), options.get("config")
+    if config is None and (folder / CONFIG).is_file():
+        config = kind.config_class.from_pretrained(folder)
+    if not isinstance(config, DeltaProductConfig) or (shapes := stored_shapes(folder)) is None:
+        return
+    described = config.model_config()
+    if ignore_mismatched_sizes:
+        shapes.pop("embedding.weight", None)
+    check_stored(described, shapes, folder)
+    check_model(described)
+
+
+def _check_contents(folder: Path, is_read: Callable[[str], bool]) -> None:
+    """`UsageError` where transformers would end in an error of Python's, or load what no model can be: files that hold
+    no objects, odd indices, weights that are no floating-point numbers (but for quantised ones)."""
+    for file in sorted(folder.glob("*.json")):
+        if file.name == MANIFEST or not is_read(file.name):
+            continue
+        if file.name.endswith(".index.json"):
+            read_index(file)
+        elif not isinstance(values := read_json(file, finite=False), dict):
+            raise UsageError(f"{file} is damaged: it holds no entries by name.")
+        elif file.name == CONFIG and "quantization_config" in values:
+            return
+    for file in sorted(folder.glob("model*.safetensors")):
+        if is_read(file.name):
+            _check_kinds(file)
+
+
+def _check_kinds(file: Path) -> None:
+    try:
+        with safe_open(file, "pt") as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{file} is not a safetensors file: {e}.") from e
+    if odd := [name for name, kind in kinds.items() if kind not in ("F32", "BF16", "F16", "F64")]:
+        raise UsageError(f"{file} has {odd[0]} of {kinds[odd[0]]}; weights are floating-point numbers.")
+
+
+def _is_read(name: str) -> bool:
+    return is_model_file(name) or name.startswith("adapter_")
 
 
 class CheckpointedModel(PreTrainedModel):
@@ -87,19 +178,28 @@ class CheckpointedModel(PreTrainedModel):
     ) -> Any:
         """transformers' `from_pretrained`, except that every weight has to be there, and no other.
 
+        Where a folder has our manifest, the files that are read here are first checked against it. Files that others
+        have added to the folder since do not matter.
+
         Args:
             ignore_mismatched_sizes: draw the embedding and the head anew if they are of another vocabulary.
 
         Raises:
-            UsageError: weights and configuration do not belong together.
+            UsageError: a file is not what was written (after a change on purpose: `deltaproduct seal FOLDER`), or
+                weights and configuration do not belong together.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            ignore_mismatched_sizes=True,  # so that the message is the one below
-            output_loading_info=True,
-            **kwargs,
-        )
+        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        check_size(cls, pretrained_model_name_or_path, ignore_mismatched_sizes, kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                ignore_mismatched_sizes=True,  # so that the message is the one below
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as e:
+            raise UsageError(f"The weights in {pretrained_model_name_or_path} are damaged: {e}.") from e
         mismatched = {name for name, *_ in info["mismatched_keys"]} - (VOCABULARY if ignore_mismatched_sizes else set())
         for names, what in (
             (info["missing_keys"], "is missing"),

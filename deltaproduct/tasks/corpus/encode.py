@@ -66,13 +66,22 @@ def batched(documents: Iterable[Document]) -> Iterator[DocumentBatch]:
 
 
 def encode_batch(tokenizer: Tokenizer, batch: DocumentBatch) -> dict[str, Encoded]:
-    """Each split's documents as ids, the document token before each."""
+    """Each split's documents as ids, the document token before each.
+
+    Raises:
+        UsageError: the tokenizer gives an id that it says it does not have, which a shard might not even hold.
+    """
     return {name: _encode(tokenizer, texts) for name, texts in batch.texts.items()}
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     rows = [np.array([tokenizer.document_token, *tokenizer.encode(text)], np.uint32) for text in texts]
     ids = np.concatenate(rows) if rows else np.empty(0, np.uint32)
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
+        raise UsageError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but gives the token {ids.max()} for a text; no corpus "
+            "can be made with it."
+        )
     return Encoded(ids, np.array([len(row) for row in rows], np.int64))
 
 

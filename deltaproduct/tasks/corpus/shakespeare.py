@@ -47,7 +47,10 @@ def find_texts(path: str | None) -> dict[str, str]:
     files = [file for file in place.rglob(f"*{MODERN}") if _is_wanted(file.relative_to(place))]
     if not files:
         raise UsageError(f"{place} holds neither {SDIST} nor texts whose names end in {MODERN}.")
-    return _texts({file.name: file.read_bytes() for file in files})
+    try:
+        return _texts({file.name: file.read_bytes() for file in files})
+    except OSError as e:
+        raise UsageError(f"{e.filename or place} cannot be read: {e.strerror or e}.") from e
 
 
 def _download(folder: Path) -> None:
@@ -89,4 +92,10 @@ def _is_wanted(path: PurePath) -> bool:
 
 
 def _texts(files: dict[str, bytes]) -> dict[str, str]:
-    return {name.removesuffix(MODERN): files[name].decode("utf-8") for name in sorted(files)}
+    texts = {}
+    for name in sorted(files):
+        try:
+            texts[name.removesuffix(MODERN)] = files[name].decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UsageError(f"{name} is not text in UTF-8: byte {e.start} is 0x{files[name][e.start]:02x}.") from e
+    return texts

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.corpus.sidecar import FileEntry, SplitEntry, document_file, shard_file
+from deltaproduct.tasks.corpus.sidecar import FileEntry, SplitEntry, document_file, inside, shard_file
 
 OFFSET = np.dtype("<i8")
 
@@ -24,11 +24,15 @@ class SplitState:
     Attributes:
         tokens, documents: how many are written.
         shards: those that are full.
+        shard_sha256, offsets_sha256: of what the shard that is not full holds, and of the documents' offsets; None
+            where an older version did not note them.
     """
 
     tokens: int = 0
     documents: int = 0
     shards: tuple[FileEntry, ...] = ()
+    shard_sha256: str | None = None
+    offsets_sha256: str | None = None
 
 
 class SplitWriter:
@@ -42,12 +46,16 @@ class SplitWriter:
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
         self._tokens, self._documents, self._full = state.tokens, state.documents, list(state.shards)
         for shard in self._full:
-            path = folder / shard.name
+            path = inside(folder, shard.name, "the corpus")
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise _damaged(path)
         with self._writing():
-            self._offsets = _open_at(folder / f"{document_file(name)}.partial", state.documents * OFFSET.itemsize)
-            self._shard, self._hash = self._open_shard((state.tokens - len(self._full) * shard_tokens) * dtype.itemsize)
+            self._offsets, self._offsets_hash = self._open(
+                f"{document_file(name)}.partial", state.documents * OFFSET.itemsize, state.offsets_sha256
+            )
+            self._shard, self._hash = self._open_shard(
+                (state.tokens - len(self._full) * shard_tokens) * dtype.itemsize, state.shard_sha256
+            )
 
     @property
     def full_shards(self) -> int:
@@ -63,7 +71,9 @@ class SplitWriter:
         """Append documents: their tokens one after the other, and how many each has."""
         starts = self._tokens + np.cumsum(lengths) - lengths
         with self._writing():
-            self._offsets.write(starts.astype(OFFSET).tobytes())
+            data = starts.astype(OFFSET).tobytes()
+            self._offsets.write(data)
+            self._offsets_hash.update(data)
             self._documents += len(lengths)
             ids = ids.astype(self._dtype)
             while len(ids):
@@ -83,7 +93,8 @@ class SplitWriter:
             for file in (self._shard, self._offsets):
                 file.flush()
                 os.fsync(file.fileno())
-        return SplitState(self._tokens, self._documents, tuple(self._full))
+        hashes = self._hash.hexdigest(), self._offsets_hash.hexdigest()
+        return SplitState(self._tokens, self._documents, tuple(self._full), *hashes)
 
     def finish(self) -> SplitEntry:
         """Close all files and write the offsets as an .npy; to be called once."""
@@ -105,10 +116,22 @@ class SplitWriter:
             except OSError:  # what could not be written is not counted in any state
                 continue
 
-    def _open_shard(self, size: int) -> "tuple[BufferedRandom, hashlib._Hash]":
-        file = _open_at(self._folder / shard_file(self._name, len(self._full)), size)
+    def _open_shard(self, size: int, sha256: str | None = None) -> "tuple[BufferedRandom, hashlib._Hash]":
+        return self._open(shard_file(self._name, len(self._full)), size, sha256)
+
+    def _open(self, name: str, size: int, sha256: str | None) -> "tuple[BufferedRandom, hashlib._Hash]":
+        """A file that goes on after `size` bytes, and their hash; `UsageError` if that is not the one noted."""
+        path = inside(self._folder, name, "the corpus")
+        file = _open_at(path, size)
         file.seek(0)
-        return file, hashlib.file_digest(file, "sha256")  # leaves the file at its end
+        digest = hashlib.file_digest(file, "sha256")  # leaves the file at its end
+        if sha256 not in (None, digest.hexdigest()):
+            file.close()
+            raise UsageError(
+                f"{path} is not what was written to it, so this corpus cannot be resumed; start it anew in another "
+                "folder."
+            )
+        return file, digest
 
     def _close_shard(self) -> FileEntry:
         self._shard.flush()

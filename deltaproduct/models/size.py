@@ -1,0 +1,114 @@
+"""How large a model is and what memory it takes, from its configuration alone: nothing as large as it is built.
+
+All estimates are lower bounds in whole numbers. Sizes are of float32 unless something else is said.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from deltaproduct.errors import UsageError
+from deltaproduct.memory import ENDLESS, check_memory
+from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.weights import WEIGHTS
+
+FLOAT = 4  # bytes
+BLOCK = 8 << 10  # bytes of Python's objects for a block, whatever its size: the smallest has twice that
+SIZES = "hidden_size, num_hidden_layers, intermediate_size, num_heads or head_dim"
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """What `SequenceModel(config).num_parameters` is, without building more than one block of each kind, on "meta".
+
+    2⁶⁰ where a tensor would have more numbers than PyTorch can count.
+
+    Raises UsageError where the mixer cannot be built.
+    """
+    width, labels = config.hidden_size, config.num_labels
+    total = config.vocab_size * width + width + (0 if config.tie_word_embeddings else labels * width)
+    ordinary = config.num_hidden_layers - len(config.layer_overrides)
+    layers = [(config.layer(int(i)), 1) for i in config.layer_overrides]
+    if ordinary:
+        first = next(i for i in range(config.num_hidden_layers) if str(i) not in config.layer_overrides)
+        layers.append((config.layer(first), ordinary))
+    for layer, count in layers:
+        total += count * _of_block(layer)
+    return min(total, ENDLESS)
+
+
+def _of_block(config: ModelConfig) -> int:
+    from deltaproduct.models.sequence_model import Block  # which checks what it reads by this module
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return sum(p.numel() for p in Block(config).parameters())
+    except UsageError:
+        raise
+    except (RuntimeError, OverflowError, TypeError, MemoryError):  # numbers that PyTorch cannot count
+        return ENDLESS
+
+
+def model_bytes(config: ModelConfig, *, per_parameter: int = FLOAT) -> int:
+    """The memory of a model: its weights, or these with a gradient and moments, and Python's objects."""
+    return num_parameters(config) * per_parameter + config.num_hidden_layers * BLOCK
+
+
+def activation_bytes(config: ModelConfig, *, recompute: bool = False, per_float: int = FLOAT) -> int:
+    """What a training step keeps of each token until its gradient is known: every block's input, what an MLP
+    multiplies (gate, up and their product), and twice the logits in float32.
+
+    Args:
+        recompute: whether blocks keep nothing but their inputs.
+        per_float: bytes of an activation; 2 under autocast to bfloat16.
+    """
+    inside = 0 if recompute else 3 * sum(_mlp_sizes(config))
+    return per_float * (config.num_hidden_layers * config.hidden_size + inside) + 2 * FLOAT * config.num_labels
+
+
+def _mlp_sizes(config: ModelConfig) -> list[int]:
+    other = [config.layer(int(i)).mlp_size for i in config.layer_overrides]
+    return [*other, config.mlp_size * (config.num_hidden_layers - len(other))]
+
+
+def check_model(config: ModelConfig, device: Any = None) -> None:
+    """`UsageError` if the weights alone cannot fit."""
+    check_memory("The model", model_bytes(config), SIZES, device=device)
+
+
+def check_stored(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: Any) -> None:
+    """`UsageError` if a configuration describes more than the tensors of a checkpoint: before a module of it is built,
+    since a module costs memory and time even where its weights take none.
+
+    Args:
+        shapes: of the tensors, by name.
+        where: the checkpoint's place, for the message.
+    """
+    refused = f"The checkpoint {where} does not fit its configuration:"
+    layers, wanted = config.num_hidden_layers, (config.vocab_size, config.hidden_size)
+    if layers > len(shapes):
+        raise UsageError(f"{refused} num_hidden_layers is {layers:,}, and there are only {len(shapes):,} tensors.")
+    if (found := shapes.get("embedding.weight", wanted)) != wanted:
+        raise UsageError(f"{refused} embedding.weight has shape {found} and should have {wanted}.")
+    if num_parameters(config) >= ENDLESS:
+        raise UsageError(f"{refused} it describes more than {ENDLESS:,} numbers.")
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the tensors in a folder's safetensors files, by name, from their headers alone; None where there
+    are no such files, or they are damaged."""
+    files = [folder / WEIGHTS]
+    try:
+        if not files[0].is_file():
+            places = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(places.values())) if Path(name).name == name]
+        shapes = {}
+        for file in files:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError):
+        return None
+    return shapes

@@ -1,0 +1,215 @@
+"""A run's folder: what lies in it, whose run it is, who may write there, and where its checkpoint is.
+
+config.json says what was asked for, metrics.jsonl how it went, checkpoint/ how far it is, and run.json by which command
+and on which machine. When a run has ended, manifest.json holds the sums of the three files.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaproduct.errors import UsageError
+from deltaproduct.files import (
+    MANIFEST,
+    locked,
+    make_folder,
+    read_folder,
+    read_json,
+    read_whole,
+    recover_folder,
+    seal_folder,
+    whole_folder,
+    write_json,
+)
+from deltaproduct.machine import command_line, describe_machine
+from deltaproduct.training.checkpoint import TRAINING
+from deltaproduct.training.config import AnyRun, LanguageRun, RunConfig
+from deltaproduct.training.folder_kinds import Wanted, why_not
+
+CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Located:
+    """A trained model on disk.
+
+    Attributes:
+        checkpoint: the folder for `SequenceModel.from_pretrained`.
+        run: the folder of the run that it belongs to, if it lies in one.
+    """
+
+    checkpoint: Path
+    run: Path | None
+
+    def trained_as(self) -> RunConfig | LanguageRun | None:
+        """The configuration of the run that the checkpoint came from; None if it did not come from one.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        return trained_as(self.checkpoint)
+
+    def task(self) -> str | None:
+        """The task that it was trained on; None where nothing says.
+
+        Raises:
+            UsageError: it was trained on a corpus.
+        """
+        trained = self.trained_as()
+        if isinstance(trained, LanguageRun):
+            raise UsageError(
+                f"{self.run or self.checkpoint} is a language run, which has no task. `deltaproduct lm evaluate` "
+                "measures it, and `deltaproduct lm generate` has it write."
+            )
+        return None if trained is None else trained.training.task
+
+
+def locate(source: Path, wanted: Wanted = "model") -> Located:
+    """The checkpoint in a folder that is a run's or a checkpoint's, also where a writer has died in the middle of it.
+
+    Args:
+        wanted: what the model has to be of.
+
+    Raises:
+        UsageError: there is no such folder, it is a run without a checkpoint, or it is something else than `wanted`;
+            the message says what takes it.
+    """
+    if reason := why_not(source, wanted):
+        raise UsageError(reason)
+    inner = source / CHECKPOINT
+    if whole_folder(inner).exists():
+        return Located(inner, source)
+    if whole_folder(source).is_dir() and not source.is_dir():
+        pass  # a checkpoint's folder between two renames
+    elif not source.exists():
+        raise UsageError(f"{source} does not exist.")
+    elif (source / METRICS).exists() or _holds_a_run(source):
+        raise UsageError(f"{source} is a run that has no checkpoint yet; train it further, with --resume.")
+    within = source.name == CHECKPOINT and _holds_a_run(source.absolute().parent)
+    return Located(source, source.absolute().parent if within else None)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    with suppress(UsageError):
+        values = read_json(folder / CONFIG)
+        return isinstance(values, dict) and set(values) == {"training", "model"}
+    return False
+
+
+def trained_as(checkpoint: Path) -> RunConfig | LanguageRun | None:
+    """The configuration of the run that a checkpoint came from; None if it did not come from one."""
+
+    def read(folder: Path) -> Any:
+        return read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
+
+    values = read_whole(checkpoint, read)
+    if values is None:
+        return None
+    if not isinstance(values, dict) or "config" not in values:
+        raise UsageError(f"{checkpoint / TRAINING} is damaged: it has no configuration.")
+    try:
+        return run_config(values["config"])
+    except UsageError as e:
+        raise UsageError(f"{checkpoint / TRAINING} is damaged. {e}") from e
+
+
+def run_config(values: Any) -> RunConfig | LanguageRun:
+    """A run's configuration from plain values, of whichever kind it is; `UsageError` if it is of none."""
+    training = values.get("training") if isinstance(values, dict) else None
+    kind = LanguageRun if isinstance(training, dict) and "corpus" in training else RunConfig
+    return kind.from_dict(values)
+
+
+def read_run(out: Path) -> RunConfig | LanguageRun:
+    """The configuration in a run's folder; `UsageError` if there is none, or it is damaged."""
+    try:
+        return run_config(read_json(out / CONFIG))
+    except UsageError as e:
+        raise UsageError(f"{out / CONFIG}: {e}") from e
+
+
+@contextmanager
+def writing_run(config: AnyRun, out: Path, resume: bool) -> Iterator[None]:
+    """Have `out` be this run's folder, and this process the only one that writes there, for the time of a `with`.
+
+    Raises:
+        UsageError: as `open_run`, or another process writes there.
+    """
+    make_folder(out)
+    with locked(out / LOCK, f"The run {out}"):
+        for left in out.glob(".*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        recover_folder(out / CHECKPOINT)
+        open_run(config, out, resume)
+        yield
+
+
+def open_run(config: AnyRun, out: Path, resume: bool) -> None:
+    """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
+    make_folder(out)
+    checkpoint = out / CHECKPOINT
+    if (out / CONFIG).exists():
+        if not resume:
+            raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another folder.")
+        stored = read_run(out)
+        if type(stored) is not type(config):
+            raise UsageError(f"{out} holds a run of another kind: {_kind(stored)}, not {_kind(config)}.")
+        if stored != config:
+            differences = "; ".join(config.differences(stored))  # type: ignore[arg-type]
+            raise UsageError(f"{out} holds a run with another configuration ({differences}).")
+        trained = trained_as(checkpoint)
+        if trained is not None and trained != config:
+            differences = "; ".join(config.differences(trained)) if type(trained) is type(config) else _kind(trained)  # type: ignore[arg-type]
+            raise UsageError(
+                f"{out / CONFIG} is not what {checkpoint} was trained with ({differences}): it was changed after the "
+                "run began. Put it back, or begin another run."
+            )
+    elif whole_folder(checkpoint).exists():
+        raise UsageError(f"{out} holds a checkpoint but no {CONFIG}; choose another folder.")
+    else:
+        write_json(out / CONFIG, config.to_dict())
+
+
+def _kind(config: AnyRun) -> str:
+    return "training on a corpus" if isinstance(config, LanguageRun) else "training on a task"
+
+
+def is_finished(out: Path, config: AnyRun) -> bool:
+    """Whether `out` holds this very run, trained to its end; `UsageError` where its files are not what was written."""
+    if not (out / RUN).exists() or not (out / CONFIG).exists():
+        return False
+    if (out / MANIFEST).exists():
+        read_folder(out, "run", lambda folder, files: files)
+    values = read_json(out / RUN)
+    return isinstance(values, dict) and values.get("finished") is True and read_run(out) == config
+
+
+def begin_record(out: Path) -> dict[str, Any]:
+    """Note in run.json which command begins a run, or goes on with it; returns the commands, for `end_record`."""
+    before = read_json(out / RUN) if (out / RUN).is_file() else {}
+    if isinstance(before, dict) and isinstance(before.get("command"), str):
+        earlier = before.get("resumed")
+        commands = {
+            "command": before["command"],
+            "resumed": [*(earlier if isinstance(earlier, list) else []), command_line()],
+        }
+    else:
+        commands = {"command": command_line(), "resumed": []}
+    write_json(out / RUN, {"finished": False, **commands})
+    return commands
+
+
+def end_record(out: Path, config: AnyRun, seconds: float, commands: dict[str, Any], **figures: Any) -> None:
+    """Say in run.json that a run has ended, after so many seconds of training, and seal the files of its folder."""
+    settings = config.training
+    write_json(
+        out / RUN,
+        {"finished": True, "seed": settings.seed, "steps": settings.steps, "wall_seconds": round(seconds, 2)}
+        | commands
+        | figures
+        | {"machine": describe_machine()},
+    )
+    seal_folder(out, [CONFIG, RUN, METRICS])
