@@ -126,6 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
+    except MemoryError:
+        _fail("There is not enough memory for this; ask for less, such as a smaller model, batch or length.")
+    except (RuntimeError, TypeError, ValueError) as e:
+        if not _is_about_memory(e):
+            raise
+        _fail("There is not enough memory for this; ask for less, such as a smaller model, batch or length "
+              f"({str(e).splitlines()[0]}).")  # fmt: skip
 
 
 def _parse(arguments: "Sequence[str]") -> Any:
@@ -158,6 +165,8 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     """The command of that name with the values of its flags."""
     import tyro
 
+    from deltaproduct.cli.mistakes import what_is_wrong
+
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
     # What the flags default to can depend on other flags: on the run that --resume continues, on --preset.
@@ -176,9 +185,9 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
         if e.code in (0, None):
             sys.stderr.write(errors.getvalue())
             raise
-        from deltaproduct.cli.mistakes import what_is_wrong
-
         _fail(what_is_wrong(name, kind, arguments) or _one_line(errors.getvalue()))
+    if wrong := what_is_wrong(name, kind, arguments, parsed=True):
+        _fail(wrong)
     if hasattr(module, "check"):
         module.check(command, arguments)
     return command
@@ -220,6 +229,13 @@ def _complain(message: str) -> None:
         line = shown(" ".join(message.split()))
         # What files say may be of any length.
         print(f"{PROGRAM}: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
+
+
+def _is_about_memory(e: Exception) -> bool:
+    """PyTorch has an exception of its own for a GPU's memory only, and for sizes that no machine has it has others."""
+    words = ("not enough memory", "can't allocate memory", "out of memory", "Storage size calculation overflowed",
+             "Overflow when unpacking long", "array is too big", "Maximum allowed dimension exceeded")  # fmt: skip
+    return any(word in str(e) for word in words)
 
 
 @contextlib.contextmanager
