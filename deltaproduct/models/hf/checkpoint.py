@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from deltaproduct.errors import UsageError
 from deltaproduct.files import updated_folder
 from deltaproduct.models.folders import CONFIG
-from deltaproduct.models.hf.config import DeltaProductConfig
 from deltaproduct.models.hf.listed import check_folder
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 from deltaproduct.models.size import check_model, check_stored, stored_shapes
