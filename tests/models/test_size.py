@@ -4,7 +4,6 @@ cannot fit is refused before any of it is taken, and what fits is not."""
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import safetensors.torch
@@ -15,7 +14,7 @@ from deltaproduct import memory
 from deltaproduct.analysis import extract
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths, evaluate_range
-from deltaproduct.files import write_json
+from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.layers.registry import MIXERS
 from deltaproduct.memory import check_memory, in_words, why_out_of_memory
 from deltaproduct.models import ModelConfig, SequenceModel, size
@@ -74,7 +73,7 @@ def test_parameters_are_counted_without_building_layers_or_numbers(monkeypatch):
     monkeypatch.setattr(size, "_of_block", lambda config: built.append(1) or real(config))
     one = num_parameters(ModelConfig(**SMALL, num_hidden_layers=2)) - num_parameters(ModelConfig(**SMALL))
     assert num_parameters(many) == num_parameters(ModelConfig(**SMALL)) + 59_999 * one and len(built) == 4
-    huge = ModelConfig(**SMALL | {"num_heads": 2**27, "head_dim": 2**27, "hidden_size": 2**27})
+    huge = ModelConfig(**SMALL | {"hidden_size": 2**26, "num_hidden_layers": 60_000})
     assert num_parameters(huge) == memory.ENDLESS and torch.equal(torch.get_rng_state(), before)
 
 
@@ -97,7 +96,7 @@ def most_taken(code):
 def test_a_step_takes_no_less_than_its_bound():
     """A bound that is too high would refuse what fits: measured, at a size far above what else a process takes."""
     fields = SMALL | {"hidden_size": 64, "num_hidden_layers": 2}
-    batch, length = 64, 1024
+    batch, length = 32, 512
     taken = most_taken(
         "from deltaproduct.models import ModelConfig, SequenceModel\n"
         "from deltaproduct.tasks import get_task\nfrom deltaproduct.training.loop import masked_loss\n"
@@ -108,7 +107,7 @@ def test_a_step_takes_no_less_than_its_bound():
         f"step(1, 16)\nbegin()\nstep({batch}, {length})"
     )
     bound = batch * (1 + length) * activation_bytes(ModelConfig(**fields))
-    assert 100 << 20 < bound < taken, (bound, taken)
+    assert 64 << 20 < bound < taken, (bound, taken)
 
 
 def test_a_model_takes_no_less_than_its_bound():
@@ -194,8 +193,8 @@ def test_evaluation_verification_and_extraction(monkeypatch):
 def test_constructions_are_refused_before_their_weights(monkeypatch):
     """Z1000's permutation matrices alone would be 8 GB; its rotations are small, and are what is taken."""
     one_line(lambda: compile_group("Z300", "permutation"), "slots of width", "16,384")
-    monkeypatch.setattr(circuit, "MAX_WEIGHTS", 1000)
-    one_line(lambda: compile_group("Z12", "rotation"), "a projection has", "at most 1,000")
+    monkeypatch.setattr(circuit, "MAX_WEIGHTS", 100)
+    one_line(lambda: compile_group("Z12", "rotation"), "a projection has", "at most 100")
 
 
 # --- Checkpoints
@@ -212,8 +211,6 @@ def changed(folder, **fields):
     values = json.loads((folder / "config.json").read_text()) | fields
     write_json(folder / "config.json", values)
     (folder / "manifest.json").unlink()
-    from deltaproduct.files import replaced_folder
-
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     with replaced_folder(folder) as fresh:
         for name, data in kept.items():
@@ -222,7 +219,7 @@ def changed(folder, **fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"num_hidden_layers": 60_000}, {"vocab_size": 200_000_000}, {"hidden_size": 200_000_000}], ids=str
+    "fields", [{"num_hidden_layers": 60_000}, {"vocab_size": 200_000_000}, {"hidden_size": 100_000_000}], ids=str
 )
 def test_a_small_checkpoint_that_says_it_is_large(fields, checkpoint, monkeypatch):
     changed(checkpoint, **fields)
@@ -233,7 +230,7 @@ def test_a_small_checkpoint_that_says_it_is_large(fields, checkpoint, monkeypatc
     assert not built
 
 
-@pytest.mark.parametrize("fields", [{"num_hidden_layers": 60_000}, {"vocab_size": 200_000_000}], ids=str)
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 60_000}, {"vocab_size": 10**8, "num_labels": 10**8}], ids=str)
 def test_the_same_through_transformers(fields, checkpoint, monkeypatch):
     pytest.importorskip("transformers")
     from deltaproduct.models.hf import DeltaProductForCausalLM
@@ -357,7 +354,6 @@ def test_a_check_costs_nothing_where_little_is_asked_for(monkeypatch):
 
 def test_training_that_fits_is_not_refused(tmp_path):
     model = ModelConfig(**SMALL)
-    began = time.monotonic()
     train(RunConfig(TrainConfig(lengths=(4,), batch_sizes=(2,), steps=1, warmup_steps=0), model), tmp_path / "r",
           show=False)  # fmt: skip
-    assert (tmp_path / "r" / "run.json").exists() and time.monotonic() > began
+    assert (tmp_path / "r" / "run.json").exists()
