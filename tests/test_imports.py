@@ -108,7 +108,8 @@ import sys, torch, cattrs
 before = set(sys.modules)
 import deltaproduct
 top = set(sys.modules) - before
-import deltaproduct.ops, deltaproduct.models
+from deltaproduct.models import SequenceModel
+from deltaproduct.ops import delta_product
 print(*top, ",", *set(sys.modules) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)

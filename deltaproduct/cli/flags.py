@@ -10,6 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from deltaproduct.errors import UsageError
 from deltaproduct.ops.names import BACKEND_NAMES
 
+LARGEST_INT = 2**63 - 1  # what PyTorch can count to
 _OF_EVERY_BLOCK = ("norm_eps",)  # a block's own norms have it, whatever its mixer has
 
 
@@ -31,11 +32,14 @@ def parts_of(text: str) -> list[str]:
 def _parse_ints(words: list[str]) -> tuple[int, ...]:
     parts = parts_of(words[0])
     try:
-        return tuple(int(part) for part in parts)
+        numbers = tuple(int(part) for part in parts)
     except ValueError:
         split = words[0].replace(",", " ").split()
         right = ",".join(split) if all(part.isdecimal() for part in split) else "128,512"
         raise ValueError(f"{words[0]!r} is not a list of whole numbers with commas, such as {right}") from None
+    if any(abs(number) > LARGEST_INT for number in numbers):
+        raise ValueError(f"{words[0]!r} holds a number beyond {LARGEST_INT:,}")
+    return numbers
 
 
 IntList = Annotated[

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from deltaproduct.cli.outputs import check_folder
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, shown
 from deltaproduct.files import make_folder, read_text
 
 if TYPE_CHECKING:
@@ -136,6 +136,10 @@ class LmGenerate:
         self._sampling(Sampling())
         if self.prompt_file is not None:
             return read_text(self.prompt_file)
+        try:
+            (self.prompt or "").encode()
+        except UnicodeEncodeError as e:
+            raise UsageError("--prompt holds bytes that are not text in UTF-8.") from e
         return self.prompt or ""
 
     def _sampling(self, base: Sampling) -> Sampling:
@@ -154,7 +158,9 @@ class LmGenerate:
 
     def _show(self, text: str) -> None:
         if not self.json:
-            print(text, end="", flush=True)
+            # A model may write what a terminal would obey; into a file or a pipe its text goes as it is.
+            visible = "".join(c if c in "\n\t" else shown(c) for c in text) if sys.stdout.isatty() else text
+            print(visible, end="", flush=True)
 
 
 @contextmanager

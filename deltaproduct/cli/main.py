@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
-    except (MemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError, TypeError, ValueError) as e:
         from deltaproduct.memory import why_out_of_memory
 
         if not (reason := why_out_of_memory(e)):
@@ -158,6 +158,8 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     """The command of that name with the values of its flags."""
     import tyro
 
+    from deltaproduct.cli.mistakes import what_is_wrong
+
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
     # What the flags default to can depend on other flags: on the run that --resume continues, on --preset.
@@ -176,9 +178,9 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
         if e.code in (0, None):
             sys.stderr.write(errors.getvalue())
             raise
-        from deltaproduct.cli.mistakes import what_is_wrong
-
         _fail(what_is_wrong(name, kind, arguments) or _one_line(errors.getvalue()))
+    if wrong := what_is_wrong(name, kind, arguments, parsed=True):
+        _fail(wrong)
     if hasattr(module, "check"):
         module.check(command, arguments)
     return command

@@ -8,14 +8,17 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
+from deltaproduct.cli.flags import LARGEST_INT
 from deltaproduct.errors import nearest
 
 LONGEST = 60  # characters of a value that a message repeats
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32: (2 − 2⁻²³) · 2¹²⁷
 _POSITIONAL = typing.get_args(Positional[str])[1]
 _WANTED = {int: "a whole number", float: "a number"}
 
@@ -69,11 +72,12 @@ def flags_of(command: type) -> list[Flag]:
     return found
 
 
-def what_is_wrong(name: str, command: type, arguments: Sequence[str]) -> str | None:
+def what_is_wrong(name: str, command: type, arguments: Sequence[str], *, parsed: bool = False) -> str | None:
     """One sentence about the first mistake in a command's arguments; None if none is found.
 
     Args:
         name: of the command, such as "lm train".
+        parsed: the parser took them all, so that only a value can be wrong: one that means nothing to any command.
     """
     flags = flags_of(command)
     by_name = {f.spelt: f for f in flags if not f.positional}
@@ -87,8 +91,10 @@ def what_is_wrong(name: str, command: type, arguments: Sequence[str]) -> str | N
         spelt, sign, value = word.partition("=")
         spelt = spelt if not spelt.startswith("--") else "--" + spelt[2:].replace("_", "-")
         if spelt not in by_name:
-            if word.startswith("-") and not _is_number(word):
+            if word.startswith("-") and not _is_number(word) and not parsed:
                 return f"{name} has no flag {_short(spelt)}{_did_you_mean(spelt, by_name, name)}"
+            if not places and parsed:
+                continue
             if not places:
                 return _surplus(name, word, previous, by_name)
             if wrong := _value(places[0], word, name):
@@ -98,20 +104,20 @@ def what_is_wrong(name: str, command: type, arguments: Sequence[str]) -> str | N
         flag, previous = by_name[spelt], None
         given.add(flag.spelt)
         if flag.count == 0:
-            if sign:
+            if sign and not parsed:
                 return f"{spelt} takes no value; write {flag.spelt} or --no-{flag.spelt[2:]}."
             continue
         values = [value] if sign else []
         while not sign and waiting and (flag.count is None or not values) and _known(waiting[0]) not in by_name:
             values.append(waiting.pop(0))
-        if not values and flag.count == 1:
+        if not values and flag.count == 1 and not parsed:
             return f"{spelt} needs a value: {flag.help}." if flag.help else f"{spelt} needs a value."
         for one in values:
             if wrong := _value(flag, one, name):
                 return wrong
             previous = (spelt, one)
     missing = [f for f in flags if f.required and f.spelt not in given]
-    if missing:
+    if missing and not parsed:
         asked = "; ".join(f"{f.spelt} ({f.help})" if f.help else f.spelt for f in missing)
         return f"{name} needs {asked}; for help: deltaproduct {name} --help"
     return None
@@ -143,9 +149,15 @@ def _value(flag: Flag, value: str, name: str) -> str | None:
             return f"{flag.spelt}: {e}."
     elif flag.kind in _WANTED:
         try:
-            flag.kind(value)
+            number = flag.kind(value)
         except ValueError:
             return f"{flag.spelt} must be {_WANTED[flag.kind]}, not {_short(value)}."
+        if flag.kind is float and not abs(number) <= LARGEST_FLOAT:  # nan too
+            return f"{flag.spelt} must be a number that float32 can hold, not {_short(value)}."
+        if flag.kind is int and not -LARGEST_INT <= number <= LARGEST_INT:
+            return f"{flag.spelt} must be a whole number of at most {LARGEST_INT:,}, not {_short(value)}."
+    elif flag.kind is Path and not value:  # which would be the current folder
+        return f"{flag.spelt} must name a file or a folder, and is empty."
     return None
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltaproduct.experiments.job import AnyJob
 
 FIGURE = "accuracy.png"
+MOST_SEEDS = 10_000  # far beyond what anybody trains: more is a slip of the finger
 FILE_WIDTH = 100  # of a table that goes to a file: five lengths with their ranges
 
 
@@ -73,6 +74,11 @@ class Reproduce:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        if self.seeds > MOST_SEEDS:
+            raise UsageError(f"seeds must be at most {MOST_SEEDS:,}, not {self.seeds:,}.")
+        if self.first_seed < 0:
+            raise UsageError(f"first_seed must be 0 or more, not {self.first_seed}.")
+        options = parse_options(self.launcher_options)
         from rich.console import Console
 
         from deltaproduct.experiments.launchers import get_launcher
@@ -86,7 +92,6 @@ class Reproduce:
             return
         if self.out is None:
             raise UsageError("reproduce needs --out, the folder of the experiment; only --list goes without.")
-        options = parse_options(self.launcher_options)
         get_launcher(self.launcher, workers=1, folder=self.out, options=options)  # refused before a folder is made
         check_folder(self.out)
         for name in (SUMMARY, FIGURE):

@@ -34,6 +34,8 @@ class Verify:
         from deltaproduct.machine import choose_device
         from deltaproduct.theory.verification import guaranteed_length, load, verify
 
+        if self.seed < 0:
+            raise UsageError(f"seed must be 0 or more, not {self.seed}.")
         if wrong := why_not(self.source, "compiled model"):
             raise UsageError(wrong)
         compiled = load(self.source, choose_device(self.device))

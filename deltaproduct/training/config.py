@@ -41,7 +41,7 @@ class OptimiserConfig:
         for name in ("lr", "eps"):
             self._require(name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "positive")
         for name in ("warmup_steps", "weight_decay", "clip"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("min_lr_ratio", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._require("seed", 0 <= self.seed < 2**31, "between 0 and 2³¹ − 1")
@@ -96,6 +96,7 @@ class TrainConfig(OptimiserConfig):
         self._require("stage_steps", all(n >= 1 for n in self.stage_steps), "steps of at least 1")
         if len(self.lengths) > 1 and not self.stage_steps and self.stage_loss is None:
             raise UsageError("A curriculum of several lengths needs stage_steps or stage_loss to say when to move on.")
+        self._require("stage_loss", self.stage_loss is None or math.isfinite(self.stage_loss), "a finite number")
         smallest = max(self.batch_sizes)
         self._require(
             "num_samples", self.num_samples is None or self.num_samples >= smallest, f"at least a batch ({smallest})"
@@ -124,7 +125,7 @@ class LanguageConfig(OptimiserConfig):
         super().__post_init__()
         for name in ("context", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("max_rise", self.max_rise >= 0, "0 or more")
+        self._require("max_rise", 0 <= self.max_rise < math.inf, "0 or more")
         if self.batch_size % self.grad_accumulation:
             raise UsageError(
                 f"grad_accumulation={self.grad_accumulation} does not divide batch_size={self.batch_size}."

@@ -183,7 +183,10 @@ class Ranks:
 def _begin_group(backend: str) -> list[str]:
     """The process group that the variables of `torchrun` describe; returns those that were added for its time."""
     added: list[str] = []
-    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # all ranks are on this machine
+    # All ranks are on this machine; where a variable is missing, PyTorch says so.
+    here = {"LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_PORT"} <= os.environ.keys() and (
+        os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    )
     interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if here and interfaces and GLOO_INTERFACE not in os.environ:
         os.environ[GLOO_INTERFACE] = interfaces[0]  # or gloo takes the address of the machine's name

@@ -277,7 +277,8 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "last"), [
-    (b"", None), (b"\n\n", None), (b"\xff", None), (b"[1]", None), (b"x" + WHOLE, ROWS[-1]), (WHOLE + b'{"st', ROWS[-1]),
+    (b"", None), (b"\n\n", None), (b"\xff", None), (b"[1]", None), (b"x" + WHOLE, ROWS[-1]),
+    (WHOLE + b'{"st', ROWS[-1]),
 ])  # fmt: skip
 def test_the_last_line_is_the_last_whole_one(tmp_path, content, last):
     path = tmp_path / "metrics.jsonl"

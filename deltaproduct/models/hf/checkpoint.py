@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from deltaproduct.errors import UsageError
 from deltaproduct.files import updated_folder
 from deltaproduct.models.folders import CONFIG
-from deltaproduct.models.hf.config import DeltaProductConfig
 from deltaproduct.models.hf.listed import check_folder
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 from deltaproduct.models.size import check_model, check_stored, stored_shapes
@@ -44,9 +43,10 @@ def check_size(
     folder, config = Path(name_or_path) / (options.get("subfolder") or ""), options.get("config")
     if config is None and (folder / CONFIG).is_file():
         config = kind.config_class.from_pretrained(folder)
-    if not isinstance(config, DeltaProductConfig) or (shapes := stored_shapes(folder)) is None:
+    describe = getattr(config, "model_config", None)
+    if describe is None or (shapes := stored_shapes(folder)) is None:
         return
-    described = config.model_config()
+    described = describe()
     if ignore_mismatched_sizes:
         shapes.pop("embedding.weight", None)
     check_stored(described, shapes, folder)
