@@ -219,6 +219,19 @@ def test_a_pickle_of_others_is_refused_in_one_line(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_weights_of_others_that_are_of_such_a_kind(tmp_path, kind):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=7, num_labels=7, hidden_size=8, num_heads=2, head_dim=4, mixer="deltanet")
+    write_fla(SequenceModel(config), tmp_path / "fla")
+    tensors = load_file(tmp_path / "fla" / "model.safetensors")
+    name = "model.norm.weight"
+    save_file(tensors | {name: tensors[name].to(kind)}, tmp_path / "fla" / "model.safetensors")
+    seal_folder(tmp_path / "fla")
+    match = rf"model\.norm\.weight is {kind}; only floating-point tensors can be read, float32"
+    refused(lambda: read_fla(tmp_path / "fla"), match)
+
+
 # Conversations
 
 STREAMS = {

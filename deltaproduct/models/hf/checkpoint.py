@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ class CheckpointedModel(PreTrainedModel):
             )
         except SafetensorError as e:
             raise UsageError(f"The weights in {name_or_path} are damaged: {e}.") from e
+        except pickle.UnpicklingError as e:
+            # PyTorch's own message is a page of advice, some of it to run the pickle after all.
+            raise UsageError(
+                f"The weights in {name_or_path} are a pickle that is damaged, or holds more than "
+                "tensors, and were not read."
+            ) from e
         mismatched = {name for name, *_ in info["mismatched_keys"]} - (VOCABULARY if ignore_mismatched_sizes else set())
         for names, what in (
             (info["missing_keys"], "is missing"),
