@@ -69,7 +69,11 @@ def why_out_of_memory(e: BaseException) -> str | None:
     elif isinstance(e, RuntimeError) and re.search(r"can't allocate memory|not enough memory|out of memory", text):
         asked = re.search(r"tried to allocate (\d+ bytes)", text)
         where = "The GPU has" if "CUDA" in text else "This machine has"
-    elif isinstance(e, RuntimeError) and re.search(r"[Ss]torage size calculation overflowed|numel: integer mult", text):
+    elif isinstance(e, RuntimeError | TypeError | ValueError) and re.search(
+        r"[Ss]torage size calculation overflowed|numel: integer mult|Overflow when unpacking long|array is too big|"
+        r"Maximum allowed dimension exceeded",
+        text,
+    ):  # sizes beyond what PyTorch and NumPy can count
         asked, where = None, "No machine has"
     else:
         return None

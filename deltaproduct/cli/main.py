@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _unless_nobody_reads():
             sys.stdout.flush()
         raise
-    except (MemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError, TypeError, ValueError) as e:
         from deltaproduct.memory import why_out_of_memory
 
         if not (reason := why_out_of_memory(e)):
@@ -126,13 +126,6 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(reason)
     except OSError as e:
         _fail(f"{e.filename or 'the system'}: {e.strerror or e}.")
-    except MemoryError:
-        _fail("There is not enough memory for this; ask for less, such as a smaller model, batch or length.")
-    except (RuntimeError, TypeError, ValueError) as e:
-        if not _is_about_memory(e):
-            raise
-        _fail("There is not enough memory for this; ask for less, such as a smaller model, batch or length "
-              f"({str(e).splitlines()[0]}).")  # fmt: skip
 
 
 def _parse(arguments: "Sequence[str]") -> Any:
@@ -169,8 +162,12 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
 
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    if not asks_for_help and (wrong := what_is_wrong(name, kind, arguments, only_values=True)):
+        _fail(wrong)
     # What the flags default to can depend on other flags: on the run that --resume continues, on --preset.
     defaults = getattr(module, "defaults", None)
+    given = None if defaults is None else defaults(arguments)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -178,16 +175,14 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
                 kind,
                 prog=f"{PROGRAM} {name}",
                 args=arguments,
-                **({} if (given := defaults and defaults(arguments)) is None else {"default": given}),
+                **({} if given is None else {"default": given}),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as e:
         if e.code in (0, None):
             sys.stderr.write(errors.getvalue())
             raise
-        _fail(what_is_wrong(name, kind, arguments) or _one_line(errors.getvalue()))
-    if wrong := what_is_wrong(name, kind, arguments, parsed=True):
-        _fail(wrong)
+        _fail(what_is_wrong(name, kind, arguments, given) or _one_line(errors.getvalue()))
     if hasattr(module, "check"):
         module.check(command, arguments)
     return command
@@ -229,13 +224,6 @@ def _complain(message: str) -> None:
         line = shown(" ".join(message.split()))
         # What files say may be of any length.
         print(f"{PROGRAM}: {line if len(line) < 1500 else f'{line[:1000]} … {line[-300:]}'}", file=sys.stderr)
-
-
-def _is_about_memory(e: Exception) -> bool:
-    """PyTorch has an exception of its own for a GPU's memory only, and for sizes that no machine has it has others."""
-    words = ("not enough memory", "can't allocate memory", "out of memory", "Storage size calculation overflowed",
-             "Overflow when unpacking long", "array is too big", "Maximum allowed dimension exceeded")  # fmt: skip
-    return any(word in str(e) for word in words)
 
 
 @contextlib.contextmanager
