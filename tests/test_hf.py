@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import deltaproduct
 from deltaproduct.errors import UsageError
-from deltaproduct.files import updated_folder, verified_folder
+from deltaproduct.files import seal_folder, updated_folder, verified_folder
 from deltaproduct.layers import MIXERS
 from deltaproduct.models import ModelConfig, SequenceModel
 
@@ -566,11 +566,13 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path):
         ({"vocab_size": 9, "num_labels": 9}, "embedding.weight is of another shape"),
     ):
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | changed))
+        seal_folder(tmp_path / "a")
         refusal(match, AutoModelForCausalLM.from_pretrained, tmp_path / "a")
     drawn = AutoModelForCausalLM.from_pretrained(tmp_path / "a", ignore_mismatched_sizes=True)
     assert drawn(tokens(2, 9)).logits.shape == (2, 9, 9)
     assert 0.3 < drawn.embedding.weight.std() < 0.7  # initializer_range is 0.5, of 144 draws
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    seal_folder(tmp_path / "a")
     refusal("another shape", AutoModelForCausalLM.from_pretrained, tmp_path / "a", ignore_mismatched_sizes=True)
 
 

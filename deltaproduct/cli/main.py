@@ -162,8 +162,12 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
 
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    if not asks_for_help and (wrong := what_is_wrong(name, kind, arguments, only_values=True)):
+        _fail(wrong)
     # What the flags default to can depend on other flags: on the run that --resume continues, on --preset.
     defaults = getattr(module, "defaults", None)
+    given = None if defaults is None else defaults(arguments)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -171,16 +175,14 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
                 kind,
                 prog=f"{PROGRAM} {name}",
                 args=arguments,
-                **({} if (given := defaults and defaults(arguments)) is None else {"default": given}),
+                **({} if given is None else {"default": given}),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as e:
         if e.code in (0, None):
             sys.stderr.write(errors.getvalue())
             raise
-        _fail(what_is_wrong(name, kind, arguments) or _one_line(errors.getvalue()))
-    if wrong := what_is_wrong(name, kind, arguments, parsed=True):
-        _fail(wrong)
+        _fail(what_is_wrong(name, kind, arguments, given) or _one_line(errors.getvalue()))
     if hasattr(module, "check"):
         module.check(command, arguments)
     return command

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from tyro import MISSING as NOT_GIVEN
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -72,12 +73,15 @@ def flags_of(command: type) -> list[Flag]:
     return found
 
 
-def what_is_wrong(name: str, command: type, arguments: Sequence[str], *, parsed: bool = False) -> str | None:
+def what_is_wrong(
+    name: str, command: type, arguments: Sequence[str], default: Any = None, *, only_values: bool = False
+) -> str | None:
     """One sentence about the first mistake in a command's arguments; None if none is found.
 
     Args:
         name: of the command, such as "lm train".
-        parsed: the parser took them all, so that only a value can be wrong: one that means nothing to any command.
+        default: a command whose values are the flags' defaults, if there is one.
+        only_values: look at values alone, before anything is made of them: one may mean nothing to any command.
     """
     flags = flags_of(command)
     by_name = {f.spelt: f for f in flags if not f.positional}
@@ -91,9 +95,9 @@ def what_is_wrong(name: str, command: type, arguments: Sequence[str], *, parsed:
         spelt, sign, value = word.partition("=")
         spelt = spelt if not spelt.startswith("--") else "--" + spelt[2:].replace("_", "-")
         if spelt not in by_name:
-            if word.startswith("-") and not _is_number(word) and not parsed:
+            if word.startswith("-") and not _is_number(word) and not only_values:
                 return f"{name} has no flag {_short(spelt)}{_did_you_mean(spelt, by_name, name)}"
-            if not places and parsed:
+            if not places and only_values:
                 continue
             if not places:
                 return _surplus(name, word, previous, by_name)
@@ -104,23 +108,27 @@ def what_is_wrong(name: str, command: type, arguments: Sequence[str], *, parsed:
         flag, previous = by_name[spelt], None
         given.add(flag.spelt)
         if flag.count == 0:
-            if sign and not parsed:
+            if sign and not only_values:
                 return f"{spelt} takes no value; write {flag.spelt} or --no-{flag.spelt[2:]}."
             continue
         values = [value] if sign else []
         while not sign and waiting and (flag.count is None or not values) and _known(waiting[0]) not in by_name:
             values.append(waiting.pop(0))
-        if not values and flag.count == 1 and not parsed:
+        if not values and flag.count == 1 and not only_values:
             return f"{spelt} needs a value: {flag.help}." if flag.help else f"{spelt} needs a value."
         for one in values:
             if wrong := _value(flag, one, name):
                 return wrong
             previous = (spelt, one)
-    missing = [f for f in flags if f.required and f.spelt not in given]
-    if missing and not parsed:
+    missing = [f for f in flags if f.required and f.spelt not in given and not _is_set(f, default)]
+    if missing and not only_values:
         asked = "; ".join(f"{f.spelt} ({f.help})" if f.help else f.spelt for f in missing)
         return f"{name} needs {asked}; for help: deltaproduct {name} --help"
     return None
+
+
+def _is_set(flag: Flag, default: Any) -> bool:
+    return default is not None and getattr(default, flag.spelt.lstrip("-").replace("-", "_").lower()) is not NOT_GIVEN
 
 
 def no_command(word: str, known: Iterable[str], group: str = "") -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from deltaproduct.cli.outputs import say
 from deltaproduct.files import reseal_folder
 
 
@@ -17,4 +18,4 @@ class Seal:
 
     def run(self) -> None:
         changed = reseal_folder(self.folder)
-        print(f"{self.folder}: " + (f"sealed; new or changed: {', '.join(changed)}" if changed else "nothing changed"))
+        say(f"{self.folder}: " + (f"sealed; new or changed: {', '.join(changed)}" if changed else "nothing changed"))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from deltaproduct.cli.flags import BackendName
+from deltaproduct.cli.outputs import say
 from deltaproduct.errors import UsageError
 from deltaproduct.training.folder_kinds import why_not
 
@@ -52,6 +53,6 @@ class Verify:
             print(f"Right on every token of {found.words} words of length {found.length:,}; {margin}.")
         if not self.json and guaranteed is not None:
             length = guaranteed if isinstance(guaranteed, str) else f"length {guaranteed:,}"
-            print(f"Guaranteed by the certificate in {self.dtype}: every word, to {length}.")
+            say(f"Guaranteed by the certificate in {self.dtype}: every word, to {length}.")
         if found.wrong:
             raise SystemExit(WRONG)

@@ -142,8 +142,9 @@ def _as_permutations(group: Group, limits: Limits) -> Plan:
     sizes = [int(part[1:]) for part in group.name.split("_x_")]
     begin, steps = 0, 1
     for m in sizes:
-        own = {p[begin : begin + m] for p in group.elements}
-        steps = max(steps, *(len(transpositions([x - begin for x in p])) for p in own))
+        for p in {p[begin : begin + m] for p in group.elements}:
+            if steps < m - 1:  # the most that there can be
+                steps = max(steps, len(transpositions([x - begin for x in p])))
         begin += m
     heads = sum(m - 1 for m in sizes)
     width = len(group.elements) + 1 + heads * min(steps, max(sizes) - 1)

@@ -1,4 +1,4 @@
-"""What is too large ends at a count, in one line, before it takes memory or time; what is large and fine still works."""
+"""What is too large ends at a count, in one line, before it takes memory or time; what is large and fine works."""
 
 import itertools
 import json
@@ -226,7 +226,7 @@ HOSTILE_DOT = {
     "never closed": ("{" * 20_000, "is never closed"),
     "a long name": ("b" * 1_000_000 + " [shape=hexagon]", "1,000,000 characters"),
     "many attributes": ("s0 [" + " k=v," * 20_000, "not DOT"),
-    "many symbols": ('s0 -> s0 [label="' + ",".join(map(str, range(20_000))) + '"]; init -> s0; s0 -> s1 [label="0"]', "not det"),
+    "many symbols": ('init -> s; s -> s [label="' + ",".join(map(str, range(9_999))) + '"]; s -> t [label=0]', "not d"),
     "blank lines": ('s0 -> s0 [label="' + "\\n" * 50_000 + '"]', "no symbols"),
     "quotes": ('s0 -> s0 [label="' + "\\\\" * 500_000 + "x]", "string is never closed"),
     "many starts": ("".join(f"p{i} [shape=point]; p{i} -> t{i};" for i in range(2_000)), "2000 initial states"),

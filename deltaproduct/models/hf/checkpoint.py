@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import updated_folder
+from deltaproduct.files import read_whole, updated_folder, whole_folder
 from deltaproduct.models.folders import CONFIG
 from deltaproduct.models.hf.listed import check_folder
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
@@ -126,22 +126,42 @@ class CheckpointedModel(PreTrainedModel):
             UsageError: a file is not what was written (after a change on purpose: `deltaproduct seal FOLDER`), or
                 weights and configuration do not belong together.
         """
-        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        check_size(cls, pretrained_model_name_or_path, ignore_mismatched_sizes, kwargs)
+
+        def load(name_or_path: Any, **others: Any) -> tuple[Any, dict[str, Any]]:
+            return cls._load(name_or_path, *args, ignore_mismatched_sizes=ignore_mismatched_sizes, **others)
+
+        subfolder = kwargs.get("subfolder") or ""
+        is_name = isinstance(pretrained_model_name_or_path, str | os.PathLike)
+        if is_name and whole_folder(place := Path(pretrained_model_name_or_path) / subfolder).is_dir():
+            moved = kwargs | {"subfolder": ""}  # where a writer of the folder has died between its renames
+            model, info = read_whole(
+                place,
+                lambda folder: load(pretrained_model_name_or_path, **kwargs) if folder == place
+                else load(str(folder), **moved),
+            )  # fmt: skip
+        else:
+            model, info = load(pretrained_model_name_or_path, **kwargs)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, name_or_path: Any, *args: Any, ignore_mismatched_sizes: bool, **kwargs: Any) -> tuple[Any, Any]:
+        """`from_pretrained` of a folder that nobody writes meanwhile, with transformers' account of the weights."""
+        check_folder(name_or_path, kwargs.get("subfolder"))
+        check_size(cls, name_or_path, ignore_mismatched_sizes, kwargs)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                name_or_path,
                 *args,
                 ignore_mismatched_sizes=True,  # so that the message is the one below
                 output_loading_info=True,
                 **kwargs,
             )
         except SafetensorError as e:
-            raise UsageError(f"The weights in {pretrained_model_name_or_path} are damaged: {e}.") from e
+            raise UsageError(f"The weights in {name_or_path} are damaged: {e}.") from e
         except pickle.UnpicklingError as e:
             # PyTorch's own message is a page of advice, some of it to run the pickle after all.
             raise UsageError(
-                f"The weights in {pretrained_model_name_or_path} are a pickle that is damaged, or holds more than "
+                f"The weights in {name_or_path} are a pickle that is damaged, or holds more than "
                 "tensors, and were not read."
             ) from e
         mismatched = {name for name, *_ in info["mismatched_keys"]} - (VOCABULARY if ignore_mismatched_sizes else set())
@@ -152,10 +172,10 @@ class CheckpointedModel(PreTrainedModel):
         ):
             if names:
                 raise UsageError(
-                    f"The checkpoint {pretrained_model_name_or_path} does not fit its configuration: "
+                    f"The checkpoint {name_or_path} does not fit its configuration: "
                     f"{min(names)} {what}."
                 )
-        return (model, info) if output_loading_info else model
+        return model, info
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
