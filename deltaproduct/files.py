@@ -1,9 +1,10 @@
 """Reading and writing so that nothing good is lost: whole files, whole folders, folders that are checked when read.
 
-A folder is replaced by two renames. Who reads it meanwhile gets the old one or the new one, and renames nothing; who
-writes it holds a lock, so that a second writer is refused.
+A folder is replaced in one step, or where the file system has none for that, by two renames. Who reads it meanwhile
+gets the old one or the new one, and renames nothing; who writes it holds a lock, so that a second writer is refused.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -25,6 +26,7 @@ from deltaproduct.errors import UsageError
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2: paths as they are given, and two names exchanged
 PATIENCE = 5.0  # seconds that a writer waits for another, which may be on its way out
 READER_PATIENCE = 60.0  # seconds that a reader waits for a writer which moves files one by one
 PAUSE = 0.05  # seconds between two tries
@@ -365,9 +367,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             fresh.mkdir()
             yield fresh
             _finish(fresh)
-            if path.exists():
+            if path.exists() and not _exchanged(fresh, path):
                 os.rename(path, old)
-            os.rename(fresh, path)
+            if not path.exists():
+                os.rename(fresh, path)
             shutil.rmtree(old, ignore_errors=True)
             _sync(path.parent)
         except OSError as e:
@@ -468,6 +471,16 @@ def _writing(path: Path) -> Iterator[None]:
         raise UsageError(f"The folder {path} cannot be written: {e.strerror or e}.") from e
     with locked(beside(path, "lock"), f"The folder {path}"):
         yield
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Give each of two folders the other's name in one step, so that there is one of that name at every moment, also
+    for programs that know nothing of `read_folder`; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
+    except (AttributeError, OSError):
+        return False
+    return rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def recover_folder(path: Path) -> None:

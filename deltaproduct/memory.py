@@ -13,6 +13,11 @@ from deltaproduct.errors import UsageError
 
 UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 ALWAYS = 64 << 20  # bytes: less is never looked at, so that a check costs nothing where little is asked for
+# What PyTorch and NumPy say of sizes that no machine has.
+BEYOND_ANY = (
+    "[Ss]torage size calculation overflowed|numel: integer mult|Overflow when unpacking long|array is too big|"
+    "Maximum allowed dimension exceeded"
+)
 ENDLESS = 1 << 60  # bytes; beyond it the number says nothing to anyone
 MEMINFO, PROCESS, CGROUPS = Path("/proc/meminfo"), Path("/proc/self"), Path("/sys/fs/cgroup")
 
@@ -69,11 +74,7 @@ def why_out_of_memory(e: BaseException) -> str | None:
     elif isinstance(e, RuntimeError) and re.search(r"can't allocate memory|not enough memory|out of memory", text):
         asked = re.search(r"tried to allocate (\d+ bytes)", text)
         where = "The GPU has" if "CUDA" in text else "This machine has"
-    elif isinstance(e, RuntimeError | TypeError | ValueError) and re.search(
-        r"[Ss]torage size calculation overflowed|numel: integer mult|Overflow when unpacking long|array is too big|"
-        r"Maximum allowed dimension exceeded",
-        text,
-    ):  # sizes beyond what PyTorch and NumPy can count
+    elif isinstance(e, RuntimeError | TypeError | ValueError) and re.search(BEYOND_ANY, text):
         asked, where = None, "No machine has"
     else:
         return None

@@ -59,7 +59,10 @@ def background(code, *arguments):
 WRITER = """
     import sys, time
     from pathlib import Path
+    from deltaproduct import files
     from deltaproduct.files import replaced_folder, updated_folder, write_text
+    if sys.argv[4] == "renamed":
+        files._exchanged = lambda *_: False  # as on a file system that cannot exchange names
     how = {"replaced": replaced_folder, "updated": updated_folder}[sys.argv[2]]
     print("begun", flush=True)
     end = time.monotonic() + float(sys.argv[3])
@@ -73,10 +76,10 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("how", BOTH)
-def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_never_an_error(tmp_path, how):
+@pytest.mark.parametrize(("how", "step"), [("replaced", "exchanged"), ("replaced", "renamed"), ("updated", "")])
+def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_never_an_error(tmp_path, how, step):
     write(tmp_path / "x", "0" * 1000, how=BOTH[how])
-    writer = background(WRITER, tmp_path / "x", how, 3)
+    writer = background(WRITER, tmp_path / "x", how, 2, step)
     seen = []
     while writer.poll() is None:
         found = read_folder(tmp_path / "x", "folder", read)
@@ -86,6 +89,20 @@ def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_never_an_error(tmp
     assert writer.returncode == 0
     assert written > 20 and len(set(seen)) > 5, "the two never met"
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanging names in one step is Linux's")
+def test_where_names_can_be_exchanged_the_folder_is_there_at_every_moment(tmp_path):
+    """For programs that know nothing of `read_folder`, such as transformers."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if not files._exchanged(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot")
+    write(tmp_path / "x", "0")
+    writer = background(WRITER, tmp_path / "x", "replaced", 1, "exchanged")
+    while writer.poll() is None:
+        assert os.listdir(tmp_path / "x") and (tmp_path / "x" / MANIFEST).is_file()
+    assert int(writer.stdout.read()) > 20
 
 
 @pytest.mark.parametrize("newest", ["new", "old"])

@@ -354,6 +354,22 @@ def test_papers_metrics_and_their_mean(monkeypatch):
 
 
 @with_lm_eval
+@pytest.mark.parametrize("name", ["programs", "group"])
+def test_a_task_that_runs_what_the_model_writes_is_refused(tmp_path, monkeypatch, name):
+    from datasets import Dataset
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"test": Dataset.from_list([{"text": "a"}])})
+    (tmp_path / "programs.yaml").write_text(
+        "task: programs\ndataset_path: x\nunsafe_code: true\noutput_type: generate_until\ntest_split: test\n"
+        'doc_to_text: "{{text}}"\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: exact_match}]\n'
+    )
+    (tmp_path / "group.yaml").write_text("group: group\ntask: [programs]\n")
+    monkeypatch.setattr(harness, "task_folders", lambda: [tmp_path])
+    with pytest.raises(UsageError, match="task programs runs programs that the model writes"):
+        evaluate_harness(language_model(), BYTES, [name])
+
+
+@with_lm_eval
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it.\nRetry later."), ValueError()])
 def test_data_that_cannot_be_had(monkeypatch, error):
     def unreachable(**options):

@@ -350,7 +350,10 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, launcher, module)
 
 
 def test_options_and_workers():
-    assert parse_options(None) == parse_options("") == {}
+    assert parse_options(None) == {}
+    for text in ("", " "):
+        with pytest.raises(UsageError, match="NAME=VALUE,NAME=VALUE, and none is given"):
+            parse_options(text)
     assert parse_options("nodelist=n[1-3,5],a=b=c") == {"nodelist": "n[1-3,5]", "a": "b=c"}
     assert default_workers(1) == 1 and default_workers(10**4) < 10**4
     assert default_workers(10**4, "slurm") == default_workers(10**4, "ray") == 10**4

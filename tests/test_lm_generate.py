@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -89,13 +90,15 @@ def test_the_prompt_from_a_file_or_none(capsys, run_folder, tmp_path):
     }  # fmt: skip
 
 
-def test_a_document_ends(capsys, run_folder, monkeypatch):
+def test_a_document_ends(capsys, run_folder, tmp_path, monkeypatch):
     model = build()
     with torch.no_grad():
         model.head.weight.zero_()  # all logits are equal, and the first of them is taken
     monkeypatch.setattr(SequenceModel, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(ByteTokenizer, "document_token", 0)
-    found = figures(capsys, run_folder, "--prompt", "a", "--temperature", "0")
+    shutil.copytree(run_folder, tmp_path / "run")
+    ByteTokenizer().save(tmp_path / "run" / "tokenizer")
+    found = figures(capsys, tmp_path / "run", "--prompt", "a", "--temperature", "0")
     assert found["tokens"] == [] and found["ended"] == "document"
 
 

@@ -74,8 +74,8 @@ def extract(
             raise UsageError(f"{name} must be at least 1, not {value}.")
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}.")
-    words = f"{CHECKED_WORDS} words of {max_length:,} symbols"
-    check_memory(words, 2 * 8 * CHECKED_WORDS * max_length, "max_length")  # and their labels
+    # Of words and their labels, 8 bytes each.
+    check_memory(f"A check of {CHECKED_WORDS} words of {max_length:,} symbols", 2 * 8 * CHECKED_WORDS * max_length, "max_length")
     known = vocabulary(model.config, source)
     was_training = model.training
     model.eval()

@@ -186,7 +186,8 @@ def defaults(arguments: Sequence[str]) -> LmTrain:
         if value_of("--data", arguments) is None:
             missing["data"] = find_corpus(Path(out), stored.training.corpus)
     else:
-        of_preset = preset_model(name, int(steps)) if steps is not None and steps.isdecimal() else preset_model(name)
+        plain = steps is not None and steps.isascii() and steps.isdecimal() and len(steps) < 10
+        of_preset = preset_model(name, int(steps or 0)) if plain else preset_model(name)
         values = of_preset | dict(get_preset(name).training)
     known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
     return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})

@@ -101,7 +101,8 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     """lm-eval's task objects of these names, "papers" and "offline" included, with their data.
 
     Raises:
-        UsageError: there is no such task, or its data are neither on this machine nor to be had.
+        UsageError: there is no such task, its data are neither on this machine nor to be had, or it runs programs that
+            the model writes.
     """
     _lm_eval()
     from datasets.exceptions import DatasetsError
@@ -126,6 +127,10 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
                     f"({reason}): evaluate once where there is a network, copy that cache here, name its folder in "
                     f"HF_HOME and set HF_DATASETS_OFFLINE=1; or leave the task out (offline needs no data)."
                 ) from e
+            if unsafe := [task for task, its in found["tasks"].items() if getattr(its, "UNSAFE_CODE", False)]:
+                raise UsageError(
+                    f"The task {unsafe[0]} runs programs that the model writes, which is never done here; leave it out."
+                )
             loaded |= {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
     return list(loaded.values())
 

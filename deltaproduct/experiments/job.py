@@ -1,6 +1,6 @@
 """One run of an experiment: what is trained, what is measured on it, and the doing of both in a folder of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,11 +142,20 @@ def run_job(job: Job, out: Path, *, threads: int | None = None) -> dict[str, Any
     if not is_finished(folder, job.config):
         train(job.config, folder, resume=True, show=False)
     model = SequenceModel.from_pretrained(folder / CHECKPOINT)
-    result = described(job, model) | {"wall_seconds": read_json(folder / RUN)["wall_seconds"]}
+    result = described(job, model) | {"wall_seconds": wall_seconds(folder)}
     result |= measure(model, job) | {"asked": plain(job.asked)}
     write_json(folder / RESULT, result)
     seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
     return result
+
+
+def wall_seconds(folder: Path) -> float:
+    """How long the finished run in a folder was trained; `UsageError` if its run.json does not say so."""
+    values = read_json(folder / RUN)
+    found = values.get("wall_seconds") if isinstance(values, dict) else None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise UsageError(f"{folder / RUN} is damaged: it does not say how long the run was trained.")
+    return found
 
 
 def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
@@ -154,8 +163,63 @@ def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
     folder = out / RUNS / job.name
     if not (folder / RESULT).exists() or not is_finished(folder, job.config):
         return None
-    result: dict[str, Any] = read_json(folder / RESULT, finite=False)
-    return result if result.get("asked") == plain(job.asked) else None
+    one = ("accuracy", "scaled_accuracy", "sequence_accuracy") if job.asked.length_range is not None else ()
+    by_length = () if one else ("accuracy", "sequence_accuracy")
+    lists = () if one else ("length", "accuracy", "sequence_accuracy")
+    lengths = {str(n) for n in job.asked.lengths}
+    return read_result(folder / RESULT, job.name, plain(job.asked), one, dict.fromkeys(by_length, lengths), lists)
+
+
+def read_result(
+    path: Path,
+    name: str,
+    asked: dict[str, Any],
+    figures: Sequence[str],
+    tables: Mapping[str, Collection[str]],
+    curve: Sequence[str],
+) -> dict[str, Any] | None:
+    """What a run's result.json holds; None if it was asked for something else.
+
+    Args:
+        name, asked: of the run.
+        figures: entries that are numbers, beside those that every result has.
+        tables: entries that hold a number under each of some names.
+        curve: the lists of numbers, of one length, that its curve consists of.
+
+    Raises:
+        UsageError: it is no result of this run.
+    """
+    result = read_json(path, finite=False)
+    if isinstance(result, dict) and "asked" in result and result["asked"] != asked:
+        return None
+
+    def number(x: Any) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool)
+
+    def wrong() -> str | None:
+        if not isinstance(result, dict) or "asked" not in result:
+            return "it does not say what was asked for"
+        if result.get("name") != name:
+            return f"it is of the run {result.get('name')!r:.80}"
+        for entry in ("label", "task", "mixer"):
+            if not isinstance(result.get(entry), str):
+                return f"{entry} is no text"
+        for entry in ("parameters", "seed", "steps", "training_length", "wall_seconds", *figures):
+            if not number(result.get(entry)):
+                return f"{entry} is no number"
+        for entry, names in tables.items():
+            table = result.get(entry)
+            if not isinstance(table, dict) or set(table) != set(names) or not all(map(number, table.values())):
+                return f"{entry} is no table of numbers for {', '.join(names)}"
+        lists = result.get("curve") if curve else {}
+        lists = [lists.get(entry) for entry in curve] if isinstance(lists, dict) else [None]
+        if not all(isinstance(x, list) and len(x) == len(lists[0]) and all(map(number, x)) for x in lists):
+            return f"its curve has no numbers for {', '.join(curve)}"
+        return None
+
+    if why := wrong():
+        raise UsageError(f"{path} is damaged: {why}. Remove it, and the run is measured again.")
+    return result
 
 
 def plain(asked: Asked) -> dict[str, Any]:

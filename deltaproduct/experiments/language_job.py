@@ -9,8 +9,8 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
-from deltaproduct.experiments.job import RESULT, RUNS
-from deltaproduct.files import make_folder, read_json, seal_folder, write_json
+from deltaproduct.experiments.job import RESULT, RUNS, read_result, wall_seconds
+from deltaproduct.files import make_folder, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.tasks.corpus.sidecar import SIDECAR
@@ -66,8 +66,8 @@ class LanguageJob:
         folder = out / RUNS / self.name
         if not (folder / RESULT).exists() or not is_finished(folder, self._config(self._corpus(out))):
             return None
-        result: dict[str, Any] = read_json(folder / RESULT, finite=False)
-        return result if result.get("asked") == self._asked() else None
+        curve = ("position", "loss", "cumulative_perplexity")
+        return read_result(folder / RESULT, self.name, self._asked(), (), {"loss": octave_ends(self.length)}, curve)
 
     def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
         from deltaproduct.training.distributed import Ranks  # takes seconds to import
@@ -97,7 +97,7 @@ class LanguageJob:
             "tokens": self.training.steps * self.training.tokens_per_step,
             "training_length": self.training.context,
             "checkpoint": str(Path(RUNS) / self.name / CHECKPOINT),
-            "wall_seconds": read_json(folder / RUN)["wall_seconds"],
+            "wall_seconds": wall_seconds(folder),
             "loss": octaves(curve),
             "curve": thinned_curve(curve, smoothing_window(self.length), 256),
             "asked": self._asked(),
@@ -132,8 +132,13 @@ class LanguageJob:
 def octaves(curve: torch.Tensor) -> dict[str, float]:
     """The mean loss over the second half of the first L, L/2, L/4, … positions of a curve [L], down to 128; by where
     each ends."""
-    found, end = {}, len(curve)
-    while end >= 128:
-        found[str(end)] = float(curve[end // 2 : end].mean())
-        end //= 2
-    return dict(reversed(found.items()))
+    return {str(end): float(curve[end // 2 : end].mean()) for end in map(int, octave_ends(len(curve)))}
+
+
+def octave_ends(length: int) -> list[str]:
+    """Where the octaves of so many positions end, in increasing order."""
+    ends = []
+    while length >= 128:
+        ends.append(str(length))
+        length //= 2
+    return ends[::-1]

@@ -30,7 +30,7 @@ from deltaproduct.layers import DeltaProduct
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.fla_config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
 from deltaproduct.models.sequence_model import CONFIG, MODEL_TYPE, SequenceModel
-from deltaproduct.models.weights import WEIGHTS, read_weights, write_tensors
+from deltaproduct.models.weights import COMPUTED, KINDS, WEIGHTS, read_weights, write_tensors
 
 __all__ = ["checkpoint_kind", "from_fla_config", "from_fla_state", "read_fla", "to_fla_config", "to_fla_state",
            "write_fla"]  # fmt: skip
@@ -205,7 +205,7 @@ def _unwrapped(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _widened(name: str, x: Any) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype not in COMPUTED:  # numbers of 8 bits mean nothing without their scales
         what = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise UsageError(f"The checkpoint's {name} is {what}; only floating-point tensors can be read.")
+        raise UsageError(f"The checkpoint's {name} is {what}; only floating-point tensors can be read, {KINDS}.")
     return x if x.dtype == torch.float64 else x.float()

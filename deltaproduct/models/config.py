@@ -74,6 +74,7 @@ class ModelConfig:
         # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
         from deltaproduct.layers import get_mixer
         from deltaproduct.layers.linear_attention import FEATURE_MAPS
+        from deltaproduct.layers.parts import ACTIVATIONS
 
         for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -81,6 +82,8 @@ class ModelConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1")
         self._require("feature_map", self.feature_map in FEATURE_MAPS, f"one of {', '.join(FEATURE_MAPS)}")
+        activations = ", ".join(ACTIVATIONS)
+        self._require("qkv_activation", self.qkv_activation in ACTIVATIONS, f"one of {activations}")
         for name in ("num_householder", "conv_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("num_kv_heads", self.num_kv_heads is None or self.num_kv_heads >= 1, "at least 1")

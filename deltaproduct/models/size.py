@@ -105,7 +105,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
         if not files[0].is_file():
             places = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(places.values())) if Path(name).name == name]
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             with safetensors.safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -16,6 +16,7 @@ from deltaproduct.files import is_plain_name, read_json
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTED)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -43,8 +44,7 @@ def check_weights(tensors: Mapping[str, Any], where: Path) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or x.dtype not in COMPUTED:
             what = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
-            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTED)
-            raise UsageError(f"The checkpoint {where} has {name} of {what}; weights are of {wanted}.")
+            raise UsageError(f"The checkpoint {where} has {name} of {what}; weights are of {KINDS}.")
         first = first or (name, x.dtype)
         if x.dtype != first[1]:
             mine, other = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, first[1]))
@@ -84,6 +84,8 @@ def read_index(path: Path) -> dict[str, str]:
     places = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UsageError(f"{path} has no weight_map from tensors to files.")
+    if not isinstance(values.get("metadata", {}), dict):
+        raise UsageError(f"{path} is damaged: its metadata are no entries by name.")
     for file in sorted(set(places.values())):
         if not is_plain_name(file):
             raise UsageError(f"{path} names the file {file!r:.80}, which is not in its own folder.")

@@ -312,6 +312,8 @@ def _counted(regex: str, at: int) -> Token:
     match = COUNT.match(regex, at)
     if not match or match[0] == "{}":
         raise NoExpression("after { there must be how often, as in {2}, {2,} or {2,5}; the symbol is \\{")
+    if any(len(number.lstrip("0")) > len(str(MAX_REPEATS)) for number in (match[1], match[3])):
+        raise NoExpression(f"it repeats something more than {MAX_REPEATS} times")
     least = int(match[1] or 0)
     most = (int(match[3]) if match[3] else None) if match[2] else least
     if max(least, most or 0) > MAX_REPEATS:

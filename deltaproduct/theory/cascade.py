@@ -28,6 +28,16 @@ from deltaproduct.theory.congruences import MAX_PARTS, Stage, Subset, shortest_c
 
 MAX_STEPS = 200_000  # of a level: each is a unit of an MLP
 
+class Parts(tuple[Subset, ...]):
+    """Parts, which remember their hash: steps are looked up by long ones again and again."""
+
+    def __hash__(self) -> int:
+        found = self.__dict__.get("hashed")
+        if found is None:
+            found = self.__dict__["hashed"] = super().__hash__()
+        return found
+
+
 Context = tuple[Subset, ...]  # parts, some of them perhaps empty so that all contexts of a level are equally long
 
 
@@ -140,12 +150,16 @@ def decompose(automaton: Automaton, stages: Sequence[Stage] | None = None) -> Ca
     if not stages:
         return Cascade(automaton, ())
 
+    known: list[dict[Subset, Context]] = [{} for _ in stages]
+
     def split(part: Subset, number: int) -> Context:
         """The context in which stage `number` begins when the state is in `part`."""
         if number == len(stages):
-            return (part,)
-        parts = stages[number].parts[part]
-        return parts + ((),) * (stages[number].size - len(parts))
+            return Parts((part,))
+        if part not in known[number]:
+            parts = stages[number].parts[part]
+            known[number][part] = Parts(parts + ((),) * (stages[number].size - len(parts)))
+        return known[number][part]
 
     context = split(tuple(range(len(automaton.states))), 0)
     steps = {Step(symbol, context, context) for symbol in range(len(automaton.alphabet))}
@@ -158,7 +172,7 @@ def decompose(automaton: Automaton, stages: Sequence[Stage] | None = None) -> Ca
             following = {}
             for parts, place in _labelled(context, label, actions):
                 rest = parts[place : place + 1] if stage.direct else parts[:place] + parts[place + 1 :]
-                following[parts, place] = rest if len(rest) > 1 else split(rest[0], number + 1)
+                following[parts, place] = Parts(rest) if len(rest) > 1 else split(rest[0], number + 1)
             level = Level(len(context), stage.direct, context, label, actions, following)
             levels.append(level)
             steps = _next_steps(level)

@@ -28,8 +28,9 @@ from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.constructions.shallow import Action, shallow
 from deltaproduct.theory.constructions.stack import stack
 from deltaproduct.theory.constructions.two_layers import two_layers
+from deltaproduct.theory.householder import transpositions
 from deltaproduct.theory.representations import of_automaton, of_group, require_permutations
-from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose
+from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose, too_many
 
 AUTOMATON = "automaton.json"
 CERTIFICATE = "certificate.json"
@@ -76,7 +77,7 @@ def compile_group(name: str, strategy: str = "auto", limits: Limits = NO_LIMITS)
     n = len(group.elements)
     reasons = check_size(name, n, n, limits)
     makers: Makers = {
-        "permutation": lambda: one_layer(of_group(name, as_rotations=False), "permutation"),
+        "permutation": lambda: _as_permutations(group, limits),
         "rotation": lambda: _as_rotations(name),
         "two-layer": lambda: two_layers(of_group(name), "two-layer"),
         "shallow": lambda: shallow(Action.of_group(group), _steps(limits), "shallow"),
@@ -133,6 +134,23 @@ def _asked(makers: Makers, strategy: str) -> Makers:
 
 def _steps(limits: Limits) -> int:
     return 2 if limits.num_householder is None else limits.num_householder
+
+
+def _as_permutations(group: Group, limits: Limits) -> Plan:
+    """The plan of `one_layer`, whose width is known before: a key for every corner of every factor's simplex but one,
+    and of each as many values as there are Householder factors."""
+    sizes = [int(part[1:]) for part in group.name.split("_x_")]
+    begin, steps = 0, 1
+    for m in sizes:
+        for p in {p[begin : begin + m] for p in group.elements}:
+            if steps < m - 1:  # the most that there can be
+                steps = max(steps, len(transpositions([x - begin for x in p])))
+        begin += m
+    heads = sum(m - 1 for m in sizes)
+    width = len(group.elements) + 1 + heads * min(steps, max(sizes) - 1)
+    if limits.width is not None and width > limits.width:
+        raise UsageError(too_many(width, limits.width, "slots of width"))
+    return one_layer(of_group(group.name, as_rotations=False), "permutation")
 
 
 def _as_rotations(name: str) -> Plan:

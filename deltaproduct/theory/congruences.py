@@ -8,13 +8,16 @@ Sequential Machines, 1966). A chain goes from one block through ever finer congr
 
 import heapq
 import itertools
+import math
 from dataclasses import dataclass
 
+from deltaproduct.errors import UsageError
 from deltaproduct.tasks.automata import Automaton
 
 MAX_PARTS = 12  # of a stage that takes a level for each part but one: subsets of them are listed, of which 2ᵐ
 MAX_SEARCHED = 100  # states of an automaton whose congruences are looked for
 MAX_CONGRUENCES = 64
+MAX_LOOKED_AT = 50_000_000  # transitions in a search for congruences, or for the chain of them: some ten seconds
 
 Partition = tuple[int, ...]  # the block of each state; blocks are numbered as they appear
 Subset = tuple[int, ...]  # states in increasing order
@@ -48,6 +51,8 @@ def shortest_chain(automaton: Automaton) -> list[Stage]:
 
     Without any congruence in between, the only stage is the whole automaton. There may be one of more than 12 parts
     that is not direct, and then there is no chain without one.
+
+    Raises UsageError when there are so many congruences that looking at them would go beyond 50,000,000 transitions.
     """
     n = len(automaton.states)
     if n == 1:
@@ -55,7 +60,11 @@ def shortest_chain(automaton: Automaton) -> list[Stage]:
     top, bottom = (0,) * n, tuple(range(n))
     between: list[Partition] = []
     if not takes_one_level(automaton):
-        between = forgotten(automaton) + (congruences(automaton) if n <= MAX_SEARCHED else [])
+        table = n * len(set(automaton.maps))
+        most = math.isqrt(MAX_LOOKED_AT // table)  # each of them is held against every other
+        between = forgotten(automaton, most)
+        if n <= MAX_SEARCHED and n * n // 2 * table <= MAX_LOOKED_AT:
+            between += congruences(automaton)
     nodes = sorted({top, bottom, *between}, key=lambda p: (max(p), p))
     # Dijkstra's algorithm, from coarse to fine.
     order = itertools.count()  # among equal costs, whatever was found first
@@ -89,9 +98,12 @@ def congruences(automaton: Automaton) -> list[Partition]:
     return list(found)
 
 
-def forgotten(automaton: Automaton) -> list[Partition]:
+def forgotten(automaton: Automaton, most: int | None = None) -> list[Partition]:
     """States that become one within ever more symbols, whatever these are: the chain of congruences from equal rows of
-    transitions up to where it ends. Of an automaton that knows the last k symbols, by the last k − 1, k − 2, …, 1."""
+    transitions up to where it ends. Of an automaton that knows the last k symbols, by the last k − 1, k − 2, …, 1.
+
+    Raises UsageError when there are more than `most`.
+    """
     chain: list[Partition] = [tuple(range(len(automaton.states)))]
     while True:
         kinds: dict[tuple[int, ...], int] = {}
@@ -100,6 +112,11 @@ def forgotten(automaton: Automaton) -> list[Partition]:
         if coarser == chain[-1]:
             return chain[1:]
         chain.append(coarser)
+        if most is not None and len(chain) > most:
+            raise UsageError(
+                f"The automaton's {len(automaton.states):,} states become one within ever more symbols, in more than "
+                f"{most:,} stages"
+            )
 
 
 def takes_one_level(automaton: Automaton) -> bool:
@@ -110,7 +127,7 @@ def takes_one_level(automaton: Automaton) -> bool:
 
 def is_direct(automaton: Automaton, coarse: Partition, fine: Partition) -> bool:
     """Whether every symbol takes the fine blocks within a coarse one to as many, or all of them to one."""
-    for images in automaton.maps:
+    for images in set(automaton.maps):
         reached: dict[int, set[int]] = {}
         parts: dict[int, set[int]] = {}
         for state, block in enumerate(coarse):

@@ -17,6 +17,8 @@ from deltaproduct.tasks.groups import Group, Permutation, build_group
 from deltaproduct.theory.householder import Factors, no_factors, transpositions
 from deltaproduct.theory.rotations import Representation, rotations
 
+MAX_ENTRIES = 50_000_000  # of a group's matrices, 400 MB of them
+
 
 @dataclass(frozen=True, eq=False)
 class WordProblem:
@@ -58,16 +60,21 @@ def representations(name: str, *, as_rotations: bool = True) -> tuple[Group, lis
     Factors of a direct product are represented one by one: as rotations where they are such (rotations.py) and that
     is asked for, else S_m and A_m as permutations of the m corners of a regular simplex in m − 1 dimensions.
 
-    Raises UsageError as `build_group`.
+    Raises UsageError as `build_group`, or when matrices would have more than 50,000,000 entries.
     """
     group = build_group(name)
     found: list[Representation] = []
     offset = 0
+    points = sum((int(part[1:]) - 1) ** 2 for part in name.split("_x_"))
+    if not as_rotations and len(group.elements) * points > MAX_ENTRIES:
+        raise UsageError(f"its matrices have {len(group.elements) * points:,} entries, at most {MAX_ENTRIES:,}")
     for part in name.split("_x_"):
         m = int(part[1:])
         every = [tuple(x - offset for x in p[offset : offset + m]) for p in group.elements]
         own = sorted(set(every))
         known = rotations(own) if as_rotations else None
+        if not known and len(own) * (m - 1) ** 2 > MAX_ENTRIES:
+            raise UsageError(f"its matrices have {len(own) * (m - 1) ** 2:,} entries, at most {MAX_ENTRIES:,}")
         known = known or [Representation(part, _of_points(simplex(m), own))]
         number = {p: i for i, p in enumerate(own)}
         index = torch.tensor([number[p] for p in every])
@@ -101,7 +108,9 @@ def require_permutations(automaton: Automaton) -> None:
     """Raises UsageError when some symbol is no permutation of the states."""
     for symbol, images in zip(automaton.alphabet, automaton.maps, strict=True):
         if len(set(images)) < len(images):
-            p, q = next((p, q) for q, to in enumerate(images) for p in range(q) if images[p] == to)
+            first: dict[int, int] = {}
+            q = next(q for q, to in enumerate(images) if first.setdefault(to, q) != q)
+            p = first[images[q]]
             raise UsageError(
                 f"symbol {symbol!r} takes both {automaton.states[p]!r} and {automaton.states[q]!r} to "
                 f"{automaton.states[images[p]]!r}, so that it is no permutation"

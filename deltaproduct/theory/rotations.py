@@ -31,7 +31,15 @@ class Representation:
 
     def factors(self, elements: Sequence[int] | None = None) -> list[Factors]:
         """R_gᵀ of every element, or of these, as reflections: what a token does to a state that holds R_hᵀ."""
-        return [from_orthogonal(m.T) for m in (self.matrices if elements is None else self.matrices[list(elements)])]
+        chosen = self.matrices if elements is None else self.matrices[list(elements)]
+        known: dict[bytes, Factors] = {}  # in a direct product many elements are alike in one of its factors
+        found = []
+        for matrix in chosen:
+            key = matrix.numpy().tobytes()
+            if key not in known:
+                known[key] = from_orthogonal(matrix.T)
+            found.append(known[key])
+        return found
 
 
 def rotations(elements: Sequence[Permutation]) -> list[Representation] | None:

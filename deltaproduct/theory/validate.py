@@ -35,7 +35,7 @@ class Limits:
             (config.num_householder, self.num_householder, "Householder factors per token"),
             (config.hidden_size, self.width, "slots of width"),
         ]
-        return [_too_many(n, limit, things) for n, limit, things in sizes if limit is not None and n > limit]
+        return [too_many(n, limit, things) for n, limit, things in sizes if limit is not None and n > limit]
 
 
 NO_LIMITS = Limits()
@@ -48,7 +48,7 @@ def check_size(what: str, states: int, symbols: int, limits: Limits) -> list[str
             f"{what} cannot be compiled: {states:,} states by {symbols:,} symbols are more than {MAX_PAIRS:,} pairs."
         )
     if limits.states is not None and states > limits.states:
-        return [_too_many(states, limits.states, "states")]
+        return [too_many(states, limits.states, "states")]
     return []
 
 
@@ -82,5 +82,6 @@ def choose(what: str, makers: Mapping[str, Callable[[], Plan]], limits: Limits, 
     return min(found, key=lambda plan: plan.cost)
 
 
-def _too_many(needed: int, limit: int, things: str) -> str:
+def too_many(needed: int, limit: int, things: str) -> str:
+    """Why something does not fit, as a part of a sentence."""
     return f"needs {needed:,} {things}, at most {limit:,}"

@@ -78,7 +78,7 @@ def _read(
     for name, x in weights.items():
         if not bool(x.isfinite().all()):
             raise UsageError(f"The weights in {folder} are not finite ({name}), so that no run can go on from them.")
-    entries = _entries(folder)
+    entries = training_entries(folder)
     config = _config(folder, entries)
     progress = progress_from(entries.get("progress"), Progress, folder / TRAINING, steps=config.training.steps)
     _check_stage(progress, config, folder / TRAINING)
@@ -129,7 +129,8 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _entries(folder: Path) -> dict[str, Any]:
+def training_entries(folder: Path) -> dict[str, Any]:
+    """What training.json in a run's checkpoint holds; `UsageError` if it is damaged."""
     values = read_json(folder / TRAINING)
     if not isinstance(values, dict):
         raise UsageError(f"{folder / TRAINING} is damaged: it holds no entries by name.")

@@ -10,7 +10,7 @@ reach it could take part in the training. torchrun and NCCL open ports of their 
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,24 +59,15 @@ class Ranks:
             UsageError: there is no such device, or `spans` does not divide the number of processes.
         """
         where = choose_device(device)
-        known = dist.is_initialized()  # by another launcher, whose processes they are
-        if not known and "RANK" in os.environ:
-            if where.type == "cuda":
-                where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-                torch.cuda.set_device(where)
-            added = _begin_group("nccl" if where.type == "cuda" else "gloo")
-        else:
-            added = []
-        try:
+        begun = "RANK" in os.environ and not dist.is_initialized()  # or by another launcher, whose processes they are
+        if begun and where.type == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(where)
+        with _group("nccl" if where.type == "cuda" else "gloo") if begun else nullcontext():
             rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             if spans < 1 or size % spans:
                 raise UsageError(f"spans must divide the number of processes, {size}; {spans} does not.")
             yield cls(rank, size, where, _spans(size, spans))
-        finally:
-            if dist.is_initialized() and not known:
-                dist.destroy_process_group()
-            for name in added:
-                os.environ.pop(name, None)
 
     @property
     def first(self) -> bool:
@@ -148,7 +139,7 @@ class Ranks:
         """Every rank's text, by rank. They travel as bytes: PyTorch's own exchange of objects would unpickle them."""
         if self.size == 1:
             return [text]
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        own = torch.tensor(list(text.encode("utf-8", "backslashreplace")), dtype=torch.uint8, device=self.device)
         length = torch.tensor([len(own)], device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
@@ -180,30 +171,42 @@ class Ranks:
             raise UsageError(" ".join((said[rank] if same else f"Rank {rank}: {said[rank]}").split())) from error
 
 
-def _begin_group(backend: str) -> list[str]:
-    """The process group that the variables of `torchrun` describe; returns those that were added for its time."""
-    added: list[str] = []
-    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # all ranks are on this machine
-    interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if here and interfaces and GLOO_INTERFACE not in os.environ:
-        os.environ[GLOO_INTERFACE] = interfaces[0]  # or gloo takes the address of the machine's name
-        added.append(GLOO_INTERFACE)
-    if not here or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has opened a port for it
-        dist.init_process_group(backend, timeout=PATIENCE)
-        return added
-    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    handle = _listening(port) if rank == 0 else None  # what PyTorch opens by itself listens on every address
-    store = dist.TCPStore(LOOPBACK, port, size, rank == 0, PATIENCE, master_listen_fd=handle)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    return added
+@contextmanager
+def _group(backend: str) -> Iterator[None]:
+    """The process group that the variables of `torchrun` describe, for the time of a `with`."""
+    # Where a variable is missing, PyTorch says so.
+    here = {"LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_PORT"} <= os.environ.keys() and (
+        os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    )
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    added = here and interface is not None and GLOO_INTERFACE not in os.environ
+    if added and interface is not None:
+        os.environ[GLOO_INTERFACE] = interface  # or gloo takes the address of the machine's name
+    try:
+        if here and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+            handle = _listening(port) if rank == 0 else None  # what PyTorch opens by itself listens on every address
+            store = dist.TCPStore(LOOPBACK, port, size, rank == 0, PATIENCE, master_listen_fd=handle)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        else:  # torchrun has opened a port for it, or there are other machines
+            dist.init_process_group(backend, timeout=PATIENCE)
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if added:
+            os.environ.pop(GLOO_INTERFACE, None)
 
 
 def _listening(port: int) -> int:
-    """A handle on which this machine's processes are listened to; PyTorch closes it."""
+    """A handle that listens to this machine, which PyTorch will close; `UsageError` if the port is taken."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((LOOPBACK, port))
-        s.listen(1024)
+        try:
+            s.bind((LOOPBACK, port))
+            s.listen(1024)
+        except (OSError, OverflowError) as e:
+            raise UsageError(f"Ranks cannot find each other on port {port}: {e}. Set MASTER_PORT to another.") from e
         return s.detach()
 
 

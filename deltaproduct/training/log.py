@@ -89,8 +89,8 @@ class Metrics:
         self._sum = hashlib.sha256(b"".join(kept))
         if digest not in (None, self._sum.hexdigest()) and path.exists():
             raise UsageError(
-                f"{path} was changed: its lines up to step {after_step} are not those that the run wrote before that step "
-                "was saved. Put back the file that the run wrote, or remove it: the run then goes on without them."
+                f"{path} was changed: its lines up to step {after_step} are not those that the run wrote before it "
+                "saved that step. Put back the file that it wrote, or remove it: the run then goes on without them."
             )
         write_bytes(path, b"".join(kept))
         try:

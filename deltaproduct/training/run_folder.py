@@ -4,6 +4,7 @@ config.json says what was asked for, metrics.jsonl how it went, checkpoint/ how 
 and on which machine. When a run has ended, manifest.json holds the sums of the three files.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from deltaproduct.files import (
     write_json,
 )
 from deltaproduct.machine import command_line, describe_machine
-from deltaproduct.training.checkpoint import TRAINING
+from deltaproduct.training.checkpoint import TRAINING, training_entries
 from deltaproduct.training.config import AnyRun, LanguageRun, RunConfig
 from deltaproduct.training.folder_kinds import Wanted, why_not
 
@@ -102,18 +103,16 @@ def _holds_a_run(folder: Path) -> bool:
 def trained_as(checkpoint: Path) -> RunConfig | LanguageRun | None:
     """The configuration of the run that a checkpoint came from; None if it did not come from one."""
 
-    def read(folder: Path) -> Any:
-        return read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
+    def read(folder: Path) -> RunConfig | LanguageRun | None:
+        if not os.path.lexists(folder / TRAINING):
+            return None
+        entries = training_entries(folder)
+        try:
+            return run_config(entries.get("config"))
+        except UsageError as e:
+            raise UsageError(f"{folder / TRAINING} is damaged. {e}") from e
 
-    values = read_whole(checkpoint, read)
-    if values is None:
-        return None
-    if not isinstance(values, dict) or "config" not in values:
-        raise UsageError(f"{checkpoint / TRAINING} is damaged: it has no configuration.")
-    try:
-        return run_config(values["config"])
-    except UsageError as e:
-        raise UsageError(f"{checkpoint / TRAINING} is damaged. {e}") from e
+    return read_whole(checkpoint, read)
 
 
 def run_config(values: Any) -> RunConfig | LanguageRun:
@@ -184,7 +183,16 @@ def is_finished(out: Path, config: AnyRun) -> bool:
     if (out / MANIFEST).exists():
         read_folder(out, "run", lambda folder, files: files)
     values = read_json(out / RUN)
-    return isinstance(values, dict) and values.get("finished") is True and read_run(out) == config
+    says_so = isinstance(values, dict) and values.get("finished") is True and read_run(out) == config
+    return says_so and _steps_done(out / CHECKPOINT) == config.training.steps
+
+
+def _steps_done(checkpoint: Path) -> Any:
+    """What a checkpoint says of its steps; None if it says nothing."""
+    if not whole_folder(checkpoint).exists():
+        return None
+    progress = read_whole(checkpoint, training_entries).get("progress")
+    return progress.get("step") if isinstance(progress, dict) else None
 
 
 def begin_record(out: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from listening import elsewhere, family, listening
 from ranks import LIMIT, PROCESSES
 
+from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers import get_launcher, get_rank_launcher
 from deltaproduct.training.distributed import Ranks
 
@@ -72,6 +73,23 @@ def test_ranks_of_one_machine():
         found, others, interface = end.recv()
         rank.join(LIMIT)
         assert list(found) == ["127.0.0.1"] and others == {} and interface == "lo" and rank.exitcode == 0
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        ports = (s.getsockname()[1], 10**6)
+        for port in ports:
+            values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+            for name, value in values.items():
+                monkeypatch.setenv(name, str(value))
+            for name in ("TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME"):
+                monkeypatch.delenv(name, raising=False)
+            words = f"on port {port}: .* Set MASTER_PORT to another"
+            with pytest.raises(UsageError, match=words), Ranks.started("cpu"):
+                pass
+            assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def seen(folder: Path) -> dict:

@@ -14,9 +14,10 @@ from test_training import run_config
 from deltaproduct.errors import UsageError
 from deltaproduct.files import seal_folder
 from deltaproduct.training import train
-from deltaproduct.training.checkpoint import Progress, checkpoint_config, load_checkpoint, progress_from
+from deltaproduct.training.checkpoint import Progress, load_checkpoint, progress_from
 from deltaproduct.training.log import Metrics, last_metrics
 from deltaproduct.training.loop import new_model, new_optimizer
+from deltaproduct.training.run_folder import trained_as
 from deltaproduct.training.shards import LanguageProgress
 
 STEPS = 4
@@ -116,7 +117,7 @@ def test_a_training_json_of_another_shape(run, text, match):
     path.write_text(text)
     refused(run, rf"training\.json .*{match}")
     with pytest.raises(UsageError, match=match):
-        checkpoint_config(run / "checkpoint")
+        trained_as(run / "checkpoint")
 
 
 def test_a_configuration_that_no_run_has_is_refused_by_evaluate_too(run, capsys):
@@ -276,7 +277,8 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "last"), [
-    (b"", None), (b"\n\n", None), (b"\xff", None), (b"[1]", None), (b"x" + WHOLE, ROWS[-1]), (WHOLE + b'{"st', ROWS[-1]),
+    (b"", None), (b"\n\n", None), (b"\xff", None), (b"[1]", None), (b"x" + WHOLE, ROWS[-1]),
+    (WHOLE + b'{"st', ROWS[-1]),
 ])  # fmt: skip
 def test_the_last_line_is_the_last_whole_one(tmp_path, content, last):
     path = tmp_path / "metrics.jsonl"

@@ -2,22 +2,21 @@
 
 import copy
 import os
+import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import MANIFEST, check_listed, is_model_file, read_json, updated_folder
+from deltaproduct.files import read_whole, updated_folder, whole_folder
 from deltaproduct.models.folders import CONFIG
-from deltaproduct.models.hf.config import DeltaProductConfig
+from deltaproduct.models.hf.listed import check_folder
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 from deltaproduct.models.size import check_model, check_stored, stored_shapes
-from deltaproduct.models.weights import read_index
 
 REMOTE = "modeling_deltaproduct"  # the module that a folder carries for trust_remote_code=True
 SOURCE = Path(__file__).with_name("remote.py")
@@ -28,37 +27,6 @@ AUTO_MAP = {
 }
 HEAD = "head.weight"
 VOCABULARY = {"embedding.weight", HEAD}
-
-
-ADAPTER = "adapter_config.json"  # of PEFT: it names the folder of the model that the adapter is for
-
-
-def check_folder(
-    name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None
-) -> None:
-    """Check what transformers is about to load from a folder of this machine against the folder's manifest.
-
-    Args:
-        name_or_path, subfolder: as transformers takes them; a model of a hub, or None, has nothing to check.
-        is_read: which files it will read; by default those of a model and of an adapter.
-
-    Raises:
-        UsageError: a file is missing or not what was written.
-    """
-    if not isinstance(name_or_path, str | os.PathLike):
-        return
-    folder = Path(name_or_path) / (subfolder or "")
-    if not folder.is_dir():
-        return
-    check_listed(folder, "checkpoint", is_read or _is_read)
-    if (folder / MANIFEST).is_file():
-        _check_contents(folder, is_read or _is_read)
-    adapter = folder / ADAPTER
-    if is_read is None and adapter.is_file() and not (folder / CONFIG).is_file():
-        values = read_json(adapter)
-        base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-        if isinstance(base, str) and Path(base) != folder:
-            check_folder(base, is_read=_is_read)
 
 
 def check_size(
@@ -75,44 +43,14 @@ def check_size(
     folder, config = Path(name_or_path) / (options.get("subfolder") or ""), options.get("config")
     if config is None and (folder / CONFIG).is_file():
         config = kind.config_class.from_pretrained(folder)
-    if not isinstance(config, DeltaProductConfig) or (shapes := stored_shapes(folder)) is None:
+    describe = getattr(config, "model_config", None)
+    if describe is None or (shapes := stored_shapes(folder)) is None:
         return
-    described = config.model_config()
+    described = describe()
     if ignore_mismatched_sizes:
         shapes.pop("embedding.weight", None)
     check_stored(described, shapes, folder)
     check_model(described)
-
-
-def _check_contents(folder: Path, is_read: Callable[[str], bool]) -> None:
-    """`UsageError` where transformers would end in an error of Python's, or load what no model can be: files that hold
-    no objects, odd indices, weights that are no floating-point numbers (but for quantised ones)."""
-    for file in sorted(folder.glob("*.json")):
-        if file.name == MANIFEST or not is_read(file.name):
-            continue
-        if file.name.endswith(".index.json"):
-            read_index(file)
-        elif not isinstance(values := read_json(file, finite=False), dict):
-            raise UsageError(f"{file} is damaged: it holds no entries by name.")
-        elif file.name == CONFIG and "quantization_config" in values:
-            return
-    for file in sorted(folder.glob("model*.safetensors")):
-        if is_read(file.name):
-            _check_kinds(file)
-
-
-def _check_kinds(file: Path) -> None:
-    try:
-        with safe_open(file, "pt") as tensors:
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as e:
-        raise UsageError(f"{file} is not a safetensors file: {e}.") from e
-    if odd := [name for name, kind in kinds.items() if kind not in ("F32", "BF16", "F16", "F64")]:
-        raise UsageError(f"{file} has {odd[0]} of {kinds[odd[0]]}; weights are floating-point numbers.")
-
-
-def _is_read(name: str) -> bool:
-    return is_model_file(name) or name.startswith("adapter_")
 
 
 class CheckpointedModel(PreTrainedModel):
@@ -188,18 +126,44 @@ class CheckpointedModel(PreTrainedModel):
             UsageError: a file is not what was written (after a change on purpose: `deltaproduct seal FOLDER`), or
                 weights and configuration do not belong together.
         """
-        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        check_size(cls, pretrained_model_name_or_path, ignore_mismatched_sizes, kwargs)
+
+        def load(name_or_path: Any, **others: Any) -> tuple[Any, dict[str, Any]]:
+            return cls._load(name_or_path, *args, ignore_mismatched_sizes=ignore_mismatched_sizes, **others)
+
+        subfolder = kwargs.get("subfolder") or ""
+        is_name = isinstance(pretrained_model_name_or_path, str | os.PathLike)
+        if is_name and whole_folder(place := Path(pretrained_model_name_or_path) / subfolder).is_dir():
+            moved = kwargs | {"subfolder": ""}  # where a writer of the folder has died between its renames
+            model, info = read_whole(
+                place,
+                lambda folder: load(pretrained_model_name_or_path, **kwargs) if folder == place
+                else load(str(folder), **moved),
+            )  # fmt: skip
+        else:
+            model, info = load(pretrained_model_name_or_path, **kwargs)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, name_or_path: Any, *args: Any, ignore_mismatched_sizes: bool, **kwargs: Any) -> tuple[Any, Any]:
+        """`from_pretrained` of a folder that nobody writes meanwhile, with transformers' account of the weights."""
+        check_folder(name_or_path, kwargs.get("subfolder"))
+        check_size(cls, name_or_path, ignore_mismatched_sizes, kwargs)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                name_or_path,
                 *args,
                 ignore_mismatched_sizes=True,  # so that the message is the one below
                 output_loading_info=True,
                 **kwargs,
             )
         except SafetensorError as e:
-            raise UsageError(f"The weights in {pretrained_model_name_or_path} are damaged: {e}.") from e
+            raise UsageError(f"The weights in {name_or_path} are damaged: {e}.") from e
+        except pickle.UnpicklingError as e:
+            # PyTorch's own message is a page of advice, some of it to run the pickle after all.
+            raise UsageError(
+                f"The weights in {name_or_path} are a pickle that is damaged, or holds more than "
+                "tensors, and were not read."
+            ) from e
         mismatched = {name for name, *_ in info["mismatched_keys"]} - (VOCABULARY if ignore_mismatched_sizes else set())
         for names, what in (
             (info["missing_keys"], "is missing"),
@@ -208,10 +172,10 @@ class CheckpointedModel(PreTrainedModel):
         ):
             if names:
                 raise UsageError(
-                    f"The checkpoint {pretrained_model_name_or_path} does not fit its configuration: "
+                    f"The checkpoint {name_or_path} does not fit its configuration: "
                     f"{min(names)} {what}."
                 )
-        return (model, info) if output_loading_info else model
+        return model, info
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -8,7 +8,7 @@ from transformers.utils import CONFIG_NAME
 
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.hf.checkpoint import check_folder
+from deltaproduct.models.hf.listed import check_folder
 from deltaproduct.models.sequence_model import MODEL_TYPE
 
 OWN = tuple(f.name for f in fields(ModelConfig))

@@ -211,7 +211,12 @@ def _check_file(folder: Path, entry: FileEntry, verify: bool) -> None:
         raise UsageError(
             f"The corpus {folder} is corrupt: {entry.name} has {size} bytes and should have {entry.bytes}."
         )
-    if verify:
+    if not verify:
+        return
+    try:
         with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != entry.sha256:
-                raise UsageError(f"The corpus {folder} is corrupt: {entry.name} does not match its recorded sha256.")
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read: {e.strerror or e}.") from e
+    if digest != entry.sha256:
+        raise UsageError(f"The corpus {folder} is corrupt: {entry.name} does not match its recorded sha256.")

@@ -298,8 +298,7 @@ class HubSource(HashedSource):
         path, _, config = name.partition(":")
         self._name = name
         self._rows = _load_dataset(path, config or None)
-        split = getattr(self._rows.info, "splits", None) or {}
-        self.total = split["train"].num_examples if "train" in split else None
+        self.total = _rows_of(self._rows)
 
     @property
     def _reads_all(self) -> bool:
@@ -487,6 +486,13 @@ def _text_field(row: Any, where: str) -> str:
     if not isinstance(text, str):
         raise UsageError(f'{where} has no field "text" that is a string.')
     return text.encode(errors="replace").decode()  # JSON can spell half of a surrogate pair, which is no character
+
+
+def _rows_of(dataset: Any) -> int | None:
+    """How many rows a dataset says it has, which the library takes from its file as it is."""
+    splits = getattr(dataset.info, "splits", None)
+    count = getattr(splits.get("train"), "num_examples", None) if isinstance(splits, dict) else None
+    return count if type(count) is int and count >= 0 else None
 
 
 def _load_dataset(path: str, config: str | None) -> Any:

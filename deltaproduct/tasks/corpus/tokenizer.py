@@ -253,8 +253,15 @@ def check_tokenizer(spec: str) -> None:
     """`UsageError` where a spec is sure to fail, so that no time is spent on reading texts for it."""
     if spec.startswith("bpe:"):
         bpe_size(spec)
-    elif spec != "bytes" and not spec.startswith("hf:") and not Path(spec).is_file():
-        raise UsageError(f"There is no tokenizer {spec!r}: it should be {SPECS}.")
+    elif spec != "bytes" and not spec.startswith("hf:") and not _is_file(spec):
+        raise UsageError(f"There is no tokenizer {shown(spec)}: it should be {SPECS}.")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def bpe_size(spec: str) -> int:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaproduct.errors import UsageError
+from deltaproduct.memory import check_memory
 from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.models.size import model_bytes
 from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors
 
@@ -24,6 +27,7 @@ ON, OFF = 40.0, -200.0  # logits of β = 2 and 0; sigmoid is 1 and below 1e-86 t
 STEEPNESS = 80.0  # of an AND: at half of it silu is x on one side of 0, and 1e-16 on the other
 SHARPNESS = 10.0  # of the logits
 MAX_UNITS = 20_000  # of an MLP
+MAX_WEIGHTS = 1_000_000_000  # of a projection: 8 GB as it is written, in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,12 @@ def all_of(slots: Iterable[int], *outputs: int) -> Unit:
     """The AND of one-hot slots."""
     inputs = dict.fromkeys(slots, 1.0)
     return Unit(inputs, len(inputs) - 0.5, outputs)
+
+
+def check_weights(steps: int, heads: int, dim: int, width: int) -> None:
+    """UsageError if a projection to the keys or values of so many factors, heads and dimensions would be too large."""
+    if (weights := steps * heads * dim * width) > MAX_WEIGHTS:
+        raise UsageError(f"a projection has {weights:,} weights, at most {MAX_WEIGHTS:,}")
 
 
 @dataclass(eq=False)
@@ -101,6 +111,7 @@ class Circuit:
         all_of_them = [write for by_slot in writes for write in by_slot.values()]
         value_dim = max([1, *(w.values.shape[1] for w in all_of_them if w.values is not None)])
         steps = max([1, *(len(w.factors.betas) for w in all_of_them if w.factors is not None)])
+        check_weights(steps, len(queries), max(queries.shape[1], value_dim), self.width)
         out = self.take(len(queries) * value_dim)
         self.layers.append(_Layer(queries, writes, out, power, value_dim, steps))
         return out
@@ -129,6 +140,7 @@ class _Weights:
     """A model of zeros (float64), filled layer by layer."""
 
     def __init__(self, config: ModelConfig):
+        check_memory("The compiled model", model_bytes(config, per_parameter=8), "max_width or max_layers")
         self.config, self.tokens = config, config.vocab_size
         self.model = SequenceModel(config).double()
         self.weights = dict(self.model.named_parameters())

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -75,8 +76,9 @@ class Action:
         """All products. Raises UsageError when there are more than 1,000."""
         found = {tuple(range(len(self.symbols[0]))): None}
         for p in (fresh := list(found)):  # grows while it is gone through
+            after = itemgetter(*p)  # `compose` many times over
             for symbol in self.symbols:
-                product = compose(symbol, p)
+                product = after(symbol)
                 if product not in found:
                     found[product] = None
                     fresh.append(product)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from deltaproduct.theory.cascade import Action, Cascade, Context, Level, the_state
-from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of
+from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of, check_weights
 from deltaproduct.theory.constructions.plan import Plan
-from deltaproduct.theory.householder import Factors, no_factors
+from deltaproduct.theory.householder import Factors, no_factors, transpositions
 from deltaproduct.theory.representations import simplex, swaps
 
 
@@ -77,6 +77,8 @@ def _heads(level: Level, actions: dict[int, Action], bos: int) -> tuple[Tensor, 
         resets = {slot: action.reset for slot, action in actions.items()} | {bos: level.initial_label}
         writes = {slot: stay if label is None else Write(key, codes[label, None]) for slot, label in resets.items()}
         return one[None], [writes]
+    width = bos + 1 + level.size  # at least
+    check_weights(max(_steps(action) for action in actions.values()), level.size, level.size - 1, width)
     corners = simplex(level.size)
     # BOS finds an empty state: one factor, whose key is the corner, writes it.
     start = Write(Factors(corners[level.initial_label, None], one), one[None])
@@ -104,6 +106,11 @@ def _move(action: Action, corners: Tensor) -> Write:
         factors = Factors(torch.eye(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64))
         return Write(factors, corners[action.reset][:, None])
     return Write(swaps(action.permutation, corners))
+
+
+def _steps(action: Action) -> int:
+    """How many factors `_move` takes, at least."""
+    return 1 if action.permutation is None else len(transpositions(action.permutation))
 
 
 def _delay(slots: Sequence[int], bos: int) -> dict[int, Write]:

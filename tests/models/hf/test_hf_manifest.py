@@ -1,14 +1,16 @@
 """Folders that transformers loads are checked against their manifest, and can be sealed after a change on purpose."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 from commands import run
+from safetensors.torch import load_file, save_file
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import reseal_folder, verified_folder
+from deltaproduct.files import reseal_folder, seal_folder, verified_folder
 from deltaproduct.models import ModelConfig, SequenceModel
 
 transformers = pytest.importorskip("transformers")
@@ -102,6 +104,58 @@ def test_the_files_of_a_run_that_transformers_does_not_read_are_not_checked(tmp_
     manifest["files"]["optimizer.safetensors"] = {"bytes": 2, "sha256": "0" * 64}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert torch.equal(logits(tmp_path), expected)
+
+
+def test_a_pickle_in_the_place_of_the_weights_is_not_run(tmp_path):
+    """transformers looks for pytorch_model.bin where there is no model.safetensors."""
+    ours(tmp_path)
+    for name in ("model.safetensors", "manifest.json"):
+        (tmp_path / name).unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UsageError, match="are a pickle that is damaged, or holds more than tensors") as refused:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(("name", "content", "match"), [
+    ("model.safetensors", b"", "is not a safetensors file"), ("generation_config.json", b"null", "holds no entries"),
+    ("model.safetensors", (10**18).to_bytes(8, "little"), "is not a safetensors file"),
+    ("generation_config.json", b"[" * 9000, "nested too deeply"),
+])  # fmt: skip
+def test_files_that_say_what_they_should_not(tmp_path, name, content, match):
+    theirs(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    seal_folder(tmp_path)
+    with pytest.raises(UsageError, match=match) as refused:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value) and name in str(refused.value)
+
+
+@pytest.mark.parametrize("index", [
+    {"weight_map": 1}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x"}}, {"weight_map": {}, "metadata": 1}, [],
+])  # fmt: skip
+def test_an_index_that_is_none(tmp_path, index):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    seal_folder(tmp_path)
+    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    """transformers would turn them into floats."""
+    theirs(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].long()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    seal_folder(tmp_path)
+    with pytest.raises(UsageError, match=r"model\.safetensors has norm\.weight of I64"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_manifest_loads_as_transformers_has_it(tmp_path):

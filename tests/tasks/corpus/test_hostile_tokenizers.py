@@ -123,6 +123,32 @@ def test_a_dataset_with_a_script_is_refused(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not (tmp_path / "MARKER").exists()
 
 
+COUNT = '{"splits": {"train": {"num_examples": "many"}}, "features": {"text": {"dtype": "string", "_type": "Value"}}}'
+DATASETS = [
+    ("dataset_info.json", "[]"), ("dataset_info.json", '{"features": 7}'), ("dataset_info.json", "[" * 100_000),
+    ("dataset_info.json", COUNT), ("state.json", "{}"),
+    ("state.json", '{"_data_files": [{"filename": "../../../etc/passwd"}], "_fingerprint": "x"}'),
+    ("data-00000-of-00001.arrow", "no arrow"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), DATASETS, ids=range(len(DATASETS)))
+def test_damaged_datasets_are_one_line_or_change_nothing(name, content, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [f"text {i}" for i in range(300)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / name).is_file()
+    (tmp_path / "saved" / name).write_text(content)
+    try:
+        source = make_source(f"hf:{tmp_path / 'saved'}")
+        source.scan()
+        found = [document.text for document in source.documents()]
+    except UsageError as e:
+        assert "\n" not in str(e)
+    else:
+        assert found == rows and (source.total is None or type(source.total) is int)
+
+
 DAMAGED = {
     "no JSON": "nul", "a list": "[]", "deep": "[" * 100_000, "too large an id": '{"a": 5000000000}',
     "a number of 5,000 digits": '{"version": ' + "9" * 5000 + "}", "empty": "",
