@@ -31,7 +31,7 @@ def corpus(monkeypatch):
 
     tokenizer = SimpleNamespace(decode=lambda ids: "x" * len(ids), vocab_size=VOCAB)
     opened = SimpleNamespace(tokenizer=tokenizer, vocab_size=VOCAB, fingerprint="f1", split=split)
-    monkeypatch.setattr(command.Corpus, "open", lambda folder: opened)
+    monkeypatch.setattr("deltaproduct.tasks.corpus.Corpus.open", lambda folder: opened)
     return opened
 
 
@@ -116,7 +116,7 @@ def test_the_harness_gets_the_runs_model_and_tokenizer(run, monkeypatch, capsys)
     monkeypatch.setitem(
         sys.modules, "deltaproduct.evaluation.harness", SimpleNamespace(evaluate_harness=evaluate_harness)
     )
-    monkeypatch.setattr(command, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=VOCAB))
+    monkeypatch.setattr("deltaproduct.tasks.corpus.load_tokenizer", lambda folder: SimpleNamespace(vocab_size=VOCAB))
     LmEvaluate(source=run, what="harness").run()
     assert "0.2500" in capsys.readouterr().out
     LmEvaluate(source=run, what="harness", tasks=("piqa",), limit=3, json=True).run()
