@@ -247,7 +247,7 @@ def build_dot(root: Path) -> None:
     (root / "files").mkdir()
     (root / "files" / "automaton.dot").write_text(
         "digraph parity {\n"
-        '    start [shape=point];\n    even [shape=doublecircle, label="an even number of 1s"];\n    odd [shape=circle];\n'
+        '    start [shape=point];\n    even [shape=doublecircle, label="even number of 1"];\n    odd [shape=circle];\n'
         '    start -> even;\n    even -> even [label="0"];\n    even -> odd [label="1"];\n'
         '    odd -> odd [label="0"];\n    odd -> even [label="1"]; // back\n}\n'
     )
