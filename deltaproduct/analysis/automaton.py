@@ -75,7 +75,8 @@ def extract(
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}.")
     # Of words and their labels, 8 bytes each.
-    check_memory(f"A check of {CHECKED_WORDS} words of {max_length:,} symbols", 2 * 8 * CHECKED_WORDS * max_length, "max_length")
+    what = f"A check of {CHECKED_WORDS} words of {max_length:,} symbols"
+    check_memory(what, 2 * 8 * CHECKED_WORDS * max_length, "max_length")
     known = vocabulary(model.config, source)
     was_training = model.training
     model.eval()
