@@ -28,6 +28,7 @@ from deltaproduct.theory.congruences import MAX_PARTS, Stage, Subset, shortest_c
 
 MAX_STEPS = 200_000  # of a level: each is a unit of an MLP
 
+
 class Parts(tuple[Subset, ...]):
     """Parts, which remember their hash: steps are looked up by long ones again and again."""
 

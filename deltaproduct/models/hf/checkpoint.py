@@ -171,10 +171,7 @@ class CheckpointedModel(PreTrainedModel):
             (mismatched, "is of another shape"),
         ):
             if names:
-                raise UsageError(
-                    f"The checkpoint {name_or_path} does not fit its configuration: "
-                    f"{min(names)} {what}."
-                )
+                raise UsageError(f"The checkpoint {name_or_path} does not fit its configuration: {min(names)} {what}.")
         return model, info
 
     @classmethod
