@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2: paths as they are given, and two names exchanged
+LONGEST_NAME = 255  # bytes
 PATIENCE = 5.0  # seconds that a writer waits for another, which may be on its way out
 READER_PATIENCE = 60.0  # seconds that a reader waits for a writer which moves files one by one
 PAUSE = 0.05  # seconds between two tries
@@ -144,8 +145,11 @@ def make_folder(path: Path) -> Path:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether something that a file says is the name of a file in its own folder: no path, no control characters."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\"} and name.isprintable()
+    """Whether something that a file says is the name of a file in its own folder: no path, no control characters, and
+    no longer than file systems allow."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable():
+        return False
+    return len(name.encode()) <= LONGEST_NAME
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -273,7 +277,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / MANIFEST} is damaged or of another version: it lists no files of format 1.")
     for name in files:
         if not is_plain_name(name):
-            raise UsageError(f"{folder / MANIFEST} names the file {name!r}, which is not in its own folder.")
+            raise UsageError(f"{folder / MANIFEST} names the file {name[:80]!r}, which is not in its own folder.")
     return files
 
 

@@ -243,6 +243,16 @@ def build_automata(root: Path) -> None:
     shutil.rmtree(root / "model")
 
 
+def build_dot(root: Path) -> None:
+    (root / "files").mkdir()
+    (root / "files" / "automaton.dot").write_text(
+        "digraph parity {\n"
+        '    start [shape=point];\n    even [shape=doublecircle, label="even number of 1"];\n    odd [shape=circle];\n'
+        '    start -> even;\n    even -> even [label="0"];\n    even -> odd [label="1"];\n'
+        '    odd -> odd [label="0"];\n    odd -> even [label="1"]; // back\n}\n'
+    )
+
+
 # What is asked.
 
 
@@ -318,8 +328,8 @@ def ask_job(root: Path) -> Outcome:
     return call(result)
 
 
-def ask_automaton(root: Path) -> Outcome:
-    return command("tasks", "show", f"automaton:{root / 'files' / 'automaton.json'}")
+def ask_automaton(root: Path, name: str) -> Outcome:
+    return command("tasks", "show", f"automaton:{root / 'files' / name}")
 
 
 KINDS = [
@@ -336,7 +346,8 @@ KINDS = [
     Kind("fla folder", build_fla, ask_convert, "model"),
     Kind("compiled", build_compiled, ask_verify, "model"),
     Kind("experiment", build_experiment, ask_job, "out"),
-    Kind("automaton file", build_automata, ask_automaton, "files", checked=False),
+    Kind("automaton file", build_automata, partial(ask_automaton, name="automaton.json"), "files", checked=False),
+    Kind("DOT file", build_dot, partial(ask_automaton, name="automaton.dot"), "files", checked=False),
 ]
 
 

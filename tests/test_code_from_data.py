@@ -25,7 +25,8 @@ ALLOWED = {
     "models/weights.py": {"torch.load"},  # weights_only
     "models/export.py": {"aoti_load_package"},  # of what was written a moment before
     "ops/native/library.py": {"CDLL"},  # DELTAPRODUCT_ENGINE
-    "machine.py": {"CDLL"},  # of the C library
+    "machine.py": {"CDLL"},  # of the C library, which Python has loaded already
+    "files.py": {"CDLL"},
 }
 
 

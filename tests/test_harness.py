@@ -393,11 +393,11 @@ def test_unknown_tasks(monkeypatch, whole_index):
         own, folders = lm_eval.tasks.TaskManager, harness.task_folders()
         monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: own(include_defaults=False, include_path=folders))
     for name, near in (
-        ("helaswag", "mean hellaswag"),
-        ("deltaproduct_prse", "mean deltaproduct_prose"),
+        ("helaswag", "mean 'hellaswag'"),
+        ("deltaproduct_prse", "mean 'deltaproduct_prose'"),
         ("?!", "papers"),
     ):
-        with pytest.raises(UsageError, match=rf"no task '{re.escape(name)}'; .*{near}"):
+        with pytest.raises(UsageError, match=rf"no task '{re.escape(name)}'.*{near}"):
             evaluate_harness(language_model(), BYTES, ["offline", name])
     with pytest.raises(UsageError, match="at least one task"):
         evaluate_harness(language_model(), BYTES, [])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import deltaproduct
 from deltaproduct.errors import UsageError
-from deltaproduct.files import updated_folder, verified_folder
+from deltaproduct.files import seal_folder, updated_folder, verified_folder
 from deltaproduct.layers import MIXERS
 from deltaproduct.models import ModelConfig, SequenceModel
 
@@ -562,16 +562,18 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path):
     for changed, match in (
         ({"use_forget_gate": True}, "A_log is missing"),
         ({"use_short_conv": False}, "conv1d.weight has no place"),
-        ({"hidden_size": 32}, "is of another shape"),
-        ({"vocab_size": 9, "num_labels": 9}, "embedding.weight is of another shape"),
+        ({"hidden_size": 32}, r"embedding.weight has shape \(7, 16\) and should have \(7, 32\)"),
+        ({"vocab_size": 9, "num_labels": 9}, r"embedding.weight has shape \(7, 16\) and should have \(9, 16\)"),
     ):
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | changed))
+        seal_folder(tmp_path / "a")
         refusal(match, AutoModelForCausalLM.from_pretrained, tmp_path / "a")
     drawn = AutoModelForCausalLM.from_pretrained(tmp_path / "a", ignore_mismatched_sizes=True)
     assert drawn(tokens(2, 9)).logits.shape == (2, 9, 9)
     assert 0.3 < drawn.embedding.weight.std() < 0.7  # initializer_range is 0.5, of 144 draws
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
-    refusal("another shape", AutoModelForCausalLM.from_pretrained, tmp_path / "a", ignore_mismatched_sizes=True)
+    seal_folder(tmp_path / "a")
+    refusal("is of another shape", AutoModelForCausalLM.from_pretrained, tmp_path / "a", ignore_mismatched_sizes=True)
 
 
 def test_what_cannot_be_decoded_is_refused():

@@ -166,7 +166,7 @@ def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
     one = ("accuracy", "scaled_accuracy", "sequence_accuracy") if job.asked.length_range is not None else ()
     by_length = () if one else ("accuracy", "sequence_accuracy")
     lists = () if one else ("length", "accuracy", "sequence_accuracy")
-    lengths = {str(n) for n in job.asked.lengths}
+    lengths = [str(n) for n in job.asked.lengths]
     return read_result(folder / RESULT, job.name, plain(job.asked), one, dict.fromkeys(by_length, lengths), lists)
 
 

@@ -80,8 +80,8 @@ class Automaton:
             if not names:
                 raise UsageError(f"An automaton needs at least one {what}.")
             if len(set(names)) < len(names):
-                seen: set[str] = set()
-                twice = next(name for name in names if name in seen or seen.add(name))
+                first: dict[str, int] = {}
+                twice = next(name for i, name in enumerate(names) if first.setdefault(name, i) != i)
                 raise UsageError(f"The {what} {shortened(twice)} is named twice.")
         if len(self.transitions) != n or any(len(row) != len(self.alphabet) for row in self.transitions):
             raise UsageError(f"The transitions must be a table of {n} states by {len(self.alphabet)} symbols.")
@@ -305,7 +305,10 @@ def _subsets(regex: str, nfa: Any, symbols: Sequence[str]) -> tuple[np.ndarray, 
     final = {number[state] for state in nfa.final_states}
     start = (number[nfa.initial_state],)
     known: dict[tuple[int, ...], int] = {start: 0}  # by where symbols led, before what is free from there
-    queue, rows, accepting, visited = [start], [], [], 0
+    queue: list[tuple[int, ...]] = [start]
+    rows: list[list[int]] = []
+    accepting: list[int] = []
+    visited = 0
     for entered in queue:  # grows while it is gone through
         seen, waiting = set(entered), list(entered)
         reached: list[set[int] | None] = [None] * len(symbols)

@@ -134,7 +134,8 @@ def states_within_reach(automaton: Automaton) -> list[int]:
                 if path:
                     low[path[-1][0]] = min(low[path[-1][0]], low[state])
                 if low[state] == found[state]:
-                    component, reached = [], 0
+                    component: list[int] = []
+                    reached = 0
                     while not component or component[-1] != state:
                         component.append(opened.pop())
                         reached |= 1 << component[-1]

@@ -37,7 +37,7 @@ def find_corpus(run: Path, fingerprint: str) -> Path:
     """
     advice = "give the corpus' folder with --data"
     if not (run / PLACE).is_file():
-        raise UsageError(f"{run} does not say where its corpus is, as an older version began it; {advice}.")
+        raise UsageError(f"{run} does not say where its corpus is; {advice}.")
     values = read_json(run / PLACE)
     values = values if isinstance(values, dict) else {}
     noted: list[Any] = [values.get(key) for key in ("corpus", "corpus_from_here")]

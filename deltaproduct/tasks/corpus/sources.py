@@ -214,8 +214,8 @@ class HashedSource(Source):
         if self._scanned is None:
             self._scanned = self._scan_texts(tick)
             if self._scanned.head is not None:
-                self.remarks += (f"the last {self._tail_share:.3g} of the text are held out for validation, as the "
-                                 "documents are too few for some of them to be held out by their hash",)  # fmt: skip
+                self.remarks += (f"the last {self._tail_share:.3g} of the text is held out for validation: by their "
+                                 "hashes no document would be, or every one",)  # fmt: skip
         return self._scanned
 
     def _scan_texts(self, tick: Tick) -> _Scan:

@@ -126,7 +126,7 @@ class LibraryTokenizer(Tokenizer):
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def _write(self, folder: Path) -> None:
-        self.inner.save(str(folder / LIBRARY_FILE))
+        write_text(folder / LIBRARY_FILE, self.inner.to_str(pretty=True))
         _write_library_config(folder, self.inner.id_to_token(self.document_token))
 
     @classmethod
@@ -297,7 +297,7 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> LibraryTokenizer:
 def _read_library_file(path: Path) -> Any:
     tokenizers = _tokenizers()
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())  # the library opens no file whose name is not UTF-8
     except Exception as e:  # the library raises nothing more specific
         raise UsageError(f"{path} is not a tokenizer.json of the tokenizers library: {_reason(e)}") from e
 

@@ -134,7 +134,8 @@ def test_names_in_corpus_json_lead_nowhere_else(name, corpus):
             shutil.copy(folder / entry["name"], folder / name)
         entry["name"] = name
         rewrite(folder / SIDECAR, lambda _, values=values: {k: v for k, v in values.items() if k != "seal"})
-        assert "names a file" in refusal(folder)
+        message = refusal(folder)
+        assert "names a file" in message or (name == "\ud800.bin" and "half of a surrogate pair" in message)
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a\0b", "\x1b[2J", "train-00001.bin"])
@@ -494,7 +495,7 @@ def test_a_manifest_that_names_files_elsewhere(corpus):
     shutil.copy(corpus / "tokenizer" / "corpus_tokenizer.json", corpus / "outside.json")
     manifest = json.loads((corpus / "tokenizer" / "manifest.json").read_text())
     entry = manifest["files"]["corpus_tokenizer.json"]
-    for name in ("../outside.json", str(corpus / "outside.json"), "a\0b", "\x1b[2J"):
+    for name in ("../outside.json", str(corpus / "outside.json"), "a\0b", "\x1b[2J", "x" * 5000, "\u00e9" * 200):
         write_json(corpus / "tokenizer" / "manifest.json", {"format": 1, "files": manifest["files"] | {name: entry}})
         refusal(corpus)
     seal_folder(corpus / "tokenizer")

@@ -16,6 +16,7 @@ from deltaproduct.cli.lm_prepare import LmPrepare
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.corpus import Corpus, sources, writer
 from deltaproduct.tasks.corpus.sources import TAIL_SHARE, StdlibSource, TextSource, make_source
+from deltaproduct.tasks.corpus.tokenizer import train_bpe
 from deltaproduct.tasks.corpus.writer import prepare
 
 PROSE = "".join(f"Line {i} of a text that goes on and on.\n" for i in range(300))
@@ -229,6 +230,26 @@ def test_settings_that_cannot_be(option, value, tmp_path):
     with pytest.raises(UsageError, match=f"^{option} must be at least ") as error:
         prepare([f"text:{tmp_path}/a.txt"], "bytes", tmp_path / "out", **{option: value})
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    Tokenizer = pytest.importorskip("tokenizers").Tokenizer
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.json")
+    put(tmp_path, a_txt=PROSE)
+    train_bpe(300, [PROSE]).inner.save(str(tmp_path / "own.json"))
+    try:
+        (tmp_path / "own.json").rename(name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(PROSE)
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    for _ in range(2):
+        prepare([f"text:{tmp_path}/caf*.txt"], name, out, resume=True)
+    assert "".join(texts(out, "train") + texts(out, "validation")) == PROSE
+    # As the library writes it.
+    saved = Tokenizer.from_str((out / "tokenizer" / "tokenizer.json").read_text())
+    saved.save(str(tmp_path / "again.json"))
+    assert (tmp_path / "again.json").read_bytes() == (out / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 def test_an_out_that_is_taken_or_cannot_be_made_is_said_before_the_sources_are_read(tmp_path, monkeypatch):
