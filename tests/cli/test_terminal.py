@@ -222,8 +222,10 @@ def test_a_reader_that_has_gone_is_no_error(arguments):
     read, write = os.pipe()
     os.close(read)  # as `head` does when it has enough
     command = [sys.executable, "-m", "deltaproduct", *arguments.split()]
+    # Buffered, as for everybody: what is printed last is written when the program ends.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
-        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
     finally:
         os.close(write)
     assert done.stderr == b"" and done.returncode in (0, 1)  # 1 where rich prints the table
