@@ -115,18 +115,20 @@ def train_language(
                 held.enter_context(writing_run(config, out, resume))
                 corpus.tokenizer.save(out / TOKENIZER)  # so that the run's folder is all that generating needs
                 note_corpus(out, corpus.folder)
-        if checkpoint.exists():
+        if ranks.any(ranks.first and checkpoint.exists()):
             progress = load_shards(
                 checkpoint, wrapped, model, optimizer, config, ranks, allow_pickled_optimizer=allow_pickled_optimizer
             )
-        if ranks.any(ranks.first and is_finished(out, config)):
+        with ranks.together():
+            finished = ranks.first and is_finished(out, config)
+        if ranks.any(finished):
             return model.eval()
-        commands = begin_record(out) if ranks.first else {}
-        metrics = (
-            Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None) if ranks.first else None
-        )
-        if metrics is not None:
-            held.callback(metrics.close)
+        metrics: Metrics | None = None
+        with ranks.together():
+            if ranks.first:
+                commands = begin_record(out)
+                metrics = Metrics(out / METRICS, after_step=progress.step, digest=progress.metrics or None)
+                held.callback(metrics.close)
         # Of several processes, one that has died would have the others wait for it after a SIGTERM.
         asked_to_end = held.enter_context(interruptible(terminable=ranks.size == 1))
         title = f"{out.name} seed {settings.seed}"

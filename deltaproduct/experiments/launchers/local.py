@@ -1,17 +1,20 @@
 """Calls in processes of this machine."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from signal import SIG_IGN, SIGINT, signal
+from time import monotonic
 from typing import Any
 
 import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.launchers.launcher import KILLED, PAUSE, Call, Settle, carry_out, opened
+
+PATIENCE = 20.0  # seconds
 
 
 class Local:
@@ -44,10 +47,21 @@ class Local:
                     settle(name, outcome)
                 tick()
         finally:
-            for _, _, process in running.values():
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+            stop([process for _, _, process in running.values() if process.pid is not None])
+
+
+def stop(processes: Sequence[Any]) -> None:
+    """End processes: training saves the step that is done, and what takes too long over it is killed."""
+    for process in processes:
+        process.terminate()
+    deadline = monotonic() + PATIENCE
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - monotonic()))
+    finally:  # also where Ctrl-C comes a second time
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def work(end: Connection, place: int, call: Call) -> None:

@@ -1,0 +1,50 @@
+"""Ctrl-C while `reproduce` trains: every run saves the step that it has done."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from run_folder import steps_done
+
+from deltaproduct.files import read_json
+
+TESTS = Path(__file__).parent.parent
+
+REPRODUCE = """
+    import sys
+    from dataclasses import replace
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from test_training import run_config
+    from deltaproduct.experiments.job import Asked, Job
+    from deltaproduct.experiments.runner import run_jobs
+
+    if __name__ == "__main__":
+        jobs = [Job(f"seed{i}", "a", run_config(steps=1_000_000, seed=i), Asked((4,), sequences=2)) for i in range(2)]
+        try:
+            run_jobs(jobs, Path(sys.argv[2]), experiment="x", workers=2, show=False)
+        except KeyboardInterrupt:
+            sys.exit(130)
+"""
+
+
+def test_ctrl_c_saves_every_run(tmp_path):
+    script = tmp_path / "reproduce.py"  # the runs' processes import it again
+    script.write_text(textwrap.dedent(REPRODUCE))
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(TESTS), str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    runs = [out / "runs" / f"seed{i}" for i in range(2)]
+    while any(steps_done(run) < 2 for run in runs):  # a line every ten steps
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in err
+    for run in runs:
+        saved = read_json(run / "checkpoint" / "training.json")["progress"]["step"]
+        assert saved >= 10 * steps_done(run) >= 20 and not (run / ".lock").exists()
