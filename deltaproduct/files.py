@@ -249,7 +249,7 @@ def _check_files(folder: Path, path: Path, what: str, names: Collection[str]) ->
         if files[name] != _fingerprint(file):
             raise UsageError(
                 f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256. If you changed it, "
-                f"say so: deltaproduct seal {shlex.quote(str(path))}"
+                f"`deltaproduct seal {shlex.quote(str(path))}` accepts it."
             )
 
 

@@ -286,7 +286,7 @@ def test_impossible_calls_are_refused():
     ):
         with pytest.raises(UsageError, match=match):
             mixer(x, **arguments)
-    with pytest.raises(UsageError, match="There is no mixer 'mambo'; choose from "):
+    with pytest.raises(UsageError, match=r"There is no mixer 'mambo' \(did you mean 'mamba'\?\); choose from "):
         get_mixer("mambo")
 
 

@@ -314,4 +314,19 @@ class SequenceModel(nn.Module):
         model.load_state_dict(tensors, assign=True)
         if config.tie_word_embeddings:
             model.head.weight = model.embedding.weight
+        if len(kinds := {x.dtype for x in tensors.values()}) > 1:
+            model._check_precisions(folder, kinds)
         return model
+
+    @torch.no_grad()
+    def _check_precisions(self, folder: Path, kinds: set[torch.dtype]) -> None:
+        """`UsageError` unless the model computes with weights of several precisions, which depends on where they are:
+        norms may be more precise than what multiplies, for instance."""
+        try:
+            self(torch.zeros(1, 1, dtype=torch.long))
+        except RuntimeError as e:
+            names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise UsageError(
+                f"The weights in {folder} are of {names}, and not in a way that a model can compute with. Save it anew "
+                "after model.to(one of them)."
+            ) from e

@@ -39,19 +39,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_weights(tensors: Mapping[str, Any], where: Path) -> None:
-    """`UsageError` unless all of them are floating-point tensors of one precision that layers compute in."""
-    first: tuple[str, torch.dtype] | None = None
+    """`UsageError` unless all of them are floating-point tensors of precisions that layers compute in."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or x.dtype not in COMPUTED:
             what = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
             raise UsageError(f"The checkpoint {where} has {name} of {what}; weights are of {KINDS}.")
-        first = first or (name, x.dtype)
-        if x.dtype != first[1]:
-            mine, other = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, first[1]))
-            raise UsageError(
-                f"The checkpoint {where} has {name} of {mine} and {first[0]} of {other}; all weights have to be of one "
-                "precision. Save it anew after model.to(one of them)."
-            )
 
 
 def read_weights(folder: Path, files: Container[str] | None = None, *, pickles: bool = True) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_a_changed_file_is_refused_and_says_how_to_keep_it(tmp_path, save):
         folder = tmp_path / "changed"
         shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
         flip(folder / name)
-        with pytest.raises(UsageError, match=rf"{name} does not match .* deltaproduct seal ") as refused:
+        with pytest.raises(UsageError, match=rf"{name} does not match .*`deltaproduct seal ") as refused:
             transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert "\n" not in str(refused.value)
         (folder / name).unlink()
