@@ -452,7 +452,10 @@ def reseal_folder(path: Path) -> list[str]:
         UsageError: there is no manifest, it cannot be read, or it cannot be written.
     """
     if not (path / MANIFEST).is_file():
-        raise UsageError(f"{path} has no {MANIFEST}, so it was not written by this library; there is nothing to seal.")
+        raise UsageError(
+            f"{path} has no {MANIFEST}, so nothing in it is checked and there is nothing to seal; give the folder of a "
+            "checkpoint, or of a run that has ended."
+        )
     before = _read_manifest(path)
     there = {p.name for p in path.iterdir() if p.is_file()}
     seal_folder(path, there & (before.keys() | {name for name in there if is_model_file(name)}))
