@@ -1,4 +1,4 @@
-"""Ctrl-C while `reproduce` trains: every run saves the step that it has done."""
+"""What ends `reproduce` while it trains: every run saves the step that it has done."""
 
 import signal
 import subprocess
@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
 from run_folder import steps_done
 
 from deltaproduct.files import read_json
@@ -31,7 +32,9 @@ REPRODUCE = """
 """
 
 
-def test_ctrl_c_saves_every_run(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_every_run_is_saved_when_reproduce_ends(tmp_path, number):
+    """By Ctrl-C, or by a signal that only the process hears which started the others."""
     script = tmp_path / "reproduce.py"  # the runs' processes import it again
     script.write_text(textwrap.dedent(REPRODUCE))
     out = tmp_path / "out"
@@ -42,9 +45,9 @@ def test_ctrl_c_saves_every_run(tmp_path):
     while any(steps_done(run) < 2 for run in runs):  # a line every ten steps
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in err
+    process.send_signal(number)
+    err = process.communicate(timeout=60)[1]  # the runs' processes have it open until they end, too
+    assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err
     for run in runs:
         saved = read_json(run / "checkpoint" / "training.json")["progress"]["step"]
         assert saved >= 10 * steps_done(run) >= 20 and not (run / ".lock").exists()

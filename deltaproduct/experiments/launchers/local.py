@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from signal import SIG_IGN, SIGINT, signal
+from os import getpid, kill
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -67,9 +70,19 @@ def stop(processes: Sequence[Any]) -> None:
 def work(end: Connection, place: int, call: Call) -> None:
     """What a process does, from its start to its end."""
     signal(SIGINT, SIG_IGN)  # Ctrl-C reaches every process of a terminal; the one that started this one will end it
+    Thread(target=_end_with_parent, daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
-    end.send_bytes(carry_out(call))
+    with suppress(BrokenPipeError):  # nobody is there any more
+        end.send_bytes(carry_out(call))
+
+
+def _end_with_parent() -> None:
+    """End this process, as `stop` does, when the one that started it has been killed: nobody else would."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        kill(getpid(), SIGTERM)
 
 
 def received(pipe: Any, process: Any) -> Call:
