@@ -1,5 +1,9 @@
 """`python -m deltaproduct` is the `deltaproduct` program."""
 
-from deltaproduct.cli.main import main
+try:
+    from deltaproduct.cli.main import main
+except KeyboardInterrupt:  # before there is anything that could answer better
+    print("deltaproduct: interrupted.", file=__import__("sys").stderr)
+    raise SystemExit(130) from None
 
 main()

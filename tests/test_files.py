@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import pytest
+import torch
 
 from deltaproduct import files
 from deltaproduct.errors import UsageError
@@ -29,6 +30,7 @@ from deltaproduct.files import (
     write_json,
     write_text,
 )
+from deltaproduct.models import ModelConfig, SequenceModel
 
 BOTH = {"replaced": replaced_folder, "updated": updated_folder}
 
@@ -296,6 +298,14 @@ def test_odd_json_is_one_line(tmp_path):
         (tmp_path / "x.json").write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match="not valid JSON"):
             read_json(tmp_path / "x.json")
+
+
+def test_a_checkpoint_in_a_folder_whose_name_is_no_utf8_is_read(tmp_path):
+    model = SequenceModel(ModelConfig(5, 5, hidden_size=8, num_heads=1, head_dim=4))
+    folder = tmp_path / os.fsdecode(b"run \xff \xc3\xa9")
+    model.save_pretrained(folder)
+    loaded = SequenceModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(x, loaded[name]) for name, x in model.state_dict().items())
 
 
 def test_text_that_is_no_utf8_is_kept_as_escapes(tmp_path):

@@ -32,6 +32,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a safetensors file: it is not a file.")
     try:
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # stand for bytes that are no text
+            return safetensors.torch.load(path.read_bytes())  # the library opens no name that is not UTF-8
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as e:
         # Beside its own error: a kind of number that this PyTorch does not know, sizes that overflow.
