@@ -76,6 +76,7 @@ sanitize: setup  ## run the native engine's tests on a build of it that traps wh
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 bench: setup  ## time the operator's backends
