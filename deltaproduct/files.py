@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -211,7 +211,7 @@ def check_listed(path: Path, what: str, is_read: Callable[[str], bool]) -> None:
 
     def check(folder: Path) -> None:
         if (folder / MANIFEST).is_file():
-            _check_files(folder, path, what, [name for name in _read_manifest(folder) if is_read(name)])
+            _check_files(folder, path, what, {n: entry for n, entry in _read_manifest(folder).items() if is_read(n)})
 
     read_whole(path, check)
 
@@ -239,14 +239,13 @@ def _verified(folder: Path, path: Path, what: str) -> list[str]:
     return list(files)
 
 
-def _check_files(folder: Path, path: Path, what: str, names: Collection[str]) -> None:
-    """Check files of a folder, which is called `path` in messages, against its manifest."""
-    files = _read_manifest(folder)
-    for name in names:
+def _check_files(folder: Path, path: Path, what: str, files: Mapping[str, Any]) -> None:
+    """Check files of a folder, which is called `path` in messages, against what its manifest says of each."""
+    for name, entry in files.items():
         file = folder / name
         if not file.is_file():
             raise UsageError(f"The {what} {path} is incomplete: {name} is missing.")
-        if files[name] != _fingerprint(file):
+        if entry != _fingerprint(file):
             raise UsageError(
                 f"The {what} {path} is corrupt: {name} does not match its recorded size and sha256. If you changed it, "
                 f"`deltaproduct seal {shlex.quote(str(path))}` accepts it."

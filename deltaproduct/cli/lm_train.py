@@ -78,16 +78,13 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         check_folder(self.out)
         from deltaproduct.experiments.launchers import get_rank_launcher
         from deltaproduct.tasks.corpus.sidecar import SIDECAR
-        from deltaproduct.training.run_folder import is_finished
+        from deltaproduct.training.run_folder import check_steps
 
         if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
             raise UsageError(found)
         stored = stored_run(self.out) if self.resume else None
-        if stored is not None and stored.training.steps != self.steps and is_finished(self.out, stored):
-            raise UsageError(
-                f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
-                f"changed: start a new run of {self.steps} steps with another --out."
-            )
+        if stored is not None:
+            check_steps(self.out, stored, self.steps)
         if stored is not None and (self.data / SIDECAR).is_file() and not is_corpus(self.data, stored.training.corpus):
             raise UsageError(
                 f"{self.out} was trained on another corpus than {self.data}; give that one with --data, or begin a new "

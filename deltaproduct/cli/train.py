@@ -71,7 +71,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
 
     def _check_unchanged(self, stored: RunConfig) -> None:
         """`UsageError` where a flag asks for something else than the run that is to be continued."""
-        from deltaproduct.training.run_folder import is_finished
+        from deltaproduct.training.run_folder import check_steps
 
         changed = []
         for part in (stored.training, stored.model):
@@ -82,11 +82,8 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         if not changed:
             return
         names = [name for name, _, _ in changed]
-        if names == ["steps"] and is_finished(self.out, stored):
-            raise UsageError(
-                f"The run in {self.out} finished with {stored.training.steps} steps, and the steps of a run cannot be "
-                f"changed: start a new run of {self.steps} steps with another --out."
-            )
+        if names == ["steps"]:
+            check_steps(self.out, stored, self.steps)
         flags = "; ".join(f"{_flag(name)} {_value(mine)}, stored {_value(theirs)}" for name, mine, theirs in changed)
         raise UsageError(
             f"The run in {self.out} has other settings ({flags}), which cannot be changed: leave out "

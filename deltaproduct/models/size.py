@@ -3,7 +3,6 @@
 All estimates are lower bounds in whole numbers. Sizes are of float32 unless something else is said.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.memory import ENDLESS, check_memory
 from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.weights import WEIGHTS
+from deltaproduct.models.weights import WEIGHTS, read_index
 
 FLOAT = 4  # bytes
 BLOCK = 8 << 10  # bytes of Python's objects for a block, whatever its size: the smallest has twice that
@@ -103,8 +102,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
     files = [folder / WEIGHTS]
     try:
         if not files[0].is_file():
-            places = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(places.values())) if Path(name).name == name]
+            files = [folder / name for name in sorted(set(read_index(folder / f"{WEIGHTS}.index.json").values()))]
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             with safetensors.safe_open(file, framework="pt") as tensors:

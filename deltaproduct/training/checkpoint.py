@@ -115,7 +115,7 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
         elif isinstance(default, int):
             good, wanted = isinstance(value, int) and 0 <= value <= steps, f"a whole number from 0 to {steps}"
         else:
-            good, wanted = _is_finite(value), "a finite number"
+            good, wanted = is_finite_number(value), "a finite number"
             if name == "seconds":
                 good, wanted = good and value >= 0, "0 or more"
         if isinstance(value, bool) or not good:
@@ -125,7 +125,8 @@ def progress_from(values: Any, kind: type[P], where: Path, *, steps: int) -> P:
     return kind(**found)
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Whether a value from JSON is a number, and not one that leaves the range of floats when it is computed with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 

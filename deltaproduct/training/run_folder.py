@@ -16,11 +16,11 @@ from deltaproduct.files import (
     MANIFEST,
     locked,
     make_folder,
-    read_folder,
     read_json,
     read_whole,
     recover_folder,
     seal_folder,
+    verified_folder,
     whole_folder,
     write_json,
 )
@@ -181,10 +181,19 @@ def is_finished(out: Path, config: AnyRun) -> bool:
     if not (out / RUN).exists() or not (out / CONFIG).exists():
         return False
     if (out / MANIFEST).exists():
-        read_folder(out, "run", lambda folder, files: files)
+        verified_folder(out, "run")
     values = read_json(out / RUN)
     says_so = isinstance(values, dict) and values.get("finished") is True and read_run(out) == config
     return says_so and _steps_done(out / CHECKPOINT) == config.training.steps
+
+
+def check_steps(out: Path, stored: AnyRun, steps: int) -> None:
+    """`UsageError` where `out` holds the run `stored`, which has ended, and another number of steps is asked for."""
+    if stored.training.steps != steps and is_finished(out, stored):
+        raise UsageError(
+            f"The run in {out} finished with {stored.training.steps} steps, and the steps of a run cannot be changed: "
+            f"start a new run of {steps} steps with another --out."
+        )
 
 
 def _steps_done(checkpoint: Path) -> Any:

@@ -9,7 +9,6 @@ the files. That is how FSDP cuts a parameter. A parameter that every rank has wh
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import beside, read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.models import SequenceModel
 from deltaproduct.models.weights import write_tensors
-from deltaproduct.training.checkpoint import TRAINING, progress_from
+from deltaproduct.training.checkpoint import TRAINING, is_finite_number, progress_from
 from deltaproduct.training.config import LanguageRun
 from deltaproduct.training.distributed import Ranks
 
@@ -261,7 +260,7 @@ def _check_groups(folder: Path, stored: Any, own: list[dict[str, Any]]) -> None:
             raise UsageError(f"Group {number} of the optimiser in {folder} does not have {', '.join(ours)}.")
         for option, value in ours.items():
             if option == "lr":
-                if not _is_number(theirs[option]) or theirs[option] < 0:
+                if not is_finite_number(theirs[option]) or theirs[option] < 0:
                     raise UsageError(f"Group {number} of the optimiser in {folder} has no learning rate.")
             elif option == "params" and theirs[option] != value:
                 raise UsageError(f"Group {number} of the optimiser in {folder} is of other parameters.")
@@ -295,15 +294,6 @@ def _read_progress(path: Path, steps: int) -> LanguageProgress:
     if progress.step and None in (progress.loss_mean, progress.lowest_mean):
         raise UsageError(f"{path} has no loss_mean or lowest_mean of {progress.step} steps.")
     return progress
-
-
-def _is_number(value: Any) -> bool:
-    if type(value) not in (int, float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
-        return False
 
 
 def _short(value: Any) -> str:
