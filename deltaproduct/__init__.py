@@ -5,3 +5,7 @@ The rooms, in the order in which a datum goes through them: `tasks` → `models`
 """
 
 __version__ = "0.1.0"
+
+from deltaproduct.renamed import install as _install
+
+_install()

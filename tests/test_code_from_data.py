@@ -15,11 +15,11 @@ CALLS = {
     "os.system", "os.popen", "sympify", "parse_expr", "run_path", "run_module", "load_inline", "cpp_extension.load",
 }  # fmt: skip
 ALLOWED = {
-    "training/pickled_shards.py": {"dcp.load", "torch.load"},  # with a flag that says so
-    "experiments/launchers/launcher.py": {"pickle.loads"},  # of this program's own processes, or a cluster's
-    "experiments/launchers/ray_tune.py": {"pickle.loads"},
-    "experiments/launchers/slurm_ranks.py": {"pickle_load"},
-    "experiments/launchers/__init__.py": {"import_module"},  # of names in the code, here and in the next two
+    "training/pickled_checkpoint.py": {"dcp.load", "torch.load"},  # with a flag that says so
+    "launchers/launcher.py": {"pickle.loads"},  # of this program's own processes, or a cluster's
+    "launchers/ray_tune.py": {"pickle.loads"},
+    "launchers/slurm_ranks.py": {"pickle_load"},
+    "launchers/__init__.py": {"import_module"},  # of names in the code, here and in the next two
     "cli/main.py": {"import_module"},
     "late.py": {"import_module"},
     "models/weights.py": {"torch.load"},  # weights_only

@@ -13,10 +13,10 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import device_of
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.config import check_fits
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import BlockTask, Group, GroupTask
+from deltaproduct.tasks.task import check_fits
 
 PIECE_TOKENS = 1 << 15  # that go through the model at once
 PIECE_FLOATS = 1 << 26  # of states that are held at once

@@ -1,7 +1,7 @@
 """A whole training step with each mixer, as the training loop does it, beside DeltaNet's.
 
 A float32 step is timed only after its loss and gradients have been held against the same model's in float64. That finds
-what loses precision; that a mixer's formula is right is what `tests/test_mixers.py` and its neighbours hold.
+what loses precision; that a mixer's formula is right is what `tests/layers/test_mixers.py` and its neighbours hold.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS
-from deltaproduct.models.config import check_fits
 from deltaproduct.tasks import get_task
+from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
 from deltaproduct.training.loop import sample_batch
 

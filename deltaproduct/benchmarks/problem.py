@@ -15,7 +15,7 @@ from deltaproduct.memory import check_memory
 from deltaproduct.ops import delta_product
 
 ERROR_LIMIT = 1e-3  # relative to max|·|; far above float32's rounding here (1e-6 to 3e-4), far below a wrong formula
-COSINE = 0.99  # of any two keys of a hard problem, as in `tests/test_operator_hard.py`
+COSINE = 0.99  # of any two keys of a hard problem, as in `tests/ops/test_operator_hard.py`
 SHORT_ERROR_LIMIT = 0.05  # of kernels that multiply bfloat16 or float16
 HARD_ERROR_LIMIT = 0.5
 GIB = 1 << 30

@@ -15,9 +15,9 @@ from deltaproduct.benchmarks.report import OpShape, TrainBenchmark, TrainRow
 from deltaproduct.benchmarks.settings import Settings, serving
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.errors import UsageError
-from deltaproduct.models.config import check_fits
 from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
+from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
 from deltaproduct.training.checkpoint import Progress
 from deltaproduct.training.loop import masked_loss, new_model, new_optimizer, sample_batch, train_step

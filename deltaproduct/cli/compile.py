@@ -92,7 +92,7 @@ class Compile:
 
     def _compiled(self) -> Compiled:
         from deltaproduct.theory.compiler import compile_automaton, compile_group
-        from deltaproduct.theory.validate import Limits
+        from deltaproduct.theory.limits import Limits
 
         limits = Limits(self.max_states, self.max_layers, self.num_householder, self.max_width)
         if self.group is not None and not self.monoid:

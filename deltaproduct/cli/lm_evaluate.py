@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from deltaproduct.corpus import Corpus, Split
     from deltaproduct.evaluation.perplexity import Bucket
     from deltaproduct.evaluation.windows import Progress
     from deltaproduct.models import SequenceModel
-    from deltaproduct.tasks.corpus import Corpus, Split
     from deltaproduct.training.run_folder import Located
 
 REPORT, ARRAYS = "evaluation.json", "arrays.npz"
@@ -157,8 +157,8 @@ class LmEvaluate:
         return SequenceModel.from_pretrained(folder, device=choose_device(self.device)).use_backend(self.backend)
 
     def _text(self, model: SequenceModel) -> tuple[Corpus, Split]:
+        from deltaproduct.corpus import Corpus
         from deltaproduct.evaluation.windows import check_vocabulary
-        from deltaproduct.tasks.corpus import Corpus
 
         assert self.data is not None  # `_check_flags`
         corpus = Corpus.open(self.data)
@@ -280,9 +280,9 @@ class LmEvaluate:
         )
 
     def _harness(self, model: SequenceModel) -> _Found:
+        from deltaproduct.corpus import TOKENIZER, load_tokenizer
         from deltaproduct.evaluation.harness import evaluate_harness  # lm-eval is slow to import
         from deltaproduct.evaluation.windows import check_vocabulary
-        from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
 
         tokenizer = load_tokenizer(self.source / TOKENIZER)
         check_vocabulary(model.config, tokenizer.vocab_size)
@@ -291,7 +291,7 @@ class LmEvaluate:
 
     @contextmanager
     def _progress(self, tokens: int) -> Iterator[Progress]:
-        from deltaproduct.training.log import progress_bar
+        from deltaproduct.progress import progress_bar
 
         with progress_bar(f"{self.what}, tokens", tokens, show=not self.json) as bar:
             yield lambda done: bar.update(done, "")

@@ -21,10 +21,10 @@ from deltaproduct.errors import UsageError, shown
 from deltaproduct.files import make_folder, read_text
 
 if TYPE_CHECKING:
+    from deltaproduct.corpus import Tokenizer
     from deltaproduct.models import SequenceModel
     from deltaproduct.models.sampling import Sampling
     from deltaproduct.models.streaming import Stream
-    from deltaproduct.tasks.corpus import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet one
 LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
@@ -190,9 +190,9 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     Raises:
         UsageError: one of them is missing or corrupt, or they do not belong together.
     """
+    from deltaproduct.corpus import TOKENIZER, load_tokenizer
     from deltaproduct.machine import choose_device
     from deltaproduct.models import SequenceModel
-    from deltaproduct.tasks.corpus import TOKENIZER, load_tokenizer
     from deltaproduct.training.run_folder import locate
 
     found = locate(source, "language model")

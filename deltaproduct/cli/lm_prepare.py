@@ -7,11 +7,11 @@ from typing import Annotated
 import tyro
 
 from deltaproduct.cli.outputs import say
-from deltaproduct.tasks.corpus.shakespeare import HELD_OUT
-from deltaproduct.tasks.corpus.sidecar import Sidecar
-from deltaproduct.tasks.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE, TAIL_SHARE
-from deltaproduct.tasks.corpus.tokenizer import SPECS
-from deltaproduct.tasks.corpus.writer import SHARD_TOKENS, Progress, prepare
+from deltaproduct.corpus.shakespeare import HELD_OUT
+from deltaproduct.corpus.sidecar import Sidecar
+from deltaproduct.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE, TAIL_SHARE
+from deltaproduct.corpus.tokenizer import SPECS
+from deltaproduct.corpus.writer import SHARD_TOKENS, Progress, prepare
 
 _SHARE = (
     f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, or the last {TAIL_SHARE} of the "
@@ -36,7 +36,7 @@ class LmPrepare:
     resume: Annotated[bool, tyro.conf.arg(help="go on with the corpus in --out, to the same bytes")] = False
 
     def run(self) -> None:
-        from deltaproduct.tasks.corpus import Corpus
+        from deltaproduct.corpus import Corpus
 
         try:
             sidecar = self._prepare()
@@ -50,7 +50,7 @@ class LmPrepare:
             print("  No document was held out, so nothing can be validated, and `lm train` needs that.")
 
     def _prepare(self) -> Sidecar:
-        from deltaproduct.training.log import progress_bar
+        from deltaproduct.progress import progress_bar
 
         with progress_bar("lm prepare, %", 100) as bar:
 

@@ -13,7 +13,7 @@ import tyro
 from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
+from deltaproduct.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
 from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.corpus_place import find_corpus, is_corpus
@@ -21,8 +21,8 @@ from deltaproduct.training.folder_kinds import CONFIG, why_not
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
 
 if TYPE_CHECKING:
-    from deltaproduct.experiments.launchers.ranks import RankLauncher
-    from deltaproduct.tasks.corpus import Corpus
+    from deltaproduct.corpus import Corpus
+    from deltaproduct.launchers.ranks import RankLauncher
 
 DEFAULT = "tiny"
 _OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
@@ -76,8 +76,8 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_folder(self.out)
-        from deltaproduct.experiments.launchers import get_rank_launcher
-        from deltaproduct.tasks.corpus.sidecar import SIDECAR
+        from deltaproduct.corpus.sidecar import SIDECAR
+        from deltaproduct.launchers import get_rank_launcher
         from deltaproduct.training.run_folder import check_steps
 
         if (self.out / CONFIG).is_file() and (found := why_not(self.out, "language run")):
@@ -101,10 +101,10 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     def train(self) -> dict[str, Any]:
         """Train on the processes that all call this; the last line of the metrics, on the one that writes them, or
         nothing."""
-        from deltaproduct.tasks.corpus import Corpus
+        from deltaproduct.corpus import Corpus
         from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
         from deltaproduct.training.language import train_language
-        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.metrics import last_metrics
         from deltaproduct.training.run_folder import METRICS
 
         with Ranks.started(self.device, spans=self.spans) as ranks:
@@ -127,9 +127,9 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
 
     def _train_by(self, launcher: RankLauncher) -> dict[str, Any]:
         """Have the launcher's processes train. What can be refused is refused here, before a cluster's queue."""
-        from deltaproduct.experiments.launchers.ranks import followed
-        from deltaproduct.tasks.corpus import Corpus
-        from deltaproduct.training.log import last_metrics
+        from deltaproduct.corpus import Corpus
+        from deltaproduct.launchers.ranks import followed
+        from deltaproduct.training.metrics import last_metrics
         from deltaproduct.training.run_folder import METRICS
 
         if "RANK" in os.environ:

@@ -13,9 +13,9 @@ import tyro
 from deltaproduct.cli.flags import IntList, check_lengths, parts_of
 from deltaproduct.cli.outputs import check_file, check_folder, say
 from deltaproduct.errors import UsageError, did_you_mean, shown
-from deltaproduct.experiments.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
 from deltaproduct.experiments.names import EXPERIMENT_NAMES, Scale
 from deltaproduct.files import make_folder
+from deltaproduct.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
 
 if TYPE_CHECKING:
     from deltaproduct.experiments.job import AnyJob
@@ -81,9 +81,9 @@ class Reproduce:
         options = parse_options(self.launcher_options)
         from rich.console import Console
 
-        from deltaproduct.experiments.launchers import get_launcher
         from deltaproduct.experiments.registry import get_experiment
         from deltaproduct.experiments.runner import SUMMARY, run_jobs
+        from deltaproduct.launchers import get_launcher
 
         experiment = get_experiment(self.name)
         jobs = self._chosen(experiment.at(self.scale, range(self.first_seed, self.first_seed + self.seeds)))

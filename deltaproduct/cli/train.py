@@ -63,7 +63,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )
-        from deltaproduct.training.log import last_metrics
+        from deltaproduct.training.metrics import last_metrics
         from deltaproduct.training.run_folder import METRICS
 
         last = json.dumps(last_metrics(self.out / METRICS) or {})

@@ -2,7 +2,7 @@
 
 `evaluate_harness` is what most need; those who call `lm_eval.simple_evaluate` themselves hand it a `HarnessModel`
 (harness_model.py). lm-eval's wrapper of transformers' models gives the same figures where its tokenizer writes the
-document token before a text, which for rolling log-likelihoods it must not do (tests/test_harness.py).
+document token before a text, which for rolling log-likelihoods it must not do (tests/evaluation/test_harness.py).
 """
 
 import logging
@@ -14,10 +14,10 @@ from statistics import mean
 from types import ModuleType
 from typing import Any
 
+from deltaproduct.corpus import Tokenizer
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.evaluation.tasks import FOLDER, OFFLINE_TASKS
+from deltaproduct.evaluation.lm_eval_tasks import FOLDER, OFFLINE_TASKS
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.corpus import Tokenizer
 
 # What arXiv 2411.12537 and 2502.10297 report, all without examples in the prompt, under lm-eval's names for it.
 PAPERS_TASKS = {

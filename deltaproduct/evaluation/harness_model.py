@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from deltaproduct.corpus import Tokenizer
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import device_of
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.corpus import Tokenizer
 
 PIECE_TOKENS = 2048  # read, and turned into logits, at once: what bounds memory, whatever a text's length
 

@@ -13,10 +13,10 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import device_of
 from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.config import check_fits
 from deltaproduct.models.size import FLOAT
 from deltaproduct.seeds import evaluation_generator
 from deltaproduct.tasks import Task
+from deltaproduct.tasks.task import check_fits
 
 SAMPLED_TOKENS = 1 << 22  # tokens of data held at once
 MOST_TOKENS = 10**12  # of all sequences of a length: days on the fastest machine

@@ -8,9 +8,9 @@ from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.lengths import LengthResult, evaluate_length
 from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.config import check_fits
 from deltaproduct.seeds import evaluation_generator
 from deltaproduct.tasks import Task
+from deltaproduct.tasks.task import check_fits
 
 
 @dataclass(frozen=True)

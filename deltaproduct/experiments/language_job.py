@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from deltaproduct.corpus import Corpus
+from deltaproduct.corpus.sidecar import SIDECAR
+from deltaproduct.corpus.writer import prepare
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
 from deltaproduct.experiments.job import RESULT, RUNS, read_result, wall_seconds
 from deltaproduct.files import make_folder, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.tasks.corpus import Corpus
-from deltaproduct.tasks.corpus.sidecar import SIDECAR
-from deltaproduct.tasks.corpus.writer import prepare
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
 

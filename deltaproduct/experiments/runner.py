@@ -12,10 +12,11 @@ from typing import Any
 
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.job import RUNS, AnyJob
-from deltaproduct.experiments.launchers import default_workers, get_launcher
 from deltaproduct.files import make_folder, write_json, write_text
+from deltaproduct.launchers import default_workers, get_launcher
 from deltaproduct.machine import command_line, describe_machine
-from deltaproduct.training.log import board, last_metrics
+from deltaproduct.progress import board
+from deltaproduct.training.metrics import last_metrics
 from deltaproduct.training.run_folder import METRICS
 
 SUMMARY = "summary.json"

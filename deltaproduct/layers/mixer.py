@@ -21,7 +21,7 @@ class Mixer(nn.Module, ABC):
     """Mixes information along time: forward(x, state, cu_seqlens=…, mask=…) → (y, state).
 
     Running a sequence whole, in pieces with the carried state, packed beside others (cu_seqlens) or padded (mask)
-    gives the same outputs and the same final state; `tests/test_mixers.py` holds every registered mixer to it.
+    gives the same outputs and the same final state; `tests/layers/test_mixers.py` holds every registered mixer to it.
 
     States are the caller's. Every tensor of one has its storage to itself, so that keeping, copying or saving a state
     takes the memory that its numbers need, and writing into it changes nothing else.

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import cattrs
 
 from deltaproduct.errors import UsageError
-
-if TYPE_CHECKING:
-    from deltaproduct.tasks import Task
 
 LARGEST_SIZE = 2**28  # of a width or a number of heads or steps, and of a layer's keys or values: no model comes near
 LARGEST_VOCABULARY = 2**31
@@ -237,14 +234,6 @@ def reasons(e: BaseException, path: str) -> str:
     found = cattrs.transform_error(e, path=path)
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(text if len(text) < 200 else f"{text[:200]} …" for text in found[:3]) + more
-
-
-def check_fits(config: ModelConfig, task: "Task") -> None:
-    """`UsageError` unless the model's vocabulary and labels are the task's."""
-    for name in ("vocab_size", "num_labels"):
-        mine, wanted = getattr(config, name), getattr(task, name)
-        if mine != wanted:
-            raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")
 
 
 def usage_error(e: BaseException) -> UsageError | None:

@@ -6,6 +6,7 @@ passes its sizes to the constructor, writes `_sample`, `token_name` and `label_n
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,3 +103,20 @@ class Task(ABC):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         title = shown(f"{self.name}: {self.summary}")
         return "\n".join([title, f"one sequence of length {length}, seed {seed}", "", *lines])
+
+
+class HasVocabulary(Protocol):
+    """What a model, or its configuration, says of what it reads and writes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_labels(self) -> int: ...
+
+
+def check_fits(model: HasVocabulary, task: Task) -> None:
+    """`UsageError` unless the model's vocabulary and labels are the task's."""
+    for name in ("vocab_size", "num_labels"):
+        mine, wanted = getattr(model, name), getattr(task, name)
+        if mine != wanted:
+            raise UsageError(f"The model has {name}={mine}, but task {task.name} needs {wanted}.")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         spectrum,
         transpositions,
     )
+    from deltaproduct.theory.limits import Limits
     from deltaproduct.theory.theorems import Explanation, ModelClass, explain
-    from deltaproduct.theory.validate import Limits
     from deltaproduct.theory.verification import Verification, load, verify
 
 __all__ = [

@@ -29,8 +29,8 @@ from deltaproduct.theory.constructions.shallow import Action, shallow
 from deltaproduct.theory.constructions.stack import stack
 from deltaproduct.theory.constructions.two_layers import two_layers
 from deltaproduct.theory.householder import transpositions
+from deltaproduct.theory.limits import NO_LIMITS, Limits, check_size, choose, too_many
 from deltaproduct.theory.representations import of_automaton, of_group, require_permutations
-from deltaproduct.theory.validate import NO_LIMITS, Limits, check_size, choose, too_many
 
 AUTOMATON = "automaton.json"
 CERTIFICATE = "certificate.json"

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deltaproduct.corpus.sidecar import SIDECAR
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, write_json
-from deltaproduct.tasks.corpus.sidecar import SIDECAR
 
 PLACE = "data.json"
 

@@ -15,21 +15,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from deltaproduct.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.plain import runs_as_written
 from deltaproduct.machine import memory_in_use, peak_flops
 from deltaproduct.models import SequenceModel
-from deltaproduct.tasks.corpus import TOKENIZER, Corpus, PackedDocuments, Split, Windows
+from deltaproduct.progress import progress_bar
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.corpus_place import note_corpus
 from deltaproduct.training.distributed import Ranks
+from deltaproduct.training.distributed_checkpoint import LanguageProgress, load_shards, save_shards
 from deltaproduct.training.interruption import interruptible
-from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loop import gone_wrong, interrupted, new_model, new_optimizer, not_finite
 from deltaproduct.training.loss import summed_cross_entropy, summed_cross_entropy_of
 from deltaproduct.training.memory import check_language_run
+from deltaproduct.training.metrics import Metrics
 from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
-from deltaproduct.training.shards import LanguageProgress, load_shards, save_shards
 
 MEMORY = 0.95  # of the running mean of the loss
 VALIDATION_WINDOWS = 32

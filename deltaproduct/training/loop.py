@@ -15,15 +15,16 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.machine import choose_device
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.config import check_fits
+from deltaproduct.progress import progress_bar
 from deltaproduct.seeds import order_generator, training_generator, weights_seed
 from deltaproduct.tasks import Task, get_task
+from deltaproduct.tasks.task import check_fits
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from deltaproduct.training.config import AnyRun, OptimiserConfig, RunConfig, TrainConfig
 from deltaproduct.training.interruption import interruptible
-from deltaproduct.training.log import Metrics, progress_bar
 from deltaproduct.training.loss import IGNORED
 from deltaproduct.training.memory import check_run
+from deltaproduct.training.metrics import Metrics
 from deltaproduct.training.run_folder import CHECKPOINT, METRICS, begin_record, end_record, is_finished, writing_run
 
 LOSS_MEMORY = 0.9  # of the running mean that decides when a curriculum's stage ends

@@ -20,7 +20,7 @@ from deltaproduct.ops.names import BACKEND_NAMES
 
 ROOT = Path(deltaproduct.__file__).parent
 LATE = ["analysis", "benchmarks", "evaluation", "layers", "models", "ops", "tasks", "theory", "training"]
-LATE += ["tasks.corpus"]
+LATE += ["corpus"]
 EVERY = {name: found for name, found in COMMANDS.items() if isinstance(found, Command)} | {
     f"{group} {name}": found
     for group, commands in COMMANDS.items()

@@ -9,9 +9,9 @@ import pytest
 from commands import run as command
 from corpora import corpus_of_words
 
+from deltaproduct.corpus import Corpus
+from deltaproduct.corpus.writer import prepare
 from deltaproduct.files import read_json, write_json
-from deltaproduct.tasks.corpus import Corpus
-from deltaproduct.tasks.corpus.writer import prepare
 from deltaproduct.training.corpus_place import PLACE, find_corpus, note_corpus
 
 FLAGS = ("--context", "16", "--batch-size", "2", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-heads", "1",

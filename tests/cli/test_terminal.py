@@ -104,7 +104,7 @@ def test_cells_and_lines_are_escaped_and_hold_no_markup(capsys):
 def test_progress_shows_names_escaped_and_without_markup(monkeypatch):
     from rich.console import Console
 
-    from deltaproduct.training import log
+    from deltaproduct import progress
 
     screens = []
 
@@ -112,8 +112,8 @@ def test_progress_shows_names_escaped_and_without_markup(monkeypatch):
         screens.append(Console(file=io.StringIO(), force_terminal=True, width=100, no_color=True))
         return screens[-1]
 
-    monkeypatch.setattr(log, "Console", console)
-    with log.progress_bar("[/b]\u202etask", 3) as bar:
+    monkeypatch.setattr(progress, "Console", console)
+    with progress.progress_bar("[/b]\u202etask", 3) as bar:
         bar.update(1, "[/b]")
         bar.say("a line\x9b")
     printed = screens[0].file.getvalue()

@@ -12,14 +12,14 @@ from run_folder import steps_done
 
 from deltaproduct.files import read_json
 
-TESTS = Path(__file__).parent.parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 REPRODUCE = """
     import sys
     from dataclasses import replace
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from test_training import run_config
+    from runs import run_config
     from deltaproduct.experiments.job import Asked, Job
     from deltaproduct.experiments.runner import run_jobs
 
@@ -39,7 +39,7 @@ def test_every_run_is_saved_when_reproduce_ends(tmp_path, number):
     script.write_text(textwrap.dedent(REPRODUCE))
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, str(script), str(TESTS), str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script), str(HELPERS), str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     runs = [out / "runs" / f"seed{i}" for i in range(2)]
     while any(steps_done(run) < 2 for run in runs):  # a line every ten steps

@@ -1,6 +1,6 @@
 """Exported steps of models with odd sizes: an empty history, no convolution, one layer, no MLP, grouped heads.
 
-Tolerances: those of tests/test_export.py.
+Tolerances: those of tests/models/test_export.py.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Checkpoints of every release of flash-linear-attention (0.1 to 0.6.0) and of the DeltaProduct paper's own code.
 
 `FIELDS` was read out of the releases' configuration classes (`ast` over their constructors). The forward pass of each
-layout, written out, and the round trips of many models: tests/test_checkpoints.py.
+layout, written out, and the round trips of many models: tests/training/test_checkpoints.py.
 """
 
 import ast

@@ -104,7 +104,7 @@ def test_a_state_of_another_mixer_is_refused(name):
 @torch.no_grad()
 def test_states_of_other_precisions_are_converted(name):
     """A float64 state in a float32 mixer and the other way round: to the coarser one's rounding, 1e-5 as in
-    tests/test_mixers.py."""
+    tests/layers/test_mixers.py."""
     single = build_mixer(name, {}, torch.float32)
     double = build_mixer(name, {}, torch.float64)
     x = torch.randn(B, 4, D, generator=torch.Generator().manual_seed(2))

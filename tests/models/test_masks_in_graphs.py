@@ -1,6 +1,6 @@
 """Masks under torch.export and torch.compile: static shapes, and what packing the real tokens gives.
 
-In float64 the two ways differ by rounding: EXACT, as in tests/test_mixers.py. In a graph, float32 operators are the
+In float64 the two ways differ by rounding: EXACT, as in test_mixers.py. In a graph, float32 operators are the
 same as outside and on the same numbers: 1e-6 of the largest logit where the compiler may order sums anew.
 """
 

@@ -9,7 +9,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR
 
 import pytest
 import torch
-from test_cascade import from_maps
+from automaton_cases import from_maps
 
 from deltaproduct.ops.inputs import l2_normalise
 from deltaproduct.tasks.formal import modular_arithmetic

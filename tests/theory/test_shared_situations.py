@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from automaton_cases import PARITY
 from commands import run
-from test_automata import PARITY
 from test_theory_acceptance import assert_agrees_with_library
 
 from deltaproduct.tasks.automata import Automaton, from_regex

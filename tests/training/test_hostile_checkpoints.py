@@ -8,17 +8,17 @@ import pytest
 import torch
 from commands import run as command
 from run_folder import metrics
+from runs import run_config
 from safetensors.torch import load_file, save_file
-from test_training import run_config
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import seal_folder
 from deltaproduct.training import train
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, progress_from
-from deltaproduct.training.log import Metrics, last_metrics
+from deltaproduct.training.distributed_checkpoint import LanguageProgress
 from deltaproduct.training.loop import new_model, new_optimizer
+from deltaproduct.training.metrics import Metrics, last_metrics
 from deltaproduct.training.run_folder import trained_as
-from deltaproduct.training.shards import LanguageProgress
 
 STEPS = 4
 

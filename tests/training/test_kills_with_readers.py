@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_folder import metrics
 
-TESTS = Path(__file__).parent.parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 # Processes are forked off one that has imported and computed everything once, so that a start costs milliseconds.
 KILLED = """
@@ -19,7 +19,7 @@ KILLED = """
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
     from run_folder import steps_done
-    from test_training import run_config
+    from runs import run_config
     from deltaproduct.cli.main import main
     from deltaproduct.training import train
 
@@ -93,7 +93,7 @@ KILLED = """
 
 def killed(place: Path, kills: int, steps: int) -> list[int]:
     """Train, kill, resume; how many kills and reads of each reader there were."""
-    arguments = [sys.executable, "-c", textwrap.dedent(KILLED), str(TESTS), str(place), str(kills), str(steps)]
+    arguments = [sys.executable, "-c", textwrap.dedent(KILLED), str(HELPERS), str(place), str(kills), str(steps)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=560, env={**os.environ})
     assert done.returncode == 0, done.stderr
     return [int(n) for n in done.stdout.split()]

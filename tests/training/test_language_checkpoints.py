@@ -28,9 +28,9 @@ from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.training import language
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
+from deltaproduct.training.distributed_checkpoint import COUNTED, MOMENTS, LanguageProgress, load_shards, save_shards
 from deltaproduct.training.language import LanguageLoss
 from deltaproduct.training.loop import new_optimizer
-from deltaproduct.training.shards import COUNTED, MOMENTS, LanguageProgress, load_shards, save_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by what saves as it was once
 STEPS, DONE = 20, 8

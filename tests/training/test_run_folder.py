@@ -19,13 +19,13 @@ from commands import run as command
 from corpora import corpus_of_words
 from ranks import on_ranks
 from run_folder import metrics, steps_done
-from test_training import run_config, same, weights
+from runs import run_config, same, weights
 
 from deltaproduct import files
+from deltaproduct.corpus import Corpus
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, beside, read_json, write_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.tasks.corpus import Corpus
 from deltaproduct.training import loop, train
 from deltaproduct.training.checkpoint import Progress, save_checkpoint
 from deltaproduct.training.config import LanguageConfig, LanguageRun
@@ -34,7 +34,7 @@ from deltaproduct.training.interruption import interruptible
 from deltaproduct.training.language import train_language
 from deltaproduct.training.run_folder import is_finished, locate, trained_as, writing_run
 
-TESTS = Path(__file__).parent.parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 MODEL = ModelConfig(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4)
 
 
@@ -129,12 +129,12 @@ def test_a_second_process_that_resumes_a_run_is_refused_and_disturbs_nothing(tmp
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        from test_training import run_config
+        from runs import run_config
         from deltaproduct.training import train
         train(run_config(steps=400), Path(sys.argv[2]), log_every=1, checkpoint_every=5, show=False)
     """
     out = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(TESTS), str(out)])
+    first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(HELPERS), str(out)])
     while steps_done(out) < 5:
         assert first.poll() is None
         time.sleep(0.01)
@@ -152,7 +152,7 @@ INTERRUPTED = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from test_training import run_config
+    from runs import run_config
     from deltaproduct.cli import main
     import deltaproduct.training.loop as loop
     from deltaproduct.training import train
@@ -170,7 +170,7 @@ INTERRUPTED = """
 def test_ctrl_c_and_kill_save_the_step_that_was_done(tmp_path, number, status):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(TESTS), str(out)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(HELPERS), str(out)], stderr=subprocess.PIPE, text=True
     )
     while steps_done(out) < 5:
         assert process.poll() is None

@@ -43,7 +43,7 @@ class ModelClass:
 
         Real diagonal matrices always have. One factor is symmetric, and of two with eigenvalues in [0,1] the product
         is similar to a symmetric one (P2, Proposition 1); a product of two reflections is a rotation, and three
-        projections can make one that shrinks (tests/test_theorems.py). A gate changes nothing of that.
+        projections can make one that shrinks (tests/theory/test_theorems.py). A gate changes nothing of that.
         """
         most = 1 if self.allow_neg_eigval else 2
         return self.diagonal or (self.layers <= 2 and self.num_householder * 2 ** (self.layers - 1) <= most)

@@ -114,7 +114,7 @@ def _symmetric_group(facts: GroupFacts, model: ModelClass) -> Iterator[Statement
 def _two_layers(facts: GroupFacts, model: ModelClass) -> Iterator[Statement]:
     """P2, Theorem 6 (Z_m) and P1, Theorem 7 (D_m): two layers of single reflections; products in separate heads.
 
-    As printed, P1's Theorem 7 has the two angles of the mirrorings exchanged (tests/test_theorems.py).
+    As printed, P1's Theorem 7 has the two angles of the mirrorings exchanged (tests/theory/test_theorems.py).
     """
     if model.diagonal:
         return

@@ -13,8 +13,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from deltaproduct.corpus.tokenizer import ByteTokenizer
 from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
-from deltaproduct.tasks.corpus.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.neighbours
 

@@ -1,0 +1,53 @@
+"""Modules that have moved: their old names go on being importable for one release, with a warning."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Old name → new name; what lies below the old one lies below the new one.
+MOVED = {
+    "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
+    "deltaproduct.experiments.launchers": "deltaproduct.launchers",
+    "deltaproduct.tasks.corpus": "deltaproduct.corpus",
+    "deltaproduct.theory.validate": "deltaproduct.theory.limits",
+    "deltaproduct.training.log": "deltaproduct.training.metrics",
+    "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",
+}
+
+
+class RenamedModules(MetaPathFinder, Loader):
+    """Finds a module under its old name: it is the very module of the new name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if new_name(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = new_name(old)
+        assert new is not None  # or it would not have been found
+        warnings.warn(f"{old} is now {new}; the old name goes with the next release.", DeprecationWarning, stacklevel=2)
+        # The import system takes what lies here once this returns.
+        sys.modules[old] = import_module(new)
+
+
+def new_name(old: str) -> str | None:
+    """What a module is called now; None if it has not moved."""
+    for before, after in MOVED.items():
+        if old == before or old.startswith(before + "."):
+            return after + old.removeprefix(before)
+    return None
+
+
+def install() -> None:
+    """Have old names be found, behind all others."""
+    if not any(isinstance(finder, RenamedModules) for finder in sys.meta_path):
+        sys.meta_path.append(RenamedModules())
