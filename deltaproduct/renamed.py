@@ -1,12 +1,13 @@
-"""Modules that have moved: their old names go on being importable for one release, with a warning."""
+"""Old names of what has moved: they go on being importable for one release, with a warning."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Old name → new name; what lies below the old one lies below the new one.
 MOVED = {
@@ -48,6 +49,29 @@ def new_name(old: str) -> str | None:
 
 
 def install() -> None:
-    """Have old names be found, behind all others."""
+    """Have old names be found: first, as otherwise a folder that moved would be searched for second copies."""
     if not any(isinstance(finder, RenamedModules) for finder in sys.meta_path):
-        sys.meta_path.append(RenamedModules())
+        sys.meta_path.insert(0, RenamedModules())
+
+
+def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` (PEP 562) that gives what it exports under old names as well, with a warning.
+
+    Args:
+        module: its `__name__`.
+        names: old name → new name, of this module, or with dots where another module has it.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        where, _, new = names[name].rpartition(".")
+        where = where or module
+        warnings.warn(
+            f"{module}.{name} is now {where}.{new}; the old name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(where), new)
+
+    return __getattr__

@@ -49,8 +49,10 @@ def offence(importer: str, imported: str) -> str | None:
     room, other = (name.split(".")[1] if "." in name else "" for name in (importer, imported))
     if other in ("", "__version__") or other == room or other in LEAVES - {room}:
         return None
-    if room in LEAVES or room == "":
-        return "only leaves may be imported at the package's top"
+    if room == "":
+        return None  # the package itself, which offers names of its rooms, late (tests/test_renamed.py)
+    if room in LEAVES:
+        return "a leaf imports leaves alone"
     if other not in RANK:
         return f"{other} is no room of the layout"
     if RANK[other] < RANK[room]:
@@ -91,6 +93,7 @@ def test_every_folder_is_a_room():
         ("deltaproduct.layers.x", "from deltaproduct.plots import figures", False),
         ("deltaproduct.models.x", "from deltaproduct.evaluation import scores", False),
         ("deltaproduct.evaluation.x", "from deltaproduct.models import SequenceModel", True),
+        ("deltaproduct.cli.x", "from deltaproduct import delta_product", False),
         ("deltaproduct.files", "from deltaproduct.ops import delta_product", False),
         ("deltaproduct.machine", "import deltaproduct\nfrom deltaproduct.errors import UsageError", True),
         ("deltaproduct.training.x", "from deltaproduct.experiments import runner", False),
