@@ -10,7 +10,6 @@ EXTRAS = {
     "lm": ("transformers", "tokenizers"),
     "eval": ("lm_eval", "accelerate"),
     "dist": ("ray", "submitit"),
-    "track": ("tensorboard",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "gpu": ("triton",),
 }
