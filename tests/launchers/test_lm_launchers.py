@@ -446,7 +446,7 @@ def test_which_ranks_error_explains_the_others():
 
 
 def test_progress_is_what_the_metrics_say(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("deltaproduct.training.log.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("deltaproduct.progress.PLAIN_SECONDS", 0.0)
     path = tmp_path / "metrics.jsonl"
     line = json.dumps({"step": 7, "loss": 1.25, "tokens_per_second": 1234.5}) + "\n"
     path.write_text(line)
