@@ -13,6 +13,9 @@ from typing import Any
 MOVED = {
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
+    "deltaproduct.ops.compat": "deltaproduct.ops.fla_api",
+    "deltaproduct.ops.spans": "deltaproduct.ops.context_parallel",
+    "deltaproduct.ops.tape": "deltaproduct.ops.engine_program",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
     "deltaproduct.training.log": "deltaproduct.training.metrics",

@@ -159,7 +159,9 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     import tyro
 
     from deltaproduct.cli.mistakes import what_is_wrong
+    from deltaproduct.cli.renamed_flags import with_new_names
 
+    arguments = with_new_names(name, arguments, _complain)
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
     asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)

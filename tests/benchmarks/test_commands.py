@@ -186,7 +186,9 @@ def test_other_rooms_mistakes_are_passed_on(monkeypatch):
 
 
 def test_naming_a_backend_that_cannot_serve_is_an_error(monkeypatch):
-    away = dataclasses.replace(BACKENDS["reference"], name="away", obstacle=lambda device, dtype: "it is away")
+    away = dataclasses.replace(
+        BACKENDS["reference"], name="away", unsupported_reason=lambda device, dtype: "it is away"
+    )
     monkeypatch.setitem(BACKENDS, "away", away)
     with pytest.raises(UsageError, match="it is away"):
         bench_ops([TINY], backends=["away"], device="cpu")
