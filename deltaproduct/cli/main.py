@@ -58,14 +58,13 @@ COMMANDS: "dict[str, Command | Group]" = {
         "show": Command("tasks", "TasksShow", "Describe one task, with a worked example."),
     }),
     "bench": Group("Measure this machine and the operator on it.", {
-        "ops": Command("bench", "BenchOps", "Every backend of the operator and every peer: correctness first, then "
-                       "interleaved timings and the roofline."),
+        "ops": Command("bench", "BenchOps", "Every backend of the operator and other implementations of it: "
+                       "correctness first, then interleaved timings and the roofline. With --step, one token of the "
+                       "operator instead."),
         "scaling": Command("bench", "BenchScaling", "One backend at growing sequence length: the time per token, which "
                            "stays the same where cost is linear."),
-        "decode": Command("bench", "BenchDecode", "One token of the operator alone, beside copying its states and, on "
-                          "a GPU, beside an empty kernel."),
-        "step": Command("bench", "BenchStep", "Decoding one token with a whole model, beside the time of streaming its "
-                        "weights and states from memory."),
+        "generate": Command("bench", "BenchGenerate", "Decoding one token with a whole model, beside the time of "
+                            "streaming its weights and states from memory."),
         "train": Command("bench", "BenchTrain", "A whole training step of `deltaproduct reproduce s3`, with each "
                          "backend, and its parts; or with each mixer."),
     }),
@@ -87,6 +86,12 @@ COMMANDS: "dict[str, Command | Group]" = {
     "doctor": Command("doctor", "Doctor", "Say what this machine is, which backends of the operator it can run, and "
                       "which optional packages are here."),
 }  # fmt: skip
+
+# Commands under their old names, which go on for one release: old words → new words.
+RENAMED = {
+    ("bench", "decode"): ("bench", "ops", "--step"),
+    ("bench", "step"): ("bench", "generate"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,7 +140,7 @@ def _parse(arguments: "Sequence[str]") -> Any:
         return None
     commands: Mapping[str, Command | Group] = COMMANDS
     names: list[str] = []
-    summary, rest = DESCRIPTION, list(arguments) or ["--help"]
+    summary, rest = DESCRIPTION, _renamed(arguments) or ["--help"]
     while True:
         if rest and (rest[0] in ("-h", "--help")):
             _help(" ".join([PROGRAM, *names]), summary, commands)
@@ -152,6 +157,15 @@ def _parse(arguments: "Sequence[str]") -> Any:
         if isinstance(found, Command):
             return _command(" ".join(names), found, rest)
         commands, summary = found.commands, found.summary
+
+
+def _renamed(arguments: "Sequence[str]") -> list[str]:
+    """The arguments with a command's new name for its old one, which is said in one line."""
+    for old, new in RENAMED.items():
+        if tuple(arguments[: len(old)]) == old:
+            _complain(f"{' '.join(old)} is now {' '.join(new)}; the old name goes with the next release.")
+            return [*new, *arguments[len(old) :]]
+    return list(arguments)
 
 
 def _command(name: str, found: Command, arguments: list[str]) -> Any:
