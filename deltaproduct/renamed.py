@@ -11,6 +11,10 @@ from typing import Any
 
 # Old name → new name; what lies below the old one lies below the new one.
 MOVED = {
+    "deltaproduct.benchmarks.decode": "deltaproduct.benchmarks.op_step",
+    "deltaproduct.benchmarks.peers": "deltaproduct.benchmarks.implementations",
+    "deltaproduct.benchmarks.problem": "deltaproduct.benchmarks.workload",
+    "deltaproduct.benchmarks.step": "deltaproduct.benchmarks.generate",
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
     "deltaproduct.ops.compat": "deltaproduct.ops.fla_api",
@@ -57,12 +61,13 @@ def install() -> None:
         sys.meta_path.insert(0, RenamedModules())
 
 
-def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+def renamed_names(module: str, names: Mapping[str, str], stacklevel: int = 2) -> Callable[[str], Any]:
     """A module's `__getattr__` (PEP 562) that gives what it exports under old names as well, with a warning.
 
     Args:
         module: its `__name__`.
         names: old name → new name, of this module, or with dots where another module has it.
+        stacklevel: 2, or more where another `__getattr__` calls this one.
     """
 
     def __getattr__(name: str) -> Any:
@@ -73,7 +78,7 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]
         warnings.warn(
             f"{module}.{name} is now {where}.{new}; the old name goes with the next release.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
         return getattr(import_module(where), new)
 
