@@ -11,6 +11,7 @@ from typing import Any
 
 # Old name → new name; what lies below the old one lies below the new one.
 MOVED = {
+    "deltaproduct.evaluation.ranges": "deltaproduct.evaluation.lengths",
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
