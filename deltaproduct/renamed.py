@@ -18,6 +18,7 @@ MOVED = {
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
+    "deltaproduct.tasks.formal": "deltaproduct.tasks.regular",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
     "deltaproduct.training.log": "deltaproduct.training.metrics",
     "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",

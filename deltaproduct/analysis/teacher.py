@@ -15,7 +15,8 @@ from deltaproduct.layers.states import device_of
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.tasks.groups import BlockTask, Group, GroupTask
+from deltaproduct.tasks.group_tasks import BlockTask, GroupTask
+from deltaproduct.tasks.groups import Group
 from deltaproduct.tasks.task import check_fits
 
 PIECE_TOKENS = 1 << 15  # that go through the model at once

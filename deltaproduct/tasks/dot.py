@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import SINK, Automaton, check_table, new_name
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_format import SINK, check_table, new_name
 from deltaproduct.tasks.dot_syntax import Graph, Grouped, Html, NoDot, graphs_of
 from deltaproduct.tasks.names import shortened
 
