@@ -23,7 +23,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     names = {}
     exec(general, names)
     assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
-    if BACKENDS["cpu"].obstacle(torch.device("cpu"), torch.float32) is None:
+    if BACKENDS["cpu"].unsupported_reason(torch.device("cpu"), torch.float32) is None:
         exec(decoding, names)
         assert names["logits"].shape == (2, 6)
     exec(exact, {})

@@ -130,7 +130,7 @@ def _decoders(model: SequenceModel, batch_size: int) -> dict[str, Callable[[Tens
         return logits[:, 0]
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {"model": call}
-    if BACKENDS["cpu"].obstacle(model.device, torch.float32) is None:
+    if BACKENDS["cpu"].unsupported_reason(model.device, torch.float32) is None:
         ways["decoder"] = Decoder(model, batch_size)
     return ways
 

@@ -38,7 +38,7 @@ class Implementation:
     float64: bool = False  # works in float64 where its inputs are
     gpu: bool = False  # its kernels run on a GPU only
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve here, in one line; None if it can."""
         if self.gpu and device.type != "cuda":
             return "its kernels need a GPU"

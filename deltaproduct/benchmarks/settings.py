@@ -83,7 +83,7 @@ class Candidate(Protocol):
     """A backend or another implementation: what may become a row."""
 
     @property
-    def obstacle(self) -> Callable[[torch.device, torch.dtype], str | None]:
+    def unsupported_reason(self) -> Callable[[torch.device, torch.dtype], str | None]:
         """None if it can serve, else the reason why not."""
 
 
@@ -102,7 +102,7 @@ def serving(
             raise UsageError(
                 f"There is no backend {name!r} to benchmark{did_you_mean(name, table)}; choose from {', '.join(table)}."
             )
-        if reason := table[name].obstacle(settings.device, settings.compute_dtype):
+        if reason := table[name].unsupported_reason(settings.device, settings.compute_dtype):
             if asked is not None:
                 raise UsageError(f"{name} cannot serve: {reason}.")
             away.append(NotRun(name, reason))

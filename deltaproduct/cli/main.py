@@ -87,12 +87,6 @@ COMMANDS: "dict[str, Command | Group]" = {
                       "which optional packages are here."),
 }  # fmt: skip
 
-# Commands under their old names, which go on for one release: old words → new words.
-RENAMED = {
-    ("bench", "decode"): ("bench", "ops", "--step"),
-    ("bench", "step"): ("bench", "generate"),
-}
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `deltaproduct` program."""
@@ -138,9 +132,11 @@ def _parse(arguments: "Sequence[str]") -> Any:
     if list(arguments) in (["--version"], ["-V"]):
         print(f"{PROGRAM} {deltaproduct.__version__}")
         return None
+    from deltaproduct.cli.renamed import with_new_command
+
     commands: Mapping[str, Command | Group] = COMMANDS
     names: list[str] = []
-    summary, rest = DESCRIPTION, _renamed(arguments) or ["--help"]
+    summary, rest = DESCRIPTION, with_new_command(arguments, _complain) or ["--help"]
     while True:
         if rest and (rest[0] in ("-h", "--help")):
             _help(" ".join([PROGRAM, *names]), summary, commands)
@@ -159,21 +155,14 @@ def _parse(arguments: "Sequence[str]") -> Any:
         commands, summary = found.commands, found.summary
 
 
-def _renamed(arguments: "Sequence[str]") -> list[str]:
-    """The arguments with a command's new name for its old one, which is said in one line."""
-    for old, new in RENAMED.items():
-        if tuple(arguments[: len(old)]) == old:
-            _complain(f"{' '.join(old)} is now {' '.join(new)}; the old name goes with the next release.")
-            return [*new, *arguments[len(old) :]]
-    return list(arguments)
-
-
 def _command(name: str, found: Command, arguments: list[str]) -> Any:
     """The command of that name with the values of its flags."""
     import tyro
 
     from deltaproduct.cli.mistakes import what_is_wrong
+    from deltaproduct.cli.renamed import with_new_flags
 
+    arguments = with_new_flags(name, arguments, _complain)
     module = import_module(f"deltaproduct.cli.{found.module}")
     kind = getattr(module, found.name)
     asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)

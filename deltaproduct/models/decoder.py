@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import Mixer
-from deltaproduct.layers.parts import record_linear
+from deltaproduct.layers.parts import emit_linear
 from deltaproduct.layers.plain import Watch, first_unusual
 from deltaproduct.models.sequence_model import Block, SequenceModel
 from deltaproduct.models.states import check_state
-from deltaproduct.ops.tape import Tape
+from deltaproduct.ops.engine_program import EngineProgram
 
 
 class NotDecodable(UsageError):
@@ -32,7 +32,7 @@ class Decoder:
     Raises:
         NotDecodable: (a `UsageError`) there is no native engine, the model is not float32 on the CPU, or a module of
             it computes something else than its weights say: an adapter, a hook, a parametrization, a quantised or
-            replaced module, a mixer without `record`. The message names it. A call raises this too, if the model has
+            replaced module, a mixer without `emit`. The message names it. A call raises this too, if the model has
             become such a one; the state is then as it was before the call.
     """
 
@@ -41,13 +41,13 @@ class Decoder:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
         self.batch_size = batch_size
         self._model = model
-        self._record()
+        self._read_model()
 
-    def _record(self, carried: tuple[Any, ...] | None = None) -> None:
+    def _read_model(self, carried: tuple[Any, ...] | None = None) -> None:
         """Read the model, and go on from a state; before this has succeeded, nothing of an earlier reading changes."""
         model = self._model
         try:
-            tape = Tape(self.batch_size)
+            program = EngineProgram(self.batch_size)
         except UsageError as e:
             raise NotDecodable(str(e)) from None
         if reason := unsupported_reason(model):
@@ -56,16 +56,16 @@ class Decoder:
                 "Call the model token by token."
             )
         try:
-            x = tape.buffer(self.batch_size, model.embedding.embedding_dim)
-            states = tuple(block.record(tape, x) for block in model.blocks if isinstance(block, Block))
-            logits = record_linear(tape, model.head, model.norm.record(tape, x))
+            x = program.buffer(self.batch_size, model.embedding.embedding_dim)
+            states = tuple(block.emit(program, x) for block in model.blocks if isinstance(block, Block))
+            logits = emit_linear(program, model.head, model.norm.emit(program, x))
         except (UsageError, AttributeError, RuntimeError, ValueError) as e:  # the others: a module of another kind
             raise NotDecodable(str(e)) from e
         check_state(model, carried, self.batch_size)
         _copy(carried, states)
         self.vocab_size = model.embedding.num_embeddings
         self._embedding = model.embedding.weight.detach()
-        self._tape, self._x, self._states, self._logits = tape, x, states, logits
+        self._program, self._x, self._states, self._logits = program, x, states, logits
         self._watch = Watch(model, model.parameters())
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class Decoder:
         if tokens.shape != (self.batch_size,) or tokens.dtype not in (torch.int32, torch.int64):
             raise UsageError(f"tokens must be {self.batch_size} ints, not {tokens.dtype} {list(tokens.shape)}.")
         if self._watch.changed():
-            self._record(self._states)
+            self._read_model(self._states)
         torch.index_select(self._embedding, 0, tokens, out=self._x)
-        self._tape.play()
+        self._program.run()
         return self._logits.clone()
 
     @property
@@ -90,7 +90,7 @@ class Decoder:
             UsageError: it is not a state of this model and of B sequences; the carried one is then as it was.
         """
         if self._watch.changed():
-            self._record()
+            self._read_model()
         check_state(self._model, state, self.batch_size)
         _copy(state, self._states)
 
@@ -107,9 +107,9 @@ def _copy(state: tuple[Any, ...] | None, into: tuple[Any, ...]) -> None:
 def unsupported_reason(model: SequenceModel) -> str | None:
     """Why the weights of a model do not say all that it computes, or not to the native engine; None if they do."""
     for name, module in model.named_modules():
-        if isinstance(module, Mixer) and type(module).record is Mixer.record:
+        if isinstance(module, Mixer) and type(module).emit is Mixer.emit:
             return f"{name} ({type(module).__name__}) has no native decoding"
-        if isinstance(module, Mixer) and module.spans is not None:
+        if isinstance(module, Mixer) and module.context_parallel is not None:
             return f"{name} has a sequence divided over processes"
     if reason := first_unusual(model, owner=SequenceModel):
         return reason

@@ -24,8 +24,8 @@ from deltaproduct.models.saving import check_is_its_configuration, own_class, wi
 from deltaproduct.models.size import check_stored
 from deltaproduct.models.weights import WEIGHTS, check_weights, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
-from deltaproduct.ops.spans import Spans
-from deltaproduct.ops.tape import Tape
+from deltaproduct.ops.context_parallel import ContextParallel
+from deltaproduct.ops.engine_program import EngineProgram
 
 
 def check_layers(state: Any, layers: int) -> None:
@@ -58,11 +58,11 @@ class Block(nn.Module):
             x = x + self.mlp(self.mlp_norm(x))
         return x, state
 
-    def record(self, tape: Tape, x: Tensor) -> Any:
-        """Record one token for native decoding, x [B,D] in place; returns the mixer's state (`Mixer.record`)."""
-        state = self.mixer.record(tape, self.mixer_norm.record(tape, x), onto=x)
+    def emit(self, program: EngineProgram, x: Tensor) -> Any:
+        """Emit one token for native decoding, x [B,D] in place; returns the mixer's state (`Mixer.emit`)."""
+        state = self.mixer.emit(program, self.mixer_norm.emit(program, x), onto=x)
         if self.mlp is not None:
-            self.mlp.record(tape, self.mlp_norm.record(tape, x), onto=x)
+            self.mlp.emit(program, self.mlp_norm.emit(program, x), onto=x)
         return state
 
 
@@ -79,7 +79,7 @@ def draw_with_deviation(module: nn.Module, config: Any) -> None:
 class SequenceModel(nn.Module):
     """A stack of blocks that labels every position of a token sequence; `config` says of what."""
 
-    recompute: bool = False  # blocks keep only their inputs for the backward pass and run a second time in it
+    gradient_checkpointing: bool = False  # blocks keep only their inputs for the backward pass and run again in it
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -147,7 +147,7 @@ class SequenceModel(nn.Module):
         if state is not None:
             check_layers(state, len(self.blocks))
         x = self.embedding(tokens)
-        again = self.recompute and torch.is_grad_enabled()
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
@@ -195,18 +195,19 @@ class SequenceModel(nn.Module):
             mixer.backend = name
         return self
 
-    def divide_over(self, spans: Spans | None) -> Self:
-        """Have each of several processes hold a span of every sequence, and run the same model on it (`ops.spans`).
+    def use_context_parallel(self, context_parallel: ContextParallel | None) -> Self:
+        """Have each of several processes hold a span of every sequence, and run the same model on it.
 
-        The model then takes the span's tokens and gives their logits; a state that it is given is the whole sequence's.
+        The model then takes the span's tokens and gives their logits; a state that it is given is the whole sequence's
+        (`ops.context_parallel`).
 
         Raises:
             UsageError: a mixer cannot be divided that way.
         """
         for mixer in self.mixers():
-            if spans is not None and not mixer.divisible:
+            if context_parallel is not None and not mixer.divisible:
                 raise UsageError(f"{type(mixer).__name__} cannot divide a sequence over processes; DeltaProduct can.")
-            mixer.spans = spans
+            mixer.context_parallel = context_parallel
         return self
 
     def mixers(self) -> list[Mixer]:

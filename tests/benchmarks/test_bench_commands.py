@@ -10,7 +10,8 @@ from cases import S3, TINY, shown
 
 from deltaproduct.benchmarks import OpShape, bench_generate, bench_ops, bench_scaling, bench_train, generate, row_names
 from deltaproduct.cli import bench as cli
-from deltaproduct.cli.main import COMMANDS, RENAMED, main
+from deltaproduct.cli.main import COMMANDS, main
+from deltaproduct.cli.renamed import COMMANDS as RENAMED
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS
 from deltaproduct.plots import benchmark
@@ -253,7 +254,9 @@ def test_other_rooms_mistakes_are_passed_on(monkeypatch):
 
 
 def test_naming_a_backend_that_cannot_serve_is_an_error(monkeypatch):
-    away = dataclasses.replace(BACKENDS["reference"], name="away", obstacle=lambda device, dtype: "it is away")
+    away = dataclasses.replace(
+        BACKENDS["reference"], name="away", unsupported_reason=lambda device, dtype: "it is away"
+    )
     monkeypatch.setitem(BACKENDS, "away", away)
     with pytest.raises(UsageError, match="it is away"):
         bench_ops([TINY], backends=["away"], device="cpu")

@@ -12,7 +12,7 @@ from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS
 
-NATIVE = BACKENDS["cpu"].obstacle(CPU, torch.float32) is None
+NATIVE = BACKENDS["cpu"].unsupported_reason(CPU, torch.float32) is None
 
 
 def test_generate_report_is_consistent(quick_generate):

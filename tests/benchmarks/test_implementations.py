@@ -49,9 +49,9 @@ def test_implementations_are_the_operator(name, n, gate):
     if importlib.util.find_spec(package) is None:  # importing fla itself would need a Triton that suits it
         pytest.skip(f"{package} is not installed")
     if IMPLEMENTATIONS[name].gpu:
-        assert IMPLEMENTATIONS[name].obstacle(CPU, torch.float32) == "its kernels need a GPU"
+        assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) == "its kernels need a GPU"
         return
-    assert IMPLEMENTATIONS[name].obstacle(CPU, torch.float32) is None
+    assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) is None
     x = inputs(n, gate)
     wide = {name: y.detach().double().requires_grad_() for name, y in x.items()}
     want = output_and_gradients(lambda **y: delta_product(**y, backend="reference")[0], wide)
@@ -119,10 +119,12 @@ def test_fla_is_used_although_its_package_cannot_be_imported(fresh_loaders, monk
     x = inputs(3, True)
     want, _ = delta_product(**x, backend="reference")
     for name in ("fla_chunkwise", "fla_loop"):
-        assert IMPLEMENTATIONS[name].obstacle(CPU, torch.float32) is None
+        assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) is None
         torch.testing.assert_close(IMPLEMENTATIONS[name].load()(**x), want, rtol=1e-5, atol=1e-5)
     (tmp_path / "fla" / "ops" / "gated_delta_rule" / "naive.py").unlink()
-    assert "has no ops/gated_delta_rule/naive.py" in IMPLEMENTATIONS["fla_chunkwise"].obstacle(CPU, torch.float32)
+    assert "has no ops/gated_delta_rule/naive.py" in IMPLEMENTATIONS["fla_chunkwise"].unsupported_reason(
+        CPU, torch.float32
+    )
 
 
 def test_implementations_that_are_not_installed_are_reported(fresh_loaders, monkeypatch):
@@ -150,8 +152,8 @@ def test_transformers_own_code_is_timed_and_no_kernel_in_its_place(fresh_loaders
 
 def test_implementations_that_compute_in_float32_are_not_run_in_float64():
     for name in ("transformers", "fla_chunkwise", "fla_loop"):
-        assert "float32" in IMPLEMENTATIONS[name].obstacle(CPU, torch.float64)
-    assert IMPLEMENTATIONS["textbook_loop"].obstacle(CPU, torch.float64) is None
+        assert "float32" in IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float64)
+    assert IMPLEMENTATIONS["textbook_loop"].unsupported_reason(CPU, torch.float64) is None
 
 
 def test_another_implementation_that_fails_or_is_wrong_is_a_finding(add_implementation):

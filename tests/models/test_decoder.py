@@ -1,4 +1,4 @@
-"""Native decoding (models/decoder.py, ops/tape.py) against the model itself, run whole in float64.
+"""Native decoding (models/decoder.py, ops/engine_program.py) against the model itself, run whole in float64.
 
 Tolerance: that of `bench generate`, 8·u·L·(√n + T·N): the same arithmetic in another order (benchmarks/generate.py).
 """
@@ -14,10 +14,10 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.models import Decoder, ModelConfig, SequenceModel
 from deltaproduct.ops import cpu
+from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.native import library
-from deltaproduct.ops.tape import Tape
 
-if reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
 TINY = ModelConfig(
@@ -174,10 +174,10 @@ def test_refused_models(monkeypatch):
         Decoder(build().double())
     with pytest.raises(UsageError, match="at least 1"):
         Decoder(build(), 0)
-    monkeypatch.setattr(type(build().mixers()[0]), "record", Mixer.record)
+    monkeypatch.setattr(type(build().mixers()[0]), "emit", Mixer.emit)
     with pytest.raises(UsageError, match="has no native decoding"):
         Decoder(build())
     monkeypatch.setattr(cpu, "ENGINE", None)
     monkeypatch.setattr(cpu, "WHY_NO_ENGINE", "there was no compiler")
     with pytest.raises(UsageError, match="no native decoding here: there was no compiler"):
-        Tape(1)
+        EngineProgram(1)

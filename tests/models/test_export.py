@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_is_one_line(mixer, reason, tmp_path, capfd):
 
 def test_eager_decoding_still_uses_the_engine(monkeypatch):
     """And an export does not: what it traces is the reference's own loop body."""
-    if reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     model, calls = build(), []
     engine = dispatch.BACKENDS["cpu"].step

@@ -18,7 +18,7 @@ from deltaproduct.ops import cpu
 
 V, B, D = 7, 2, 12
 native = pytest.mark.skipif(
-    cpu.obstacle(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
+    cpu.unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
 )
 
 
@@ -191,7 +191,7 @@ def test_a_model_refuses_the_states_of_others(name):
             call()
         one_line(refused)
     with torch.enable_grad():
-        model.recompute = True
+        model.gradient_checkpointing = True
         with pytest.raises(UsageError, match=match):
             model(tokens, state)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.neighbours
 
 V = 11
 native = pytest.mark.skipif(
-    cpu.obstacle(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
+    cpu.unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
 )
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 NEAR = 8 * 2**-24 * 2 * (24**0.5 + 8 * 2)  # 2.0e-5

@@ -33,7 +33,7 @@ def way(request, monkeypatch):
     """Both ways of decoding: the native engine, and the model itself."""
     if request.param == "model":
         monkeypatch.setattr(streaming, "decoder_for", ModelDecoder)
-    elif reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    elif reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     return request.param
 
@@ -101,7 +101,7 @@ def test_every_mixer_in_pieces_is_one_pass(changes, short_pieces):
 
 
 def test_both_ways_write_the_same(monkeypatch):
-    if reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     model, texts = build(), []
     for decoder in (streaming.decoder_for, ModelDecoder):

@@ -19,7 +19,7 @@ struct Tensor {
     int32_t dtype;
 };
 
-struct Problem {
+struct EngineCall {
     int64_t batch, length, steps, heads, value_heads, key_dim, value_dim;
     int64_t sequences;          // B, or the number of packed sequences
     const int64_t* cu_seqlens;  // [sequences + 1] where sequences are packed, else null
@@ -62,11 +62,11 @@ inline Sequence sequence_of(const int64_t* cu_seqlens, int64_t length, int64_t s
     const int64_t first = cu_seqlens[number], last = cu_seqlens[number + 1];
     return {0, first, last, first / span + number, last / span + number + 1};
 }
-inline Sequence sequence_of(const Problem& p, int64_t number) {
+inline Sequence sequence_of(const EngineCall& p, int64_t number) {
     return sequence_of(p.cu_seqlens, p.length, int64_t(p.chunk_tokens) * p.chunks_per_state, number);
 }
 
-// One piece of work of decoding a token, or of a norm (tape.h, norm.h): rows and columns of what, and which pointers
+// One piece of work of decoding a token, or of a norm (program.h, norm.h): rows and columns of what, and which pointers
 // are used, is said there.
 // The mirror of this structure is ops/native/library.py.
 enum InstructionKind : int32_t {
@@ -87,7 +87,7 @@ struct Instruction {
     int64_t batch, rows, columns;
     const float *w, *x, *u;
     float *y, *z;
-    const Problem* problem;
+    const EngineCall* call;
     double a;
 };
 
@@ -129,14 +129,14 @@ struct Units {
 // blocks fastest.
 struct Kernels {
     const char* name;
-    void (*forward)(const Problem&, int64_t item, const void* segment_states);
-    void (*backward)(const Problem&, int64_t item, const void* segment_states);
+    void (*forward)(const EngineCall&, int64_t item, const void* segment_states);
+    void (*backward)(const EngineCall&, int64_t item, const void* segment_states);
     // (A [K,K], B [K,V]) of an item's segment: it maps a state S at its start to A S + B at its end, and in reverse.
-    void (*summary)(const Problem&, int64_t item, bool reverse, void* a, void* b);
+    void (*summary)(const EngineCall&, int64_t item, bool reverse, void* a, void* b);
     // out [K,V] = a state + b
-    void (*compose)(const Problem&, const void* a, const void* b, const void* state, void* out);
+    void (*compose)(const EngineCall&, const void* a, const void* b, const void* state, void* out);
     Units (*units)(const Instruction&);
-    void (*play)(const Instruction&, int64_t from, int64_t to);  // these units of it
+    void (*run_units)(const Instruction&, int64_t from, int64_t to);  // these units of it
     void (*selective_scan)(const SelectiveScan&, int64_t item, bool reverse);  // items: sequences × blocks of channels
 };
 

@@ -6,7 +6,7 @@ nothing else, K·K + K·V numbers for every value head, however long the spans a
 B batch · T tokens of a span · N Householder steps · H query/key heads · HV value heads · K, V their dimensions.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from deltaproduct.errors import UsageError
 from deltaproduct.ops import transforms
 from deltaproduct.ops.dispatch import delta_product
 from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.renamed import renamed_names
 
 
-class Spans:
+class ContextParallel:
     """The ranks that hold one sequence, in its order, and which of them this process is.
 
     Every rank has to make the same calls in the same order, forward and backward. That is why what a rank has no use
@@ -53,40 +54,40 @@ class _Gather(torch.autograd.Function):
     """All ranks' tensors. The gradient of one's own is the sum of what all ranks send back for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spans: Spans) -> Tensor:
-        ctx.spans = spans
-        every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(spans.size)]
-        dist.all_gather(every, x.contiguous(), group=spans.group)
+    def forward(ctx: Any, x: Tensor, context_parallel: ContextParallel) -> Tensor:
+        ctx.context_parallel = context_parallel
+        every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context_parallel.size)]
+        dist.all_gather(every, x.contiguous(), group=context_parallel.group)
         return torch.stack(every)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(grads[0], ctx.spans), None
+        return _Scatter.apply(grads[0], ctx.context_parallel), None
 
 
 class _Scatter(torch.autograd.Function):
     """The sum of what all ranks have for this rank, of [R,…]: the adjoint of `_Gather`, as that is of this."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spans: Spans) -> Tensor:
-        ctx.spans = spans
+    def forward(ctx: Any, x: Tensor, context_parallel: ContextParallel) -> Tensor:
+        ctx.context_parallel = context_parallel
         total = x.contiguous().clone()
-        dist.all_reduce(total, group=spans.group)
-        return total[spans.rank]
+        dist.all_reduce(total, group=context_parallel.group)
+        return total[context_parallel.rank]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(grads[0], ctx.spans), None
+        return _Gather.apply(grads[0], ctx.context_parallel), None
 
 
-def delta_product_span(
+def delta_product_context_parallel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
     g: Tensor | None = None,
     *,
-    spans: Spans,
+    context_parallel: ContextParallel,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     qk_l2norm: bool = False,
@@ -117,10 +118,16 @@ def delta_product_span(
     assert end is not None  # it was asked for
     start = nothing if initial_state is None else initial_state.to(dtype)
     starts = [start]
-    for summary in spans.gather(end).unbind():
+    for summary in context_parallel.gather(end).unbind():
         starts.append(summary[..., :key_dim] @ starts[-1] + summary[..., key_dim:])
-    # Stacked and then chosen from, so that every rank's graph has the gathered summaries in it (see `Spans`).
+    # Stacked and then chosen from, so that every rank's graph has the summaries in it (see `ContextParallel`).
     borders = torch.stack(starts)
-    start, after = borders[spans.rank], borders[spans.rank + 1]
+    start, after = borders[context_parallel.rank], borders[context_parallel.rank + 1]
     o = torch.einsum("bthk,bhkv->bthv", read[..., :key_dim], start) + read[..., key_dim:]
     return o.to(v.dtype), after
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
+    __getattr__ = renamed_names(
+        __name__, {"Spans": "ContextParallel", "delta_product_span": "delta_product_context_parallel"}
+    )

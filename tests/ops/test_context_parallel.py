@@ -8,7 +8,7 @@ from ranks import on_ranks
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.ops import delta_product
-from deltaproduct.ops.spans import Spans, delta_product_span
+from deltaproduct.ops.context_parallel import ContextParallel, delta_product_context_parallel
 
 LENGTH, WIDTH = 96, 8
 
@@ -31,10 +31,10 @@ def span_of(x: torch.Tensor | None, rank: int, size: int) -> torch.Tensor | None
 
 
 def run_span(length: int, n: int, gated: bool, dtype: torch.dtype):
-    spans = Spans()
+    context_parallel = ContextParallel()
     *inputs, initial = hard(length, n, gated, dtype)
-    mine = [span_of(x, spans.rank, spans.size) for x in inputs]
-    o, end = delta_product_span(*mine, spans=spans, initial_state=initial.detach())
+    mine = [span_of(x, context_parallel.rank, context_parallel.size) for x in inputs]
+    o, end = delta_product_context_parallel(*mine, context_parallel=context_parallel, initial_state=initial.detach())
     weight = torch.arange(1, o.numel() + 1, dtype=o.dtype).view(o.shape).sin()
     (o * weight).sum().backward()
     return o.detach(), end.detach(), [None if x is None else x.grad for x in mine]
@@ -59,13 +59,13 @@ def test_spans_are_one_sequence_in_the_hard_regime(size, n, gated):
 
 def run_twice(length: int):
     """The second derivative of Σ over ranks of Σ_s w_{r,s} x_s³, whose x_s is on rank s, and a refusal."""
-    spans = Spans()
-    x = torch.arange(1.0, length + 1, dtype=torch.float64).add(spans.rank).requires_grad_()
-    weights = 1.0 + spans.rank + 10 * torch.arange(spans.size, dtype=torch.float64)[:, None]
-    (first,) = torch.autograd.grad((weights * spans.gather(x) ** 3).sum(), x, create_graph=True)
+    context_parallel = ContextParallel()
+    x = torch.arange(1.0, length + 1, dtype=torch.float64).add(context_parallel.rank).requires_grad_()
+    weights = 1.0 + context_parallel.rank + 10 * torch.arange(context_parallel.size, dtype=torch.float64)[:, None]
+    (first,) = torch.autograd.grad((weights * context_parallel.gather(x) ** 3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     try:
-        torch.func.jvp(spans.gather, (x.detach(),), (x.detach(),))
+        torch.func.jvp(context_parallel.gather, (x.detach(),), (x.detach(),))
         refusal = "none"
     except UsageError as e:
         refusal = str(e)
@@ -96,9 +96,9 @@ def model_and_tokens(length: int, n: int, gated: bool) -> tuple[SequenceModel, t
 def run_model(length: int, n: int, gated: bool):
     model, tokens = model_and_tokens(length, n, gated)
     model.double()
-    spans = Spans()
-    model.divide_over(spans)
-    mine, labels = (x.chunk(spans.size, 1)[spans.rank] for x in (tokens[:, :-1], tokens[:, 1:]))
+    context_parallel = ContextParallel()
+    model.use_context_parallel(context_parallel)
+    mine, labels = (x.chunk(context_parallel.size, 1)[context_parallel.rank] for x in (tokens[:, :-1], tokens[:, 1:]))
     loss = loss_of(model, mine, labels)
     (loss / length).backward()
     return float(loss.detach()) / length, [p.grad for p in model.parameters()]
@@ -122,7 +122,7 @@ def test_a_model_on_4096_tokens_has_the_loss_and_gradients_of_one_process(size, 
 
 def refused(kind: str) -> str:
     model, tokens = model_and_tokens(8, 2, False)
-    model.divide_over(Spans())
+    model.use_context_parallel(ContextParallel())
     with pytest.raises(UsageError) as error:
         if kind == "short":
             model(tokens[:, :2])
@@ -142,5 +142,5 @@ def test_what_cannot_be_divided(kind, words):
 def test_mixers_that_cannot_divide_a_sequence():
     model = SequenceModel(ModelConfig(5, 5, mixer="attention"))
     with pytest.raises(UsageError, match="Attention cannot divide"):
-        model.divide_over(object())
-    assert model.mixers()[0].spans is None
+        model.use_context_parallel(object())
+    assert model.mixers()[0].context_parallel is None

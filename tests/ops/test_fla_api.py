@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import compat, delta_product
+from deltaproduct.ops import delta_product, fla_api
 
 pytestmark = pytest.mark.neighbours
 
@@ -78,7 +78,7 @@ def test_delta_product(n, gate, packed):
     cu_seqlens = torch.tensor(ENDS) if packed else None
     y = leaves(x, torch.float32)
     inputs = {"g": None} | y | {name: y[name].flatten(1, 2) for name in ("k", "v", "beta")}  # [B,T·n,…]
-    o, state = compat.chunk_gated_delta_product(
+    o, state = fla_api.chunk_gated_delta_product(
         **inputs, num_householder=n, output_final_state=True, cu_seqlens=cu_seqlens
     )
     assert o.dtype == state.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_delta_rules(name, packed):
     y = leaves(x, torch.float32)
     inputs = y | {key: y[key][:, :, 0] for key in ("k", "v", "beta")}
     inputs["k"] = 3 * inputs["k"]  # so that the normalisation shows, as does a scale that is not the default
-    o, state = getattr(compat, name)(
+    o, state = getattr(fla_api, name)(
         **inputs, scale=0.25, output_final_state=True, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens
     )
     tripled = leaves(x, torch.float64)
@@ -117,7 +117,7 @@ def test_gates_in_the_kernel_and_states_with_v_first(name, neg):
     }
     inputs |= {key: inputs[key][:, :, 0] for key in ("k", "v", "beta")}
     inputs["initial_state"] = inputs["initial_state"].mT
-    o, state = getattr(compat, name)(
+    o, state = getattr(fla_api, name)(
         **inputs, output_final_state=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
         allow_neg_eigval=neg, state_v_first=True,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_without_beta_every_step_projects():
     q, k, v = x["q"], x["k"][:, :, 0], x["v"][:, :, 0]
     want, _ = delta_product(q, x["k"], x["v"], torch.ones_like(x["beta"]), backend="reference")
     for name in ("fused_recurrent_delta_rule", "fused_recurrent_gated_delta_rule"):
-        o, state = getattr(compat, name)(q, k, v)
+        o, state = getattr(fla_api, name)(q, k, v)
         assert state is None  # it was not asked for
         torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
 
@@ -138,7 +138,7 @@ def test_without_beta_every_step_projects():
 def test_positional_calls_mean_what_they_mean_there():
     x = hard(2, gate=True)
     k, v, beta = (x[name].flatten(1, 2) for name in ("k", "v", "beta"))
-    o, state = compat.chunk_gated_delta_product(x["q"], k, v, x["g"], beta, 2, 0.5, x["initial_state"], True, True)
+    o, state = fla_api.chunk_gated_delta_product(x["q"], k, v, x["g"], beta, 2, 0.5, x["initial_state"], True, True)
     want = delta_product(**x, scale=0.5, output_final_state=True, qk_l2norm=True)
     assert torch.equal(o, want[0]) and torch.equal(state, want[1])
 
@@ -166,5 +166,5 @@ def test_refusals(name, options, match):
     if "gated" in name:
         inputs["g"] = x["g"]
     with pytest.raises(UsageError, match=match) as error:
-        getattr(compat, name)(**(inputs | options))
+        getattr(fla_api, name)(**(inputs | options))
     assert "\n" not in str(error.value)

@@ -1,8 +1,8 @@
-// Decoding: a tape of instructions, played by all threads from beginning to end.
+// Decoding: a program of instructions, which all threads run from beginning to end.
 //
 // With few sequences a token of a whole model is a few hundred small pieces of work, whose sum takes as long as it
-// takes to read the weights once, if nothing comes between them. So they are recorded once (ops/tape.py) and played in
-// one call for every token. Everything is float32.
+// takes to read the weights once, if nothing comes between them. So they are written down once (ops/engine_program.py)
+// and run in one call for every token. Everything is float32.
 #pragma once
 
 #include <math.h>
@@ -39,7 +39,7 @@ DP_INLINE void dot_rows(int64_t columns, const float* w, const float* x, float* 
 }
 
 // Rows [from, to) of y = W x (+ bias) (+ y), for every sequence
-inline void play_product(const Instruction& i, int64_t from, int64_t to) {
+inline void run_product(const Instruction& i, int64_t from, int64_t to) {
     constexpr int R = 4;
     for (int64_t row = from; row < to;) {
         const int64_t rows = to - row >= R ? R : 1;
@@ -60,7 +60,7 @@ inline void play_product(const Instruction& i, int64_t from, int64_t to) {
 
 // Channels [from, to) of a causal convolution of so many columns, and its history z [batch, columns − 1, rows] moved
 // on; only the activation where there are no weights
-inline void play_convolution(const Instruction& i, int64_t from, int64_t to) {
+inline void run_convolution(const Instruction& i, int64_t from, int64_t to) {
     const int64_t past = i.w ? i.columns - 1 : 0;
     for (int64_t b = 0; b < i.batch; ++b) {
         const float* x = i.x + b * i.rows;
@@ -88,18 +88,18 @@ inline Units units_of(const Instruction& i) {
             return {i.rows, rows < 1 ? 1 : rows};
         }
         case NORM_BACKWARD: return {(i.rows + NORM_BLOCK - 1) / NORM_BLOCK, 1};
-        case TOKEN: return {i.problem->sequences * i.problem->value_heads, 1};
+        case TOKEN: return {i.call->sequences * i.call->value_heads, 1};
         default: return {i.rows, 1024};
     }
 }
 
-inline void play_units(const Instruction& i, int64_t from, int64_t to) {
+inline void run_units(const Instruction& i, int64_t from, int64_t to) {
     switch (i.kind) {
         case PRODUCT:
-        case PRODUCT_ADDED: return play_product(i, from, to);
-        case NORM: return play_norm(i, from, to);
-        case NORM_BACKWARD: return play_norm_backward(i, from, to);
-        case CONVOLUTION: return play_convolution(i, from, to);
+        case PRODUCT_ADDED: return run_product(i, from, to);
+        case NORM: return run_norm(i, from, to);
+        case NORM_BACKWARD: return run_norm_backward(i, from, to);
+        case CONVOLUTION: return run_convolution(i, from, to);
         case SILU_TIMES:
             for (int64_t n = from; n < to; ++n) i.y[n] = silu(i.x[n]) * i.u[n];
             return;
@@ -113,7 +113,7 @@ inline void play_units(const Instruction& i, int64_t from, int64_t to) {
             }
             return;
         case TOKEN:
-            for (int64_t n = from; n < to; ++n) forward<float>(*i.problem, n, nullptr);
+            for (int64_t n = from; n < to; ++n) forward<float>(*i.call, n, nullptr);
             return;
     }
 }

@@ -1,6 +1,6 @@
 """flash-linear-attention's operators on top of ours, so that moving over is one import.
 
-    from deltaproduct.ops.compat import chunk_gated_delta_product
+    from deltaproduct.ops.fla_api import chunk_gated_delta_product
 
 Names, arguments, their order and defaults are those of its version 0.6.0. What its other releases take (0.1 to 0.6.0)
 is taken as well: older arguments by name (`head_first=False`, `transpose_state_layout`, `use_exp2`), and positional
