@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, quoted
 from deltaproduct.renamed import renamed_names
 from deltaproduct.tasks.automaton_format import JSON_EXAMPLE, MAX_STATES, FormatError, fields
 from deltaproduct.tasks.minimization import coarsest
-from deltaproduct.tasks.names import shortened
 
 MAX_ELEMENTS = 50_000  # of a transition monoid
 MAX_IMAGES = 40_000_000  # of states under its elements that are kept, 320 MB of them, and
@@ -53,7 +52,7 @@ class Automaton:
             if len(set(names)) < len(names):
                 first: dict[str, int] = {}
                 twice = next(name for i, name in enumerate(names) if first.setdefault(name, i) != i)
-                raise UsageError(f"The {what} {shortened(twice)} is named twice.")
+                raise UsageError(f"The {what} {quoted(twice)} is named twice.")
         if len(self.transitions) != n or any(len(row) != len(self.alphabet) for row in self.transitions):
             raise UsageError(f"The transitions must be a table of {n} states by {len(self.alphabet)} symbols.")
         for number in (self.initial, *self.accepting, *itertools.chain(*self.transitions)):

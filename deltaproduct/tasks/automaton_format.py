@@ -1,10 +1,9 @@
 """What an automaton is read from: the fields of a JSON object or of a table, and how large they may be."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, as_json
 
 MAX_STATES = 10_000
 MAX_TRANSITIONS = 4_000_000  # of what is read or built: states times symbols, a second or two to go through
@@ -28,12 +27,12 @@ class FormatError(Exception):
 def fields(value: Any) -> dict[str, Any]:
     """The fields of an automaton. Raises FormatError."""
     if not isinstance(value, dict):
-        raise FormatError(f"An automaton is a JSON object, not {_short(value)}")
+        raise FormatError(f"An automaton is a JSON object, not {as_json(value)}")
     given: dict[str, Any] = {}
     for name, content in value.items():
         field = ALSO_CALLED.get(name, name)
         if field not in FIELDS:
-            raise FormatError(f"An automaton has no {_short(name)}; it has {', '.join(FIELDS)}")
+            raise FormatError(f"An automaton has no {as_json(name)}; it has {', '.join(FIELDS)}")
         if field in given:
             raise FormatError(f"The automaton has its {field} twice")
         given[field] = content
@@ -59,14 +58,14 @@ def fields(value: Any) -> dict[str, Any]:
         if type(state) is str and state in number:
             return number[state]
         if type(state) is str:
-            raise FormatError(f"The automaton's {what} names {_short(state)}, which is none of its states")
-        raise FormatError(f"The automaton's {what} must be a state's name or number, not {_short(state)}")
+            raise FormatError(f"The automaton's {what} names {as_json(state)}, which is none of its states")
+        raise FormatError(f"The automaton's {what} must be a state's name or number, not {as_json(state)}")
 
     if not isinstance(given["accepting"], list):
-        raise FormatError(f"The automaton's accepting must be a list of states, not {_short(given['accepting'])}")
+        raise FormatError(f"The automaton's accepting must be a list of states, not {as_json(given['accepting'])}")
     rows = given["transitions"]
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise FormatError(f"The automaton's transitions must be a list of lists of states, not {_short(rows)}")
+        raise FormatError(f"The automaton's transitions must be a list of lists of states, not {as_json(rows)}")
     return {
         "alphabet": alphabet,
         "states": states,
@@ -90,8 +89,8 @@ def _listed(given: dict[str, Any]) -> dict[str, dict[str, str]] | None:
     table: dict[str, dict[str, str]] = {}
     for state, symbol, to in rows:
         if table.setdefault(state, {}).setdefault(symbol, to) != to:
-            raise FormatError(f"The automaton is not deterministic: from {_short(state)}, {_short(symbol)} leads to "
-                               f"{_short(table[state][symbol])} and to {_short(to)}")  # fmt: skip
+            raise FormatError(f"The automaton is not deterministic: from {as_json(state)}, {as_json(symbol)} leads to "
+                               f"{as_json(table[state][symbol])} and to {as_json(to)}")  # fmt: skip
     return table
 
 
@@ -100,8 +99,8 @@ def _name_all(given: dict[str, Any]) -> None:
     table = given["transitions"]
     for state, row in table.items():
         if not isinstance(row, dict):
-            raise FormatError(f"The automaton's transitions from {_short(state)} must be {{symbol: state}}, not "
-                               f"{_short(row)}")  # fmt: skip
+            raise FormatError(f"The automaton's transitions from {as_json(state)} must be {{symbol: state}}, not "
+                               f"{as_json(row)}")  # fmt: skip
     if "states" not in given:
         everywhere = [*table, *(to for row in table.values() for to in row.values()), given["initial"]]
         more = given["accepting"] if isinstance(given["accepting"], list) else []
@@ -113,9 +112,9 @@ def _name_all(given: dict[str, Any]) -> None:
     known_states, known_symbols = set(states), set(alphabet)
     for state, row in table.items():
         if state not in known_states:
-            raise FormatError(f"There are transitions from {_short(state)}, which is none of the states")
+            raise FormatError(f"There are transitions from {as_json(state)}, which is none of the states")
         if unknown := [symbol for symbol in row if symbol not in known_symbols]:
-            raise FormatError(f"There is a transition by {_short(unknown[0])}, which is not in the alphabet")
+            raise FormatError(f"There is a transition by {as_json(unknown[0])}, which is not in the alphabet")
     sink = new_name(SINK, states)
     rows = [[table.get(state, {}).get(symbol, sink) for symbol in alphabet] for state in states]
     if any(to == sink for row in rows for to in row):
@@ -141,10 +140,5 @@ def check_table(states: int, symbols: int) -> None:
 
 def _names(what: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(type(name) in (str, int) for name in value):
-        raise FormatError(f"The automaton's {what} must be a list of names, not {_short(value)}")
+        raise FormatError(f"The automaton's {what} must be a list of names, not {as_json(value)}")
     return tuple(map(str, value))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.errors import QUOTED, UsageError, did_you_mean, quoted
 from deltaproduct.renamed import renamed_names
-from deltaproduct.tasks.names import SHOWN, shortened
 
 MAX_ELEMENTS = 5_040
 """Largest group: S7, whose int64 Cayley table takes 203 MB."""
@@ -181,8 +180,8 @@ def build_group(name: str) -> Group:
     if not re.fullmatch(GROUP_NAME, name, re.ASCII):
         # The families' letters are large, and what joins factors is small.
         meant = name.upper().replace("_X_", "_x_")
-        near = did_you_mean(name, [meant]) if len(name) <= SHOWN and re.fullmatch(GROUP_NAME, meant, re.ASCII) else ""
-        raise UsageError(f"there is no group {shortened(name)}{near}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
+        near = did_you_mean(name, [meant]) if len(name) <= QUOTED and re.fullmatch(GROUP_NAME, meant, re.ASCII) else ""
+        raise UsageError(f"there is no group {quoted(name)}{near}: names are such as S5, A5, Z60, D4 or S3_x_Z2")
     factors = [(part[0], int(part[1:])) for part in name.split("_x_")]
     for family, n in factors:
         least = _SMALLEST[family]
@@ -195,8 +194,8 @@ def build_group(name: str) -> Group:
         order = min(order * _order(family, n), 10**18)  # beyond that only "too many" matters
     if order > MAX_ELEMENTS:
         size = f"{order:,}" if order < 10**18 else "more than 10^18"
-        shown = name if len(name) <= SHOWN else shortened(name)
-        raise UsageError(f"{shown} has {size} elements, and a group may have at most {MAX_ELEMENTS:,}")
+        known = name if len(name) <= QUOTED else quoted(name)
+        raise UsageError(f"{known} has {size} elements, and a group may have at most {MAX_ELEMENTS:,}")
 
     elements, names = _factor(*factors[0])
     parts: list[tuple[str, ...]] = [(name,) for name in names]

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, quoted
 from deltaproduct.tasks.automata import Automaton, order_of_discovery
 from deltaproduct.tasks.automaton_format import MAX_TRANSITIONS
 from deltaproduct.tasks.derivatives import first_difference
 from deltaproduct.tasks.expressions import NoExpression, language_of, symbols_of, tokens_of
 from deltaproduct.tasks.languages import EMPTY, NOTHING, Language
 from deltaproduct.tasks.minimization import coarsest
-from deltaproduct.tasks.names import shortened
 
 MAX_SUBSETS = 100_000  # states of a regular expression's automaton before equivalent ones are merged, and
 MAX_VISITED = 10_000_000  # states of the nondeterministic one that are gone through for them, a few seconds
@@ -41,11 +40,9 @@ def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
         letters = tuple(sorted(set(alphabet) if alphabet is not None else symbols_of(tokens)))
         language = language_of(tokens, letters) if tokens else EMPTY
     except NoExpression as e:
-        raise UsageError(f"{shortened(regex)} is no regular expression that can be used ({e}); {REGEX_ADVICE}.") from e
+        raise UsageError(f"{quoted(regex)} is no regular expression that can be used ({e}); {REGEX_ADVICE}.") from e
     if not letters:
-        raise UsageError(
-            f"The regular expression {shortened(regex)} has no symbols; an alphabet has to be given with it."
-        )
+        raise UsageError(f"The regular expression {quoted(regex)} has no symbols; an alphabet has to be given with it.")
     return _numbered(*_by_library(regex, language, letters), letters)
 
 
@@ -82,7 +79,7 @@ def _by_library(regex: str, language: Language, letters: tuple[str, ...]) -> tup
     word = first_difference(language, letters, start, step, accepts)
     if word is not None:
         raise UsageError(
-            f"automata-lib reads {shortened(regex)} wrongly, for instance for the word {shortened(word)}. "
+            f"automata-lib reads {quoted(regex)} wrongly, for instance for the word {quoted(word)}. "
             "Write it in another way."
         )
     return start, step, accepts
@@ -141,7 +138,7 @@ def _subsets(regex: str, nfa: Any, symbols: Sequence[str]) -> tuple[np.ndarray, 
         if len(queue) > most or visited > MAX_VISITED:
             what = f"more than {most:,} states" if len(queue) > most else f"subsets of more than {MAX_VISITED:,} states"
             raise UsageError(
-                f"The automaton of the regular expression {shortened(regex)} is too large: on the way to it there are "
+                f"The automaton of the regular expression {quoted(regex)} is too large: on the way to it there are "
                 f"{what} to go through. A choice that is remembered over many symbols doubles them with each, as in "
                 "(a|b)*a(a|b){20}; a smaller number of repetitions makes it smaller."
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.errors import UsageError, did_you_mean, quoted
 from deltaproduct.tasks import (
     automaton_task,
     chess_moves,
@@ -18,7 +18,6 @@ from deltaproduct.tasks import (
     recall,
     regular,
 )
-from deltaproduct.tasks.names import shortened
 from deltaproduct.tasks.task import Task
 
 
@@ -96,7 +95,7 @@ def get_task(name: str) -> Task:
     for family in FAMILIES:
         if match := re.fullmatch(family.regex, name, re.ASCII):
             return _kept(family, name, match.groups()) if family.kept else family.build(name, *match.groups())
-    raise UsageError(f"unknown task {shortened(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+    raise UsageError(f"unknown task {quoted(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
 
 
 @lru_cache(maxsize=64)

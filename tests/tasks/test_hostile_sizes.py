@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from deltaproduct import memory
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import QUOTED, UsageError, quoted
 from deltaproduct.tasks import automata, automaton_format, automaton_task, get_task, minimization, regex_automaton
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import lively_symbols, random_automaton, states_within_reach
 from deltaproduct.tasks.dot import automaton_from_dot, automaton_to_dot
 from deltaproduct.tasks.minimization import coarsest
-from deltaproduct.tasks.names import SHOWN, shortened
 from deltaproduct.tasks.regex_automaton import from_regex
 
 
@@ -90,7 +89,7 @@ def test_a_long_name_is_shown_in_short():
     name = "S3_x_" * 5_000 + "S3"
     assert len(refused(lambda: get_task(name), "more than 10^18 elements")) < 300
     assert len(refused(lambda: get_task("q" * 100_000), "100,000 characters")) < 300
-    assert shortened("a\x1b[2J") == repr("a\x1b[2J") and len(shortened("x" * 10**6)) < SHOWN + 30
+    assert quoted("a\x1b[2J") == repr("a\x1b[2J") and len(quoted("x" * 10**6)) < QUOTED + 30
 
 
 @pytest.mark.parametrize(
