@@ -15,7 +15,8 @@ from deltaproduct.models import ModelConfig, SequenceModel, run_in_pieces
 from deltaproduct.models.sequence_model import PIECE_TOKENS, Piece
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.tasks.groups import BlockTask, Group, GroupTask
+from deltaproduct.tasks.group_tasks import BlockTask, GroupTask
+from deltaproduct.tasks.groups import Group
 from deltaproduct.tasks.task import check_fits
 
 PIECE_FLOATS = 1 << 26  # of states that are held at once
