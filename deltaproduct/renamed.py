@@ -33,6 +33,7 @@ MOVED = {
     "deltaproduct.experiments.table_chomsky": "deltaproduct.experiments.formal_languages",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
     "deltaproduct.tasks.formal": "deltaproduct.tasks.regular",
+    "deltaproduct.theory.constructions.plan": "deltaproduct.theory.limits",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
     "deltaproduct.training.log": "deltaproduct.training.metrics",
     "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",

@@ -289,7 +289,7 @@ def test_more_than_ray_has_is_refused(launch, tmp_path, ray_here):
 
 def test_ray_is_stopped_only_where_it_was_started(monkeypatch):
     ray = pytest.importorskip("ray")
-    from deltaproduct.launchers.ray_tune import connected
+    from deltaproduct.launchers.ray_cluster import connected
 
     done = []
     monkeypatch.setattr(ray, "init", lambda address, **settings: done.append(address))
