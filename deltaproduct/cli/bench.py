@@ -185,7 +185,7 @@ class BenchTrain(_Bench):
             raise UsageError("--all compares mixers, each with the operator's fastest backend; leave out --backends.")
         from deltaproduct.benchmarks import bench_mixers, bench_train
         from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
-        from deltaproduct.experiments.s3 import s3
+        from deltaproduct.experiments.word_problems import s3
         from deltaproduct.tasks import get_task
         from deltaproduct.training import RunConfig
 
