@@ -11,6 +11,8 @@ from typing import Any
 
 # Old name → new name; what lies below the old one lies below the new one.
 MOVED = {
+    "deltaproduct.models.decoder": "deltaproduct.models.decoding",
+    "deltaproduct.models.hf.listed": "deltaproduct.models.hf.manifest",
     "deltaproduct.benchmarks.decode": "deltaproduct.benchmarks.op_step",
     "deltaproduct.benchmarks.peers": "deltaproduct.benchmarks.implementations",
     "deltaproduct.benchmarks.problem": "deltaproduct.benchmarks.workload",

@@ -31,14 +31,14 @@ class Command(NamedTuple):
     summary: str
 
 
-class Group(NamedTuple):
+class CommandGroup(NamedTuple):
     """Commands that share their first word."""
 
     summary: str
     commands: "Mapping[str, Command]"
 
 
-COMMANDS: "dict[str, Command | Group]" = {
+COMMANDS: "dict[str, Command | CommandGroup]" = {
     "reproduce": Command("reproduce", "Reproduce", "Train and evaluate the runs of an experiment; writes summary.json, "
                          "a table and accuracy.png."),
     "train": Command("train", "Train", "Train one model on one task. The defaults are the recipe that tracks S3 on a "
@@ -53,11 +53,11 @@ COMMANDS: "dict[str, Command | Group]" = {
                        ".dot and .png, and extract.json."),
     "explain": Command("explain", "Explain", "Say what is proven about a class of models and a group: possible, "
                        "impossible or open, and by which theorem."),
-    "tasks": Group("Which tasks there are, and what one looks like.", {
+    "tasks": CommandGroup("Which tasks there are, and what one looks like.", {
         "list": Command("tasks", "TasksList", "List the forms that a task's name can take."),
         "show": Command("tasks", "TasksShow", "Describe one task, with a worked example."),
     }),
-    "bench": Group("Measure this machine and the operator on it.", {
+    "bench": CommandGroup("Measure this machine and the operator on it.", {
         "ops": Command("bench", "BenchOps", "Every backend of the operator and other implementations of it: "
                        "correctness first, then interleaved timings and the roofline. With --step, one token of the "
                        "operator instead."),
@@ -68,7 +68,7 @@ COMMANDS: "dict[str, Command | Group]" = {
         "train": Command("bench", "BenchTrain", "A whole training step of `deltaproduct reproduce s3`, with each "
                          "backend, and its parts; or with each mixer."),
     }),
-    "lm": Group("Language models: their data, training, evaluation and use.", {
+    "lm": CommandGroup("Language models: their data, training, evaluation and use.", {
         "prepare": Command("lm_prepare", "LmPrepare", "Make a corpus for language models: texts to token ids in "
                            "memory-mapped shards, some held out for validation."),
         "train": Command("lm_train", "LmTrain", "Train a language model on a corpus that `lm prepare` made."),
@@ -134,7 +134,7 @@ def _parse(arguments: "Sequence[str]") -> Any:
         return None
     from deltaproduct.cli.renamed import with_new_command
 
-    commands: Mapping[str, Command | Group] = COMMANDS
+    commands: Mapping[str, Command | CommandGroup] = COMMANDS
     names: list[str] = []
     summary, rest = DESCRIPTION, with_new_command(arguments, _complain) or ["--help"]
     while True:
@@ -191,7 +191,7 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     return command
 
 
-def _help(program: str, summary: str, commands: "Mapping[str, Command | Group]") -> NoReturn:
+def _help(program: str, summary: str, commands: "Mapping[str, Command | CommandGroup]") -> NoReturn:
     """Print what commands there are."""
     from dataclasses import make_dataclass
     from typing import Annotated, Union

@@ -73,12 +73,12 @@ def automaton_from_dot(text: str) -> Automaton:
     """
     try:
         return _automaton(text)
-    except _FormatError as e:
+    except _NoAutomaton as e:
         raise UsageError(f"{e} For example: {DOT_EXAMPLE}.") from e
 
 
 def _automaton(text: str) -> Automaton:
-    """Raises _FormatError for what an example helps with."""
+    """Raises _NoAutomaton for what an example helps with."""
     drawing = _Drawing()
     drawing.read(_parsed(text))
     drawing.count_edges()
@@ -92,7 +92,7 @@ def _automaton(text: str) -> Automaton:
             continue
         names = _symbols(label)
         if not names:
-            raise _FormatError(f"The edge from {quoted(begin)} to {quoted(end)} has no symbols as its label.")
+            raise _NoAutomaton(f"The edge from {quoted(begin)} to {quoted(end)} has no symbols as its label.")
         for symbol in names:
             symbols[symbol] = None
             if steps.setdefault((begin, symbol), end) != end:
@@ -120,7 +120,7 @@ def _automaton(text: str) -> Automaton:
     )
 
 
-class _FormatError(Exception):
+class _NoAutomaton(Exception):
     """The text is DOT, and draws no automaton by these conventions."""
 
 
@@ -128,15 +128,15 @@ def _parsed(text: str) -> Graph:
     try:
         graphs = graphs_of(text)
     except NoDot as e:
-        raise _FormatError(f"This is not DOT: {e}.") from e
+        raise _NoAutomaton(f"This is not DOT: {e}.") from e
     except Grouped as e:
         raise UsageError("An edge of an automaton goes from one node to one other, not to a group of them.") from e
     if not graphs:
-        raise _FormatError("This is not DOT: nothing in it.")
+        raise _NoAutomaton("This is not DOT: nothing in it.")
     if len(graphs) > 1:
         raise UsageError(f"There are {len(graphs)} graphs in it; one automaton is one graph.")
     if not graphs[0].directed:
-        raise _FormatError("An automaton is a directed graph (digraph); this one is not.")
+        raise _NoAutomaton("An automaton is a directed graph (digraph); this one is not.")
     return graphs[0]
 
 
@@ -208,7 +208,7 @@ class _Drawing:
             ]
         outputs = {name: self.nodes[name].get("label", "").rpartition("|")[2].strip() for name in states}
         if unknown := [name for name in states if outputs[name].lower() not in OUTPUTS or shapes[name] not in RECORDS]:
-            raise _FormatError(
+            raise _NoAutomaton(
                 f"The state {quoted(unknown[0])} has no output that says whether it accepts: beside states that are "
                 'records all must be such, with a label like "name|1" or "name|0".'
             )
@@ -225,7 +225,7 @@ class _Drawing:
             known = [name for name in states if name.lower() in INITIAL] if len(states) > 1 else states
             found |= set(known)
         if not found:
-            raise _FormatError('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
+            raise _NoAutomaton('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
         if len(found) > 1:
             some = sorted(found)[:MOST_NAMED]
             more = " and others" if len(found) > len(some) else ""

@@ -93,14 +93,14 @@ def language_of(tokens: Sequence[Token], alphabet: Iterable[str]) -> Language:
         missing = token.symbols - everything
         if missing and not token.optional and not token.others:
             raise NoExpression(f"{min(missing)!r} is not in the alphabet")
-    reader = _Reader(tokens, everything)
+    reader = _ExpressionReader(tokens, everything)
     language = reader.several(0)
     if reader.at < len(tokens):
         raise NoExpression("a ) closes nothing")
     return language
 
 
-class _Reader:
+class _ExpressionReader:
     """Recursive descent: several = row ([|&^] row)*, row = item+, item = ("(" several? ")" | one) count*."""
 
     def __init__(self, tokens: Sequence[Token], alphabet: frozenset[str]):

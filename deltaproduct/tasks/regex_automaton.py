@@ -22,7 +22,7 @@ MAX_VISITED = 10_000_000  # states of the nondeterministic one that are gone thr
 FIRST_PRIVATE = 0xF0000  # of Unicode's private use, with room for 65,000 symbols
 REGEX_ADVICE = "it may have symbols of one character, ( ), |, *, +, ?, {m,n}, [a-c], . and &, as in '(a|b)*abb'"
 
-Step = Callable[[Any, str], Any]  # from a state by a symbol to the next state
+Transition = Callable[[Any, str], Any]  # from a state by a symbol to the next state
 
 
 def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
@@ -46,7 +46,9 @@ def from_regex(regex: str, alphabet: Sequence[str] | None = None) -> Automaton:
     return _numbered(*_by_library(regex, language, letters), letters)
 
 
-def _by_library(regex: str, language: Language, letters: tuple[str, ...]) -> tuple[Any, Step, Callable[[Any], bool]]:
+def _by_library(
+    regex: str, language: Language, letters: tuple[str, ...]
+) -> tuple[Any, Transition, Callable[[Any], bool]]:
     """The deterministic automaton of automata-lib's nondeterministic one: the initial state, transitions (to None,
     where nothing follows any more), and what accepts. Raises UsageError where it is wrong, or too large."""
     try:
@@ -145,7 +147,7 @@ def _subsets(regex: str, nfa: Any, symbols: Sequence[str]) -> tuple[np.ndarray, 
     return np.array(rows, dtype=np.int64), np.array(accepting, dtype=np.int64)
 
 
-def _numbered(initial: Any, step: Step, accepts: Callable[[Any], bool], letters: tuple[str, ...]) -> Automaton:
+def _numbered(initial: Any, step: Transition, accepts: Callable[[Any], bool], letters: tuple[str, ...]) -> Automaton:
     """Numbered in the order in which words in alphabetical order find the states, whatever names they have."""
     found = order_of_discovery(initial, lambda q: [step(q, a) for a in letters])
     order, sink = {q: i for i, q in enumerate(found)}, len(found)

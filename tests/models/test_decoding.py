@@ -1,4 +1,4 @@
-"""Native decoding (models/decoder.py, ops/engine_program.py) against the model itself, run whole in float64.
+"""Native decoding (models/decoding.py, ops/engine_program.py) against the model itself, run whole in float64.
 
 Tolerance: that of `bench generate`, 8·u·L·(√n + T·N): the same arithmetic in another order (benchmarks/generate.py).
 """

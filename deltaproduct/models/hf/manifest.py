@@ -1,4 +1,4 @@
-"""Folders that transformers loads and that a manifest of ours describes."""
+"""What transformers loads from a folder, held against the manifest that we wrote beside it."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from deltaproduct.models.weights import read_index
 ADAPTER = "adapter_config.json"  # of PEFT: it names the folder of the model that the adapter is for
 
 
-def check_folder(
+def check_against_manifest(
     name_or_path: Any, subfolder: str | None = None, *, is_read: Callable[[str], bool] | None = None
 ) -> None:
     """Check what transformers is about to load from a folder of this machine against the folder's manifest.
@@ -40,7 +40,7 @@ def check_folder(
         values = read_json(adapter)
         base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
         if isinstance(base, str) and Path(base) != folder:
-            check_folder(base, is_read=_is_read)
+            check_against_manifest(base, is_read=_is_read)
 
 
 def _check_contents(folder: Path, is_read: Callable[[str], bool]) -> None:

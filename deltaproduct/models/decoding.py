@@ -1,12 +1,13 @@
-"""Token by token on the native engine: a whole model in one call per token.
+"""Token by token: a whole model in one call of the native engine per token, or by calling the model.
 
-B sequences.
+B sequences · V size of the vocabulary.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import Mixer
@@ -93,6 +94,34 @@ class Decoder:
             self._read_model()
         check_state(self._model, state, self.batch_size)
         _copy(state, self._states)
+
+
+class ModelDecoder:
+    """What `Decoder` does for one sequence, by calling the model: for every mixer, device and precision."""
+
+    def __init__(self, model: SequenceModel):
+        self.state: tuple[Any, ...] | None = None
+        self._model = model
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits [1,V] after one more token, tokens [1]."""
+        logits, self.state = self._model(tokens[:, None].to(self._model.device), self.state)
+        return logits[:, 0]
+
+    def load(self, state: tuple[Any, ...] | None) -> None:
+        """Go on from such a state; None starts afresh."""
+        device = self._model.device
+        self.state = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
+
+
+def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
+    """The native decoder where it can serve and no other backend was asked for, and otherwise the model itself."""
+    if any(mixer.backend not in ("auto", "cpu") for mixer in model.mixers()):
+        return ModelDecoder(model)
+    try:
+        return Decoder(model)
+    except NotDecodable:
+        return ModelDecoder(model)
 
 
 @torch.no_grad()
