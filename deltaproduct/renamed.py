@@ -18,8 +18,11 @@ MOVED = {
     "deltaproduct.ops.tape": "deltaproduct.ops.engine_program",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
+    "deltaproduct.training.distributed_checkpoint": "deltaproduct.training.checkpoint",
+    "deltaproduct.training.language": "deltaproduct.training.objectives.language",
     "deltaproduct.training.log": "deltaproduct.training.metrics",
-    "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",
+    "deltaproduct.training.memory": "deltaproduct.training.loop",
+    "deltaproduct.training.shards": "deltaproduct.training.checkpoint",
 }
 
 

@@ -70,8 +70,9 @@ class LanguageJob:
         return read_result(folder / RESULT, self.name, self._asked(), (), {"loss": octave_ends(self.length)}, curve)
 
     def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
-        from deltaproduct.training.distributed import Ranks  # takes seconds to import
-        from deltaproduct.training.language import train_language
+        from deltaproduct.training.distributed import Ranks
+        from deltaproduct.training.loop import train
+        from deltaproduct.training.objectives.language import LanguageObjective
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -82,7 +83,7 @@ class LanguageJob:
         if not is_finished(folder, config):
             make_folder(folder.parent)
             with Ranks.started() as ranks:
-                train_language(config, corpus, folder, ranks, resume=True, show=False)
+                train(config, folder, LanguageObjective(config.training, corpus), ranks, resume=True, show=False)
         model = SequenceModel.from_pretrained(folder / CHECKPOINT)
         curve = loss_by_position(model, corpus.split("validation"), length=self.length, sequences=self.sequences)
         result = {

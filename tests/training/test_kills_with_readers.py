@@ -104,7 +104,7 @@ def check(place: Path, kills: int, steps: int) -> None:
     assert done == kills and min(reads) > kills, f"{done} kills, {reads} reads"
     for number in range(2):
         assert (place / f"reader-{number}").read_text() == "", "a reader saw something that was not whole"
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer-0-of-1.safetensors"):
         warm, run = ((place / which / "checkpoint" / name).read_bytes() for which in ("warm", "run"))
         assert warm == run, name
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in metrics(place / which)]
