@@ -256,7 +256,7 @@ def describe(step: Step) -> dict[str, Any]:
 def tolerance(config: ModelConfig) -> float:
     """How far a step in float32 may be from another order of the same sums: 8·u·L·(√n + N), or TOLERANCE if more.
 
-    L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench step`, for one token.
+    L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench generate`, for one token.
     """
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
     longest = max(max(c.hidden_size, c.mlp_size, c.num_heads * c.head_dim) for c in layers)

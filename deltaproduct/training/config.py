@@ -211,8 +211,10 @@ class Run(Generic[Settings]):
 
 
 if TYPE_CHECKING:  # a type checker would take any name for one of this module's
+    AnyRun = Run[Any]
     RunConfig = Run[TrainConfig]
     LanguageRun = Run[LanguageConfig]
+    OptimiserConfig = OptimizerConfig
 else:
     __getattr__ = renamed_names(
         __name__, {"RunConfig": "Run", "LanguageRun": "Run", "AnyRun": "Run", "OptimiserConfig": "OptimizerConfig"}

@@ -1,6 +1,6 @@
 """Native decoding (models/decoder.py, ops/engine_program.py) against the model itself, run whole in float64.
 
-Tolerance: that of `bench step`, 8·u·L·(√n + T·N): the same arithmetic in another order (benchmarks/step.py).
+Tolerance: that of `bench generate`, 8·u·L·(√n + T·N): the same arithmetic in another order (benchmarks/generate.py).
 """
 
 import copy

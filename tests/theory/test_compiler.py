@@ -11,7 +11,8 @@ from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS, cpu
 from deltaproduct.tasks import get_task
-from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.representations import representations, simplex
 

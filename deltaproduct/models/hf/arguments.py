@@ -165,7 +165,7 @@ def check_other_arguments(given: Mapping[str, Any], forward: Callable[..., Any],
         if name in _REFUSED:
             harmless, why = _REFUSED[name]
             if not harmless(value):
-                raise UsageError(f"{name}={_short(value)} cannot be given to this model: {why}.")
+                raise UsageError(f"{name}={_value_or_shape(value)} cannot be given to this model: {why}.")
         elif name == "cache_position":
             at = int(torch.as_tensor(value).flatten()[0])
             if at != tokens_seen:
@@ -194,7 +194,7 @@ _REFUSED = {
 }
 
 
-def _short(value: Any) -> str:
+def _value_or_shape(value: Any) -> str:
     return f"{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaproduct.benchmarks.peers import first_line
-from deltaproduct.benchmarks.problem import error_limit, judge
-from deltaproduct.benchmarks.report import DecodeBenchmark, DecodeRow, OpShape
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.correctness import error_limit, judge
+from deltaproduct.benchmarks.implementations import first_line
+from deltaproduct.benchmarks.report import OpStepBenchmark, OpStepRow
+from deltaproduct.benchmarks.settings import BenchmarkSettings
+from deltaproduct.benchmarks.shapes import OP_STEP_SHAPE, QUICK_OP_STEP_SHAPE, OpShape
 from deltaproduct.benchmarks.timing import Timing, interleaved
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import delta_product_step, resolve_backend
 from deltaproduct.ops.reference import token_step
+from deltaproduct.renamed import renamed_names
 
 LAYERS = 24
 BATCHES, QUICK_BATCHES = (1, 64, 256), (1, 4)
-DECODE_SHAPE, QUICK_DECODE_SHAPE = OpShape(1, 1, 8, 128, 2), OpShape(1, 1, 2, 16, 2)
 STATE = torch.float32
 
 
-def bench_decode(
+def bench_op_step(
     shape: OpShape | None = None,
     *,
     batches: Sequence[int] | None = None,
@@ -36,12 +37,12 @@ def bench_decode(
     quick: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> DecodeBenchmark:
+) -> OpStepBenchmark:
     """Check, then time, `delta_product_step(inplace=True)` on states of float32.
 
     Args:
-        shape: H, K, V, N and whether gated; its B and T do not count. None is DECODE_SHAPE, or QUICK_DECODE_SHAPE when
-            `quick`.
+        shape: H, K, V, N and whether gated; its B and T do not count. None is OP_STEP_SHAPE, or
+            QUICK_OP_STEP_SHAPE when `quick`.
         batches: sequences decoded at once, one row for each; None is BATCHES, or QUICK_BATCHES when `quick`.
         device: "auto", "cpu" or "cuda".
         dtype: of queries, keys and values: float32, bfloat16 or float16, or its name; None is float32 on a CPU and
@@ -54,10 +55,10 @@ def bench_decode(
         UsageError: an unknown device or dtype, or fewer than one sequence or repeat.
     """
     say = progress or (lambda line: None)
-    settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=False, seed=seed, quick=quick)
+    settings = BenchmarkSettings.of(device=device, dtype=dtype, repeats=repeats, backward=False, seed=seed, quick=quick)
     if settings.dtype == torch.float64:
         raise UsageError("States are float32 here: choose float32, bfloat16 or float16.")
-    shape = shape or (QUICK_DECODE_SHAPE if quick else DECODE_SHAPE)
+    shape = shape or (QUICK_OP_STEP_SHAPE if quick else OP_STEP_SHAPE)
     rows = []
     for batch in batches if batches is not None else QUICK_BATCHES if quick else BATCHES:
         if batch < 1:
@@ -65,7 +66,7 @@ def bench_decode(
         say(f"B{batch}")
         rows.append(_row(shape, batch, settings))
     name, why = resolve_backend(device=settings.device, size=(shape.num_householder, shape.head_dim))
-    return DecodeBenchmark(
+    return OpStepBenchmark(
         **settings.circumstances(),
         error_limit=error_limit(settings.dtype, settings.device),
         shape=shape,
@@ -76,8 +77,8 @@ def bench_decode(
     )
 
 
-def _row(shape: OpShape, batch: int, settings: Settings) -> DecodeRow:
-    row = DecodeRow(batch, STATE.itemsize * batch * shape.num_heads * shape.head_dim * shape.values)
+def _row(shape: OpShape, batch: int, settings: BenchmarkSettings) -> OpStepRow:
+    row = OpStepRow(batch, STATE.itemsize * batch * shape.num_heads * shape.head_dim * shape.values)
     try:  # a batch may be too large for the memory
         inputs = [_inputs(shape, batch, settings, layer) for layer in range(LAYERS)]
         found = _check(inputs[0], settings)
@@ -89,7 +90,7 @@ def _row(shape: OpShape, batch: int, settings: Settings) -> DecodeRow:
     return row
 
 
-def _inputs(shape: OpShape, batch: int, settings: Settings, layer: int) -> dict[str, Any]:
+def _inputs(shape: OpShape, batch: int, settings: BenchmarkSettings, layer: int) -> dict[str, Any]:
     """A token's inputs and a state."""
     generator = torch.Generator().manual_seed(settings.seed + layer)
     n, heads, keys, values = shape.num_householder, shape.num_heads, shape.head_dim, shape.values
@@ -109,7 +110,7 @@ def _inputs(shape: OpShape, batch: int, settings: Settings, layer: int) -> dict[
     return x | {"state": normal(heads, keys, values).to(settings.device, STATE)}
 
 
-def _check(x: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _check(x: dict[str, Any], settings: BenchmarkSettings) -> dict[str, Any]:
     """Whether one step gives what the specification gives in float64."""
     wide = {name: y.double() for name, y in x.items()}
     scale = x["k"].shape[-1] ** -0.5
@@ -120,7 +121,7 @@ def _check(x: dict[str, Any], settings: Settings) -> dict[str, Any]:
     )
 
 
-def _measure(row: DecodeRow, inputs: list[dict[str, Any]], settings: Settings) -> None:
+def _measure(row: OpStepRow, inputs: list[dict[str, Any]], settings: BenchmarkSettings) -> None:
     targets = [torch.ones_like(x["state"]) for x in inputs]
 
     def steps() -> None:
@@ -177,3 +178,9 @@ def _empty_kernel() -> Callable[[], object]:
         pass
 
     return lambda: nothing[(1,)](num_warps=1)
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {"DECODE_SHAPE": "OP_STEP_SHAPE", "QUICK_DECODE_SHAPE": "QUICK_OP_STEP_SHAPE", "bench_decode": "bench_op_step"},
+)

@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaproduct.benchmarks.peers import first_line
-from deltaproduct.benchmarks.problem import judge
-from deltaproduct.benchmarks.report import StepBenchmark, StepTimes
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.correctness import judge
+from deltaproduct.benchmarks.implementations import first_line
+from deltaproduct.benchmarks.report import GenerateBenchmark, GenerateTimes
+from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models import Decoder, ModelConfig, SequenceModel
 from deltaproduct.ops import BACKENDS, delta_product_step
+from deltaproduct.renamed import renamed_names
 
-STEP_MODEL = ModelConfig(
+GENERATE_MODEL = ModelConfig(
     vocab_size=256, num_labels=256, hidden_size=1024, num_hidden_layers=24, num_heads=8, head_dim=128, num_householder=2
 )
-QUICK_STEP_MODEL = dataclasses.replace(STEP_MODEL, hidden_size=64, num_hidden_layers=2, num_heads=2, head_dim=16)
+QUICK_GENERATE_MODEL = dataclasses.replace(
+    GENERATE_MODEL, hidden_size=64, num_hidden_layers=2, num_heads=2, head_dim=16
+)
 REPEATS, QUICK_REPEATS = 20, 5
 CHECKED_LENGTH = 16  # tokens compared between stepwise and whole
 WARM_UP = 3  # calls of each before the first that is timed
@@ -35,7 +38,7 @@ FLOAT = 4  # bytes: weights and states are float32
 COLUMNS = 4096  # of the matrix as which a matrix-vector product reads the weights; from 1024 on it hardly matters
 
 
-def bench_step(
+def bench_generate(
     config: ModelConfig | None = None,
     *,
     batch_size: int = 1,
@@ -44,11 +47,11 @@ def bench_step(
     quick: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> StepBenchmark:
+) -> GenerateBenchmark:
     """Check, then time, decoding with the carried state, in float32.
 
     Args:
-        config: a model of DeltaProduct layers; None is STEP_MODEL, or QUICK_STEP_MODEL when `quick`.
+        config: a model of DeltaProduct layers; None is GENERATE_MODEL, or QUICK_GENERATE_MODEL when `quick`.
         batch_size: sequences decoded at once.
         device: "auto", "cpu" or "cuda".
         repeats: timed calls; None is 20, or 5 when `quick`.
@@ -61,16 +64,16 @@ def bench_step(
     say = progress or (lambda line: None)
     if repeats is None:
         repeats = QUICK_REPEATS if quick else REPEATS
-    settings = Settings.of(device=device, repeats=repeats, backward=False, seed=seed)
+    settings = BenchmarkSettings.of(device=device, repeats=repeats, backward=False, seed=seed)
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
-    config = config or (QUICK_STEP_MODEL if quick else STEP_MODEL)
+    config = config or (QUICK_GENERATE_MODEL if quick else GENERATE_MODEL)
     say("building the model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SequenceModel(config).to(settings.device).eval()
     if any(not isinstance(mixer, DeltaProduct) for mixer in model.mixers()):
-        raise UsageError("bench step measures models whose layers are all DeltaProduct or its presets.")
+        raise UsageError("bench generate measures models whose layers are all DeltaProduct or its presets.")
 
     # Of an embedding that is not the head as well, a step reads only the rows of its tokens.
     table = 0 if model.is_tied else model.embedding.weight.numel()
@@ -80,14 +83,14 @@ def bench_step(
     tokens = torch.randint(
         config.vocab_size, (batch_size, CHECKED_LENGTH), generator=torch.Generator().manual_seed(seed)
     ).to(settings.device)
-    limit = error_limit(config)
+    limit = stepwise_error_limit(config)
     say(f"checking {CHECKED_LENGTH} tokens")
     found = _check(model, tokens, limit)
     times = None
     if found["status"] == "timed":
         say(f"timing {settings.repeats} tokens")
         times = _measure(model, tokens, weight_bytes, state_bytes, settings)
-    return StepBenchmark(
+    return GenerateBenchmark(
         **settings.circumstances(),
         error_limit=limit,
         model=config.to_dict(),
@@ -103,7 +106,7 @@ def bench_step(
     )
 
 
-def error_limit(config: ModelConfig) -> float:
+def stepwise_error_limit(config: ModelConfig) -> float:
     """How far stepwise and whole may be apart, relative to max|logits|: 8·u·L·(√n + T·N).
 
     Both do the same arithmetic in another order. A sum of n terms then differs by about √n·u, u = 2⁻²⁴ being float32's
@@ -145,8 +148,8 @@ def _check(model: SequenceModel, tokens: Tensor, limit: float) -> dict[str, Any]
 
 
 def _measure(
-    model: SequenceModel, tokens: Tensor, weight_bytes: int, state_bytes: int, settings: Settings
-) -> StepTimes:
+    model: SequenceModel, tokens: Tensor, weight_bytes: int, state_bytes: int, settings: BenchmarkSettings
+) -> GenerateTimes:
     """Time a token, its recurrence, and the memory traffic that it cannot do without."""
     reads = _reads(weight_bytes, settings.device)
     # Ones, not zeros: pages that nobody has written are all one and the same page, which the cache holds.
@@ -167,7 +170,7 @@ def _measure(
     weights_by = {way: times[way] for way in reads}
     weights = min(weights_by.values(), key=lambda timing: timing.median_ms)
     floor_ms = weights.median_ms + times["states"].median_ms
-    return StepTimes(
+    return GenerateTimes(
         token=token,
         token_by=token_by,
         recurrent=times["recurrent"],
@@ -187,7 +190,7 @@ def _rounds(decode: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], 
     return lambda: decode(next(columns))
 
 
-def _recurrences(model: SequenceModel, batch: int, settings: Settings) -> Callable[[], None]:
+def _recurrences(model: SequenceModel, batch: int, settings: BenchmarkSettings) -> Callable[[], None]:
     """One token's recurrent step of every layer and nothing else; a layer has its own inputs and carries its state."""
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -197,7 +200,7 @@ def _recurrences(model: SequenceModel, batch: int, settings: Settings) -> Callab
     inputs: list[dict[str, Any]] = []
     states: list[Tensor] = []
     for layer in model.mixers():
-        assert isinstance(layer, DeltaProduct)  # bench_step has made sure
+        assert isinstance(layer, DeltaProduct)  # bench_generate has made sure
         n, heads, keys, values = layer.num_householder, layer.num_v_heads, layer.head_dim, layer.head_v_dim
         x = {
             "q": F.normalize(normal(layer.num_heads, keys), dim=-1),
@@ -231,3 +234,14 @@ def _reads(size: int, device: torch.device) -> dict[str, Callable[[], object]]:
         "dot": lambda: torch.dot(flat, flat),
         "matrix-vector": lambda: torch.mv(matrix, vector),
     }
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "STEP_MODEL": "GENERATE_MODEL",
+        "QUICK_STEP_MODEL": "QUICK_GENERATE_MODEL",
+        "bench_step": "bench_generate",
+        "error_limit": "stepwise_error_limit",
+    },
+)

@@ -1,4 +1,4 @@
-"""Peers compute the same operator, from their own packages, and are reported where they cannot."""
+"""Other implementations compute the same operator, from their own packages, and are reported where they cannot."""
 
 import dataclasses
 import functools
@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import CPU, TINY, rows_of, shown
 
-from deltaproduct.benchmarks import PEERS, bench_ops, textbook_loop
-from deltaproduct.benchmarks.peers import as_gated_delta_rule
+from deltaproduct.benchmarks import IMPLEMENTATIONS, bench_ops, textbook_loop
+from deltaproduct.benchmarks.implementations import as_gated_delta_rule
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import delta_product
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.neighbours
 
 
 def inputs(n, gate, length=40, dtype=torch.float32):
-    """With grouped heads and V ≠ K; T·N is no multiple of the peers' chunks of 64."""
+    """With grouped heads and V ≠ K; T·N is no multiple of the others' chunks of 64."""
     generator = torch.Generator().manual_seed(0)
     b, h, hv, k, v = 2, 2, 4, 8, 6
 
@@ -43,21 +43,21 @@ def output_and_gradients(run, x):
 
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("name", PEERS)
-def test_peers_are_the_operator(name, n, gate):
-    package = {"transformers": "transformers", "fla-core": "fla"}.get(PEERS[name].distribution, "torch")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_implementations_are_the_operator(name, n, gate):
+    package = {"transformers": "transformers", "fla-core": "fla"}.get(IMPLEMENTATIONS[name].distribution, "torch")
     if importlib.util.find_spec(package) is None:  # importing fla itself would need a Triton that suits it
         pytest.skip(f"{package} is not installed")
-    if PEERS[name].gpu:
-        assert PEERS[name].unsupported_reason(CPU, torch.float32) == "its kernels need a GPU"
+    if IMPLEMENTATIONS[name].gpu:
+        assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) == "its kernels need a GPU"
         return
-    assert PEERS[name].unsupported_reason(CPU, torch.float32) is None
+    assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) is None
     x = inputs(n, gate)
     wide = {name: y.detach().double().requires_grad_() for name, y in x.items()}
     want = output_and_gradients(lambda **y: delta_product(**y, backend="reference")[0], wide)
     # T·N steps, each with a rounding of 2⁻²⁴ of max|·|; 8 for the backward and for the largest of many entries.
     limit = 8 * 40 * n * 2.0**-24
-    for have, wanted in zip(output_and_gradients(PEERS[name].load(), x), want, strict=True):
+    for have, wanted in zip(output_and_gradients(IMPLEMENTATIONS[name].load(), x), want, strict=True):
         assert have.dtype == torch.float32
         torch.testing.assert_close(have.double(), wanted, rtol=0, atol=limit * wanted.abs().max().item())
 
@@ -79,7 +79,7 @@ def test_delta_product_is_the_gated_delta_rule_on_a_longer_sequence(n, gate):
     o, _ = delta_product(q, g=g, **one)
     want, _ = delta_product(**x, backend="reference")
     torch.testing.assert_close(o[:, n - 1 :: n], want, rtol=1e-12, atol=1e-12)
-    assert k._base is x["k"] and v._base is x["v"] and beta._base is x["beta"]  # no copies on the peer's account
+    assert k._base is x["k"] and v._base is x["v"] and beta._base is x["beta"]  # no copies on their account
 
 
 FAKE_FLA = """
@@ -100,10 +100,10 @@ def naive_recurrent_gated_delta_product(q, k, v, g, beta, scale, num_householder
 
 @pytest.fixture
 def fresh_loaders(monkeypatch):
-    """Peers that look anew for what they need."""
-    for name, peer in PEERS.items():
-        if hasattr(peer.load, "__wrapped__"):
-            monkeypatch.setitem(PEERS, name, dataclasses.replace(peer, load=peer.load.__wrapped__))
+    """Implementations that look anew for what they need."""
+    for name, other in IMPLEMENTATIONS.items():
+        if hasattr(other.load, "__wrapped__"):
+            monkeypatch.setitem(IMPLEMENTATIONS, name, dataclasses.replace(other, load=other.load.__wrapped__))
 
 
 def test_fla_is_used_although_its_package_cannot_be_imported(fresh_loaders, monkeypatch, tmp_path):
@@ -119,13 +119,15 @@ def test_fla_is_used_although_its_package_cannot_be_imported(fresh_loaders, monk
     x = inputs(3, True)
     want, _ = delta_product(**x, backend="reference")
     for name in ("fla_chunkwise", "fla_loop"):
-        assert PEERS[name].unsupported_reason(CPU, torch.float32) is None
-        torch.testing.assert_close(PEERS[name].load()(**x), want, rtol=1e-5, atol=1e-5)
+        assert IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float32) is None
+        torch.testing.assert_close(IMPLEMENTATIONS[name].load()(**x), want, rtol=1e-5, atol=1e-5)
     (tmp_path / "fla" / "ops" / "gated_delta_rule" / "naive.py").unlink()
-    assert "has no ops/gated_delta_rule/naive.py" in PEERS["fla_chunkwise"].unsupported_reason(CPU, torch.float32)
+    assert "has no ops/gated_delta_rule/naive.py" in IMPLEMENTATIONS["fla_chunkwise"].unsupported_reason(
+        CPU, torch.float32
+    )
 
 
-def test_peers_that_are_not_installed_are_reported(fresh_loaders, monkeypatch):
+def test_implementations_that_are_not_installed_are_reported(fresh_loaders, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     report = bench_ops([TINY], device="cpu", repeats=1)
     reasons = {other.backend: other.reason for other in report.unavailable}
@@ -145,21 +147,21 @@ def test_transformers_own_code_is_timed_and_no_kernel_in_its_place(fresh_loaders
         raise AssertionError("a kernel")
 
     monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", kernel)
-    assert PEERS["transformers"].load()(**inputs(2, True)).shape == (2, 40, 4, 6)
+    assert IMPLEMENTATIONS["transformers"].load()(**inputs(2, True)).shape == (2, 40, 4, 6)
 
 
-def test_peers_that_compute_in_float32_are_not_run_in_float64():
+def test_implementations_that_compute_in_float32_are_not_run_in_float64():
     for name in ("transformers", "fla_chunkwise", "fla_loop"):
-        assert "float32" in PEERS[name].unsupported_reason(CPU, torch.float64)
-    assert PEERS["textbook_loop"].unsupported_reason(CPU, torch.float64) is None
+        assert "float32" in IMPLEMENTATIONS[name].unsupported_reason(CPU, torch.float64)
+    assert IMPLEMENTATIONS["textbook_loop"].unsupported_reason(CPU, torch.float64) is None
 
 
-def test_a_peer_that_fails_or_is_wrong_is_a_finding(add_peer):
+def test_another_implementation_that_fails_or_is_wrong_is_a_finding(add_implementation):
     def broken(**x):
         raise RuntimeError("shapes\nand more")
 
-    add_peer("broken", broken)
-    add_peer("off", lambda **x: 1.01 * textbook_loop(**x))
+    add_implementation("broken", broken)
+    add_implementation("off", lambda **x: 1.01 * textbook_loop(**x))
     report = bench_ops([TINY], backends=["broken", "off", "textbook_loop"], device="cpu", repeats=1)
     rows = rows_of(report)
     assert rows["broken"].status == "failed" and rows["broken"].reason == "RuntimeError: shapes"
@@ -168,9 +170,9 @@ def test_a_peer_that_fails_or_is_wrong_is_a_finding(add_peer):
     assert "broken is failed and was not timed" in shown(report)
 
 
-def test_versions_of_peers_are_in_the_report(add_peer):
-    add_peer("installed", textbook_loop, distribution="torch")
-    add_peer("elsewhere", textbook_loop, distribution="no-such-distribution")
+def test_versions_of_implementations_are_in_the_report(add_implementation):
+    add_implementation("installed", textbook_loop, distribution="torch")
+    add_implementation("elsewhere", textbook_loop, distribution="no-such-distribution")
     report = bench_ops([TINY], backends=["installed", "elsewhere", "chunkwise"], device="cpu", repeats=1)
     assert set(report.versions) == {"installed"} and report.versions["installed"] in torch.__version__
-    assert "Peers: installed" in shown(report)
+    assert "Other implementations: installed" in shown(report)

@@ -1,4 +1,4 @@
-"""`bench step`: what a token costs, beside what memory allows."""
+"""`bench generate`: what a token costs, beside what memory allows."""
 
 import dataclasses
 import json
@@ -7,16 +7,16 @@ import pytest
 import torch
 from cases import CPU, shown
 
-from deltaproduct.benchmarks import QUICK_STEP_MODEL, STEP_MODEL, bench_step, step
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks import GENERATE_MODEL, QUICK_GENERATE_MODEL, bench_generate, generate
+from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS
 
 NATIVE = BACKENDS["cpu"].unsupported_reason(CPU, torch.float32) is None
 
 
-def test_step_report_is_consistent(quick_step):
-    r, t = quick_step, quick_step.times
+def test_generate_report_is_consistent(quick_generate):
+    r, t = quick_generate, quick_generate.times
     assert r.reason is None and 0 <= r.error < r.error_limit < 1e-3 and r.repeats == 3 and r.batch_size == 1
     for timing in (t.token, t.recurrent, t.weights, t.states, *t.token_by.values(), *t.weights_by.values()):
         assert 0 < timing.min_ms <= timing.median_ms <= timing.max_ms and timing.runs == 3
@@ -32,9 +32,9 @@ def test_step_report_is_consistent(quick_step):
 
 
 def test_bytes_of_a_step_by_hand():
-    """QUICK_STEP_MODEL: D = 64, 2 layers of 2 heads × 16, N = 2, an MLP of 256, 256 symbols; three sequences."""
-    report = bench_step(batch_size=3, quick=True, device="cpu", repeats=1)
-    assert report.model["hidden_size"] == QUICK_STEP_MODEL.hidden_size == 64
+    """QUICK_GENERATE_MODEL: D = 64, 2 layers of 2 heads × 16, N = 2, an MLP of 256, 256 symbols; three sequences."""
+    report = bench_generate(batch_size=3, quick=True, device="cpu", repeats=1)
+    assert report.model["hidden_size"] == QUICK_GENERATE_MODEL.hidden_size == 64
     projections = 64 * (32 + 64 + 64 + 4) + 32 * 64  # q, k, v, β and back
     layer = 2 * 64 + projections + 4 * (32 + 64 + 64) + 16 + 3 * 64 * 256  # norms, convolutions, a head's norm, MLP
     assert report.num_parameters == 2 * layer + 256 * 64 + 64 + 64 * 256
@@ -42,9 +42,9 @@ def test_bytes_of_a_step_by_hand():
     assert report.state_bytes == 4 * 3 * 2 * (2 * 16 * 16 + 3 * (32 + 64 + 64))
     assert report.moved_bytes == report.weight_bytes + 2 * report.state_bytes
     assert report.times.tokens_per_second == pytest.approx(3e3 / report.times.token.median_ms)
-    tied = bench_step(dataclasses.replace(QUICK_STEP_MODEL, tie_word_embeddings=True), device="cpu", repeats=1)
+    tied = bench_generate(dataclasses.replace(QUICK_GENERATE_MODEL, tie_word_embeddings=True), device="cpu", repeats=1)
     assert tied.weight_bytes == 4 * (2 * layer + 64 + 64 * 256)
-    assert STEP_MODEL.num_hidden_layers == 24 and STEP_MODEL.hidden_size == 1024
+    assert GENERATE_MODEL.num_hidden_layers == 24 and GENERATE_MODEL.hidden_size == 1024
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])
@@ -58,7 +58,7 @@ def test_a_model_whose_steps_are_wrong_is_not_timed(monkeypatch, fault):
         return (logits * 1.001 if tokens.shape[1] == 1 else logits), state
 
     monkeypatch.setattr(SequenceModel, "forward", off)
-    report = bench_step(quick=True, device="cpu", repeats=1)
+    report = bench_generate(quick=True, device="cpu", repeats=1)
     assert report.times is None and ("no step" if fault == "raises" else "above") in report.reason
     assert report.reason in shown(report)
     json.dumps(report.to_dict(), allow_nan=False)
@@ -68,18 +68,18 @@ def test_a_model_whose_steps_are_wrong_is_not_timed(monkeypatch, fault):
 def test_a_decoder_that_is_wrong_is_not_timed(monkeypatch):
     right = Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: right(self, tokens) * 1.001)
-    report = bench_step(quick=True, device="cpu", repeats=1)
+    report = bench_generate(quick=True, device="cpu", repeats=1)
     assert report.times is None and "the error of decoder" in report.reason
 
 
 def test_decoding_carries_the_state():
-    model = SequenceModel(QUICK_STEP_MODEL).eval()
+    model = SequenceModel(QUICK_GENERATE_MODEL).eval()
     tokens = torch.randint(256, (2, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want, _ = model(torch.cat((tokens, tokens), dim=1))
-    limit = step.error_limit(QUICK_STEP_MODEL) * want.abs().max().item()
-    for decode in step._decoders(model, 2).values():
-        run = step._rounds(decode, tokens)
+    limit = generate.stepwise_error_limit(QUICK_GENERATE_MODEL) * want.abs().max().item()
+    for decode in generate._decoders(model, 2).values():
+        run = generate._rounds(decode, tokens)
         got = torch.stack([run() for _ in range(8)], dim=1)
         torch.testing.assert_close(got, want, rtol=0, atol=limit)
 
@@ -93,10 +93,10 @@ def test_recurrent_steps_are_of_every_layer_and_carry_states(monkeypatch, change
         seen.append((state, after, x.get("g")))
         return o, after
 
-    real = step.delta_product_step
-    monkeypatch.setattr(step, "delta_product_step", watched)
-    model = SequenceModel(dataclasses.replace(QUICK_STEP_MODEL, **changes))
-    run = step._recurrences(model, 3, Settings.of(device="cpu"))
+    real = generate.delta_product_step
+    monkeypatch.setattr(generate, "delta_product_step", watched)
+    model = SequenceModel(dataclasses.replace(QUICK_GENERATE_MODEL, **changes))
+    run = generate._recurrences(model, 3, BenchmarkSettings.of(device="cpu"))
     run(), run()
     assert len(seen) == 4 and seen[2][0] is seen[0][1] and seen[3][0] is seen[1][1]
     mixer = model.mixers()[0]
@@ -105,5 +105,5 @@ def test_recurrent_steps_are_of_every_layer_and_carry_states(monkeypatch, change
 
 
 def test_weights_are_read_once_each_way():
-    reads = step._reads(4 * 4096 * 3 - 8, CPU)  # two floats short of three rows
+    reads = generate._reads(4 * 4096 * 3 - 8, CPU)  # two floats short of three rows
     assert reads["sum"]() == reads["dot"]() == reads["matrix-vector"]().sum() == 4096 * 3

@@ -1,6 +1,6 @@
 """What the operator's backends are compared with: other people's code.
 
-A peer is called as `delta_product` is, with q [B,T,H,K], k [B,T,N,H,K], v [B,T,N,HV,V], beta [B,T,N,HV] and g [B,T,HV]
+One is called as `delta_product` is, with q [B,T,H,K], k [B,T,N,H,K], v [B,T,N,HV,V], beta [B,T,N,HV] and g [B,T,HV]
 or None, and gives o [B,T,HV,V]; scale K^-½, no initial state. None of them is a dependency. They are imported when they
 are asked for, and run as their authors set them up; what is done to their inputs is what any user of them would have
 to do, and is part of their time.
@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.ops.inputs import compute_dtype, expand_heads
+from deltaproduct.renamed import renamed_names
 
 TEXTBOOK = "textbook_loop"
 Operator = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One peer. `load` imports what it needs and returns the operator; an ImportError says what is missing."""
+class Implementation:
+    """Somebody's operator. `load` imports what it needs and returns it; an ImportError says what is missing."""
 
     name: str
     summary: str
@@ -67,7 +68,7 @@ def first_line(e: Exception) -> str:
 def textbook_loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
     """The recurrence as people usually write it in PyTorch: index token and step, einsum, append → o [B,T,HV,V].
 
-    Arithmetic in float32 or better. It is a peer to compare with and serves nothing else: the specification is
+    Arithmetic in float32 or better. It is there to be compared with and serves nothing else: the specification is
     `ops/reference.py`, which it deliberately does not call. It differs from that in one habit. The backward of
     x[:, t, j] fills a zero tensor as large as the whole of x and adds it to the gradient, T·N times over, so the
     backward's cost is quadratic in T; the reference unbinds once instead.
@@ -193,13 +194,16 @@ def _fla_kernels() -> Operator:
     return run
 
 
-PEERS: dict[str, Peer] = {
+IMPLEMENTATIONS: dict[str, Implementation] = {
     p.name: p
     for p in (
-        Peer("fla", "flash-linear-attention's Triton kernels", _fla_kernels, "fla-core", gpu=True),
-        Peer("transformers", "Qwen3-Next's chunked rule in PyTorch", _transformers, "transformers"),
-        Peer("fla_chunkwise", "flash-linear-attention's naive chunked rule", _fla_chunkwise, "fla-core"),
-        Peer("fla_loop", "flash-linear-attention's naive loop", _fla_loop, "fla-core", loop=True),
-        Peer(TEXTBOOK, "the loop one usually writes", lambda: textbook_loop, loop=True, float64=True),
+        Implementation("fla", "flash-linear-attention's Triton kernels", _fla_kernels, "fla-core", gpu=True),
+        Implementation("transformers", "Qwen3-Next's chunked rule in PyTorch", _transformers, "transformers"),
+        Implementation("fla_chunkwise", "flash-linear-attention's naive chunked rule", _fla_chunkwise, "fla-core"),
+        Implementation("fla_loop", "flash-linear-attention's naive loop", _fla_loop, "fla-core", loop=True),
+        Implementation(TEXTBOOK, "the loop one usually writes", lambda: textbook_loop, loop=True, float64=True),
     )
 }
+
+
+__getattr__ = renamed_names(__name__, {"PEERS": "IMPLEMENTATIONS", "Peer": "Implementation"})

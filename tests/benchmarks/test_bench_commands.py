@@ -8,8 +8,10 @@ import torch
 import tyro
 from cases import S3, TINY, shown
 
-from deltaproduct.benchmarks import OpShape, bench_ops, bench_scaling, bench_step, bench_train, row_names, step
+from deltaproduct.benchmarks import OpShape, bench_generate, bench_ops, bench_scaling, bench_train, generate, row_names
 from deltaproduct.cli import bench as cli
+from deltaproduct.cli.main import COMMANDS, main
+from deltaproduct.cli.renamed import COMMANDS as RENAMED
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS
 from deltaproduct.plots import benchmark
@@ -18,19 +20,24 @@ from deltaproduct.plots.benchmark import speedup_figure
 # --- Reports ----------------------------------------------------------------------------------------------------------
 
 
-def test_reports_are_plain_json(quick, quick_step, quick_train):
+def test_reports_are_plain_json(quick, quick_generate, quick_train):
     """They survive JSON unchanged, without NaN and without tuples."""
     scaling = bench_scaling([16, 32], backend="chunkwise", shape=TINY, device="cpu", repeats=1)
-    for report in (quick, scaling, quick_step, quick_train):
+    for report in (quick, scaling, quick_generate, quick_train):
         value = report.to_dict()
         assert json.loads(json.dumps(value, allow_nan=False)) == value
     assert quick.to_dict()["shapes"][0]["rows"][0]["forward"]["median_ms"] > 0
-    assert [r.benchmark for r in (quick, scaling, quick_step, quick_train)] == ["ops", "scaling", "step", "train"]
+    assert [r.benchmark for r in (quick, scaling, quick_generate, quick_train)] == [
+        "ops",
+        "scaling",
+        "generate",
+        "train",
+    ]
 
 
-def test_tables_fit_a_terminal_of_80_columns(quick, quick_step, quick_train):
+def test_tables_fit_a_terminal_of_80_columns(quick, quick_generate, quick_train):
     text = shown(quick)
-    for report in (quick, quick_step, quick_train):
+    for report in (quick, quick_generate, quick_train):
         assert "…" not in shown(report)  # how rich marks what it cut
     assert all(name in text for name in row_names()) and "Roofline" in text and "B4 T64 H2 K16 N2" in text
     assert all(other.reason in text for other in quick.unavailable)
@@ -58,7 +65,7 @@ def test_commands_print_and_write_json(capsys, tmp_path):
     sizes = ["--num-hidden-layers", "1", "--hidden-size", "32", "--num-heads", "1", "--head-dim", "8"]
     sizes += ["--num-householder", "3", "--batch-size", "2"]
     common = ["--quick", "--repeats", "1", "--device", "cpu", "--json", "--out"]
-    command(cli.BenchStep, *sizes, *common, str(tmp_path / "a" / "step.json"))
+    command(cli.BenchGenerate, *sizes, *common, str(tmp_path / "a" / "step.json"))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "a" / "step.json").read_text())
     model = printed["model"]
@@ -73,20 +80,20 @@ def test_commands_print_and_write_json(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert [row["backend"] for row in printed["shapes"][0]["rows"]] == ["textbook_loop", "chunkwise"]
     assert list(printed["shapes"][0]["rows"][0]["speedup"]) == ["chunkwise"]
-    decode = ["--batches", "2", "--num-heads", "1", "--head-dim", "8", "--num-householder", "3", "--gate"]
-    command(cli.BenchDecode, *decode, *common, str(tmp_path / "decode.json"))
+    step = ["--step", "--batches", "2", "--num-heads", "1", "--head-dim", "8", "--num-householder", "3", "--gate"]
+    command(cli.BenchOps, *step, *common, str(tmp_path / "ops-step.json"))
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((tmp_path / "decode.json").read_text())
+    assert printed == json.loads((tmp_path / "ops-step.json").read_text())
     assert [row["batch_size"] for row in printed["rows"]] == [2]
     assert printed["shape"]["num_householder"] == 3 and printed["shape"]["gate"]
 
 
-def test_against_a_peer_draws_how_many_times_as_fast(capsys, tmp_path, monkeypatch):
+def test_against_another_implementation_draws_how_many_times_as_fast(capsys, tmp_path, monkeypatch):
     drawn = []
 
-    def figure(shapes, ours, peer, path):
-        drawn.append((ours, peer, [s["label"] for s in shapes]))
-        speedup_figure(shapes, ours, peer, path)
+    def figure(shapes, ours, other, path):
+        drawn.append((ours, other, [s["label"] for s in shapes]))
+        speedup_figure(shapes, ours, other, path)
 
     monkeypatch.setattr("deltaproduct.plots.benchmark.speedup_figure", figure)
     shapes = [TINY.label, f"{TINY.label} gated", "B1 T4 H1 K4 V8 N3"]
@@ -125,6 +132,67 @@ def test_a_figure_of_speed_ups_shows_their_ratio(tmp_path, monkeypatch):
     assert found["forward, gated"] == [(2, 5)] and "forward and backward, gated" not in found
 
 
+# --- Old names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("step --batch-size 2", "generate --batch-size 2"),
+        ("decode --batches 2 --gate", "ops --step --batches 2 --gate"),
+    ],
+)
+def test_a_command_of_old_says_its_new_name_and_does_the_same(capsys, monkeypatch, old, new):
+    seen = []
+    monkeypatch.setattr("deltaproduct.benchmarks.bench_generate", lambda *a, **kw: seen.append((a, kw)))
+    monkeypatch.setattr("deltaproduct.benchmarks.bench_op_step", lambda *a, **kw: seen.append((a, kw)))
+    monkeypatch.setattr(cli._Bench, "_show", lambda self, report: print("a report"))
+    main(["bench", *new.split()])
+    assert capsys.readouterr() == ("a report\n", "")
+    main(["bench", *old.split()])
+    after = "bench ops --step" if "--step" in new else "bench generate"
+    line = f"deltaproduct: bench {old.split()[0]} is now {after}; the old name goes with the next release.\n"
+    assert capsys.readouterr() == ("a report\n", line)
+    assert seen[0] == seen[1] and len(seen) == 2
+
+
+def test_a_mistake_behind_an_old_name_still_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["bench", "step", "--batch-size", "many"])
+    assert e.value.code == 2 and "--batch-size" in capsys.readouterr().err
+
+
+def test_every_old_command_leads_to_one_that_is_there():
+    for old, new in RENAMED.items():
+        assert old[1] not in COMMANDS[old[0]].commands and new[1] in COMMANDS[new[0]].commands
+
+
+def test_names_of_old_in_the_package_warn():
+    import deltaproduct.benchmarks as benchmarks
+
+    for old, new in {
+        "PEERS": "IMPLEMENTATIONS",
+        "bench_step": "bench_generate",
+        "bench_decode": "bench_op_step",
+    }.items():
+        with pytest.warns(DeprecationWarning, match=f"benchmarks.{old} is now deltaproduct.benchmarks.{new}") as caught:
+            assert getattr(benchmarks, old) is getattr(benchmarks, new)
+        assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'bench_nonesuch'"):
+        _ = benchmarks.bench_nonesuch
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--batches 2", "--num-heads 1", "--head-dim 8", "--num-householder 3", "--gate"]
+    + [f"--step {flag}" for flag in ("--shapes B1", "--against fla", "--backends cpu", "--hard", "--no-backward")],
+)
+def test_flags_of_the_other_kind_are_refused(flags):
+    flag = flags.removeprefix("--step ").split()[0]
+    with pytest.raises(UsageError, match=flag):
+        command(cli.BenchOps, "--quick", *flags.split())
+
+
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,10 +218,10 @@ def changed(config, **parts):
         lambda: bench_scaling([16, 16]),
         lambda: bench_scaling([0, 16]),
         lambda: bench_scaling([16, 32], repeats=0),
-        lambda: bench_step(quick=True, batch_size=0),
-        lambda: bench_step(quick=True, repeats=0),
-        lambda: bench_step(quick=True, device="abacus"),
-        lambda: command(cli.BenchStep, "--quick", "--head-dim", "0"),
+        lambda: bench_generate(quick=True, batch_size=0),
+        lambda: bench_generate(quick=True, repeats=0),
+        lambda: bench_generate(quick=True, device="abacus"),
+        lambda: command(cli.BenchGenerate, "--quick", "--head-dim", "0"),
         lambda: bench_train(S3, backends=["nonesuch"]),
         lambda: bench_train(S3, backends=["textbook_loop"]),
         lambda: bench_train(S3, backends=[]),
@@ -180,9 +248,9 @@ def test_mistakes_are_one_clear_line(mistake):
 def test_other_rooms_mistakes_are_passed_on(monkeypatch):
     with pytest.raises(UsageError, match="S99x"):
         command(cli.BenchTrain, "--task", "S99x")
-    monkeypatch.setattr(step, "DeltaProduct", type("Another", (), {}))
+    monkeypatch.setattr(generate, "DeltaProduct", type("Another", (), {}))
     with pytest.raises(UsageError, match="DeltaProduct"):
-        bench_step(quick=True, device="cpu")
+        bench_generate(quick=True, device="cpu")
 
 
 def test_naming_a_backend_that_cannot_serve_is_an_error(monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 from commands import run
 
-from deltaproduct.cli import main, renamed_flags
+from deltaproduct.cli import main, renamed
 from deltaproduct.cli.lm_train import LmTrain
 
 NEEDED = ("lm", "train", "--data", "corpus", "--out", "runs/lm")
@@ -34,9 +34,7 @@ def test_a_flag_is_named_once_and_new_flags_are_not(capsys):
     command = main._parse([*NEEDED, "--context-parallel", "2", "--gradient-checkpointing"])
     assert (command.context_parallel, command.gradient_checkpointing) == (2, True) and told(capsys) == []
     lines: list[str] = []
-    found = renamed_flags.with_new_names(
-        "lm train", ["--spans", "2", "--spans", "3", "spans", "x--spans"], lines.append
-    )
+    found = renamed.with_new_flags("lm train", ["--spans", "2", "--spans", "3", "spans", "x--spans"], lines.append)
     assert found == ["--context-parallel", "2", "--context-parallel", "3", "spans", "x--spans"] and len(lines) == 1
 
 
@@ -51,7 +49,7 @@ def test_a_mistake_names_the_new_flag(capsys):
 
 
 def test_every_new_name_is_a_flag_and_no_old_one_is():
-    (commands,) = renamed_flags.RENAMED.items()  # another command's table needs its class here
+    (commands,) = renamed.FLAGS.items()  # another command's table needs its class here
     assert commands[0] == "lm train"
     known = {"--" + f.name.replace("_", "-") for f in fields(LmTrain)}
     for old, new in commands[1].items():

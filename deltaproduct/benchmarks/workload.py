@@ -1,32 +1,30 @@
-"""One benchmark problem: its inputs, the work a row does with them, and whether the row is right."""
+"""Inputs of one shape, and the work that every row does with them."""
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaproduct.benchmarks.peers import PEERS, Operator, first_line
-from deltaproduct.benchmarks.report import OpShape, Row
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.correctness import HARD_ERROR_LIMIT, error_limit, judge
+from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, Operator, first_line
+from deltaproduct.benchmarks.report import Row
+from deltaproduct.benchmarks.settings import BenchmarkSettings
+from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.memory import check_memory
 from deltaproduct.ops import delta_product
+from deltaproduct.renamed import renamed_names
 
-ERROR_LIMIT = 1e-3  # relative to max|·|; far above float32's rounding here (1e-6 to 3e-4), far below a wrong formula
-COSINE = 0.99  # of any two keys of a hard problem, as in `tests/ops/test_operator_hard.py`
-SHORT_ERROR_LIMIT = 0.05  # of kernels that multiply bfloat16 or float16
-HARD_ERROR_LIMIT = 0.5
+COSINE = 0.99  # of any two keys of hard inputs, as in `tests/ops/test_operator_hard.py`
 GIB = 1 << 30
 # float64 states that the correctness check may keep: decides how long its prefix is.
 CHECK_BYTES = {"cpu": GIB // 2, "cuda": 16 * GIB}
 
 
-class Problem:
+class Workload:
     """Inputs of one shape, and the work that a row does with them."""
 
-    def __init__(self, shape: OpShape, settings: Settings) -> None:
+    def __init__(self, shape: OpShape, settings: BenchmarkSettings) -> None:
         self.shape, self.settings = shape, settings
         generator = torch.Generator().manual_seed(settings.seed)
         b, t, n, h, d = shape.batch, shape.length, shape.num_householder, shape.num_heads, shape.head_dim
@@ -73,7 +71,7 @@ class Problem:
         """A row with its error against the float64 reference on the first `checked_length` tokens."""
         if self._wanted is None:
             self._wanted = _outcome(_operator("reference"), *self._prefix(torch.float64))
-        # Of hard problems the error is what is asked, and only nonsense is not timed.
+        # Of hard inputs the error is what is asked, and only nonsense is not timed.
         limit = HARD_ERROR_LIMIT if self.settings.hard else error_limit(self.settings.dtype, self.settings.device)
         x, d_o = self._prefix(None)
         try:
@@ -98,8 +96,8 @@ class Problem:
 
 
 def _operator(name: str) -> Operator:
-    if name in PEERS:
-        return PEERS[name].load()
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name].load()
     return lambda **x: delta_product(**x, backend=name)[0]
 
 
@@ -112,33 +110,4 @@ def _outcome(operator: Operator, x: dict[str, Tensor], d_o: Tensor | None) -> di
     return {"o": o.detach()} | {f"d_{name}": y for name, y in zip(x, gradients, strict=True)}
 
 
-def judge(got: dict[str, Tensor], wanted: dict[str, Tensor], limit: float) -> dict[str, Any]:
-    """How far tensors are from what they should be: a row's `status`, `reason`, `error` and `worst`."""
-    errors: dict[str, float] = {}
-    for name, want in wanted.items():
-        have = got[name]
-        if have.shape != want.shape:
-            reason = f"{name} has shape {list(have.shape)} and should have {list(want.shape)}"
-            return {"status": "wrong", "reason": reason, "worst": name}
-        size = max(want.abs().max().item(), torch.finfo(torch.float32).tiny)
-        errors[name] = (have.double() - want).abs().max().item() / size
-        if not math.isfinite(errors[name]):
-            return {"status": "wrong", "reason": f"{name} is not finite", "worst": name}
-    worst = max(errors, key=lambda name: errors[name])
-    found: dict[str, Any] = {"status": "timed", "reason": None, "worst": worst, "error": errors[worst]}
-    if errors[worst] > limit:
-        reason = f"the error of {worst} is {errors[worst]:.1e}, above {limit:.1e}"
-        found |= {"status": "wrong", "reason": reason}
-    return found
-
-
-def error_limit(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest error at which a row is still timed: ERROR_LIMIT, plus the rounding of results in a short dtype.
-
-    On a GPU, kernels for short dtypes multiply in them, as users choose them for: that loses a percent or so.
-    """
-    if dtype == torch.float64:
-        return 1e-9  # to tell a row that works in float32 although its inputs are float64
-    if dtype == torch.float32:
-        return ERROR_LIMIT
-    return ERROR_LIMIT + torch.finfo(dtype).eps if device.type == "cpu" else SHORT_ERROR_LIMIT
+__getattr__ = renamed_names(__name__, {"Problem": "Workload"})
