@@ -84,7 +84,7 @@ def save_checkpoint(
     Raises:
         UsageError: a process cannot write, for instance because a disk is full; the old checkpoint is untouched.
     """
-    weights = ranks.whole_weights(module)
+    weights = ranks.whole_weights(model, module) if ranks.size > 1 else None  # the model writes its own
     names = [f"optimizer-{rank}-of-{ranks.size}.safetensors" for rank in range(ranks.size)]
     with _fresh(folder, ranks) as fresh, ranks.together():
         write_tensors(fresh / names[ranks.rank], _pieces(model, optimizer, ranks))

@@ -89,13 +89,15 @@ class Ranks(OneProcess):
         return module
 
     @contextmanager
-    def exchanging(self, module: nn.Module, *, last: bool) -> Iterator[None]:
+    def accumulating(self, module: nn.Module) -> Iterator[None]:
         if isinstance(module, DistributedDataParallel):
-            with nullcontext() if last else module.no_sync():
+            with module.no_sync():
                 yield
-        else:
-            cast(Any, module).set_requires_gradient_sync(last)  # of FSDP's module
-            yield
+            return
+        synchronise = cast(Any, module).set_requires_gradient_sync  # of FSDP's module
+        synchronise(False)
+        yield
+        synchronise(True)
 
     def summed(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)
@@ -107,7 +109,7 @@ class Ranks(OneProcess):
     def wait(self) -> None:
         dist.barrier()
 
-    def whole_weights(self, module: nn.Module | None) -> dict[str, Tensor] | None:
+    def whole_weights(self, model: SequenceModel, module: nn.Module | None) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         assert module is not None

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
 from deltaproduct.machine import choose_device
-from deltaproduct.memory import check_memory
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.size import FLOAT, SIZES, activation_bytes, check_model, model_bytes
+from deltaproduct.models.size import FLOAT, check_training
 from deltaproduct.progress import progress_bar
 from deltaproduct.renamed import renamed_names
 from deltaproduct.seeds import weights_seed
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from deltaproduct.training.objectives.objective import Objective
 
 PARALLEL = ("ddp", "fsdp")
-TRAINED = 4 * FLOAT  # bytes of a parameter: itself, its gradient and AdamW's two moments
 
 
 class OneProcess:
@@ -70,8 +68,8 @@ class OneProcess:
         """
         return module
 
-    def exchanging(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-        """Have the processes exchange gradients after the last micro-batch only."""
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Have the processes exchange no gradients: more of this step's are to come."""
         return nullcontext()
 
     def my_span(self, x: Tensor) -> Tensor:
@@ -102,13 +100,13 @@ class OneProcess:
         """
         yield
 
-    def whole_weights(self, module: nn.Module | None) -> dict[str, Tensor] | None:
-        """All weights of a model, of which this process may have a share; None where the model has them itself.
+    def whole_weights(self, model: SequenceModel, module: nn.Module | None) -> dict[str, Tensor]:
+        """All weights of a model, of which this process may have a share.
 
         Args:
             module: what `wrap` gave.
         """
-        return None
+        return model.state_dict()
 
     def restore_weights(self, model: SequenceModel, module: nn.Module | None, weights: dict[str, Tensor]) -> None:
         """Give the model weights, of which this process may keep a share."""
@@ -305,15 +303,17 @@ def check_fits_memory(
         sharded: whether the optimiser's numbers are dealt out too.
         gradient_checkpointing: whether blocks keep nothing but their inputs.
     """
-    settings, model = run.training, run.model
-    if device.type != "cpu":
-        check_model(model)  # it is built here first
-    alone = model_bytes(model, per_parameter=max(FLOAT, TRAINED // processes) if sharded else TRAINED)
-    check_memory("Training the model", alone, SIZES, device=device)
-    tokens, short = settings.largest_batch // processes, 2 if settings.precision == "bfloat16" else FLOAT
-    step = tokens * activation_bytes(model, gradient_checkpointing=gradient_checkpointing, per_float=short)
-    advice = f"{settings.smaller_batch}, or the model's sizes"
-    check_memory(f"A step of {tokens:,} tokens", alone + step, advice, device=device)
+    settings = run.training
+    check_training(
+        run.model,
+        settings.largest_batch // processes,
+        device,
+        advice=settings.smaller_batch,
+        processes=processes,
+        sharded=sharded,
+        gradient_checkpointing=gradient_checkpointing,
+        per_float=2 if settings.precision == "bfloat16" else FLOAT,
+    )
 
 
 def not_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str | None:

@@ -137,7 +137,6 @@ def writing_run(run: Run[Any], out: Path, resume: bool) -> Iterator[None]:
 
 def open_run(run: Run[Any], out: Path, resume: bool) -> None:
     """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
-    make_folder(out)
     checkpoint = out / CHECKPOINT
     if (out / CONFIG).exists():
         if not resume:

@@ -24,7 +24,7 @@ from deltaproduct.theory.compiler import compile_group
 from deltaproduct.theory.constructions import circuit
 from deltaproduct.theory.verification import verify
 from deltaproduct.training import LanguageConfig, Run, TrainConfig, train
-from deltaproduct.training.loop import TRAINED, check_fits_memory
+from deltaproduct.training.loop import check_fits_memory
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 7, "num_labels": 6, "hidden_size": 16, "num_heads": 2, "head_dim": 4}
@@ -138,7 +138,7 @@ def test_a_run_at_the_border_of_memory(monkeypatch):
     model = ModelConfig(**SMALL)
     settings = TrainConfig(lengths=(8, 128), batch_sizes=(256, 64), grad_accumulation=2)
     config = Run(settings, model)
-    needed = num_parameters(model) * TRAINED + size.BLOCK + 32 * 129 * activation_bytes(model)
+    needed = num_parameters(model) * size.TRAINED + size.BLOCK + 32 * 129 * activation_bytes(model)
     there(monkeypatch, needed)
     check_fits_memory(config, CPU)
     there(monkeypatch, needed - 1)
@@ -151,7 +151,7 @@ def test_a_language_run_at_the_border_of_memory(monkeypatch):
     model = ModelConfig(**SMALL | {"num_labels": 7})
     config = Run(LanguageConfig(context=64, batch_size=8), model)
     weights, token = num_parameters(model), activation_bytes(model)
-    there(monkeypatch, weights * TRAINED + size.BLOCK + 512 * token - 1)
+    there(monkeypatch, weights * size.TRAINED + size.BLOCK + 512 * token - 1)
     one_line(lambda: check_fits_memory(config, CPU), "512 tokens", "context")
     check_fits_memory(config, CPU, processes=2)
     check_fits_memory(config, CPU, gradient_checkpointing=True)

@@ -51,50 +51,29 @@ def test_resuming_reproduces_the_uninterrupted_run_bit_for_bit(tmp_path, monkeyp
 
 
 KILLED = """
-    import sys
+    import json, sys
     from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
-    from run_folder import steps_done
-    from runs import run_config
-    from deltaproduct.training import train
-    config = run_config(steps=120)
-    train(config, Path(sys.argv[2]) / "warm", show=False)  # imports and first calls, before anyone is killed
-    import json, os, random, signal, time
+    from kills import kill_and_resume, warmed_up
     from deltaproduct.files import recover_folder, verified_folder
-    chance = random.Random(0)
-    run = Path(sys.argv[2]) / "run"
-    checkpoint = run / "checkpoint"
-    kills, reached = 0, 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            train(config, run, resume=True, checkpoint_every=1, log_every=1, show=False)
-            os._exit(0)
-        if kills < 20:
-            # At most two steps and a part of one: however fast the machine, the run must not end before the last kill.
-            moment = steps_done(run) + chance.randrange(3)
-            while steps_done(run) < moment and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                time.sleep(0.0005)
-            time.sleep(chance.uniform(0.0, 0.01))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            recover_folder(checkpoint)
-            if checkpoint.exists():
-                verified_folder(checkpoint, "checkpoint")
-                step = json.loads((checkpoint / "training.json").read_text())["progress"]["step"]
-            else:
-                step = 0
-            if step < reached:
-                sys.exit(f"kill {kills} threw the run back from step {reached} to {step}")
-            reached = step
-        elif status:
-            sys.exit(f"resuming failed after {kills} kills")
-        else:
-            break
+    place = Path(sys.argv[2])
+    checkpoint, reached, kills = place / "run" / "checkpoint", 0, 0
+
+    def check(done):
+        global reached, kills
+        if done == kills:
+            return  # the run has ended
+        kills, step = done, 0
+        recover_folder(checkpoint)
+        if checkpoint.exists():
+            verified_folder(checkpoint, "checkpoint")
+            step = json.loads((checkpoint / "training.json").read_text())["progress"]["step"]
+        if step < reached:
+            sys.exit(f"kill {kills} threw the run back from step {reached} to {step}")
+        reached = step
+
+    warmed_up(place, 120)
+    kill_and_resume(place / "run", 120, 20, check)
     print(kills, reached)
 """
 

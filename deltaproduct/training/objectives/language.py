@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ class LanguageObjective:
             )
             inputs, targets = (ranks.my_span(x).to(ranks.device) for x in batch[:2])
             cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(ranks.device)
-            with ranks.exchanging(module, last=i == micro - 1):
+            with nullcontext() if i == micro - 1 else ranks.accumulating(module):
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                     loss = module(inputs, targets, cu_seqlens)
                 # The ranks' gradients are averaged, and are to be the sum's over all tokens of the step.

@@ -4,6 +4,7 @@ B sequences · T = 1 + length tokens, BOS first.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class TaskObjective:
         parts = list(zip(*(x.to(ranks.device).chunk(settings.grad_accumulation) for x in batch), strict=True))
         for number, part in enumerate(parts, start=1):
             tokens, labels, mask = (x.chunk(ranks.size)[ranks.rank] for x in part)
-            with ranks.exchanging(module, last=number == len(parts)):
+            with nullcontext() if number == len(parts) else ranks.accumulating(module):
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                     logits, _ = module(tokens)
                 # Weighted by scored positions, so that the sum over micro-batches is the mean over the whole batch.
