@@ -23,7 +23,7 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.progress import board
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
-from deltaproduct.training.loop import sample_batch
+from deltaproduct.training.objectives.task import sample_batch
 
 OWN_RATES = ("parity", "table-chomsky")  # experiments in which each model has the learning rate that is best for it
 ON_LANGUAGE = ("extrapolation",)

@@ -28,9 +28,9 @@ from deltaproduct.launchers.options import parse_options
 from deltaproduct.launchers.ranks import LostRank, cause, followed
 from deltaproduct.machine import command_line
 from deltaproduct.models import SequenceModel
-from deltaproduct.training.config import LanguageRun
+from deltaproduct.training import Run, loop
 from deltaproduct.training.distributed import Ranks
-from deltaproduct.training.language import train_language
+from deltaproduct.training.objectives.language import LanguageObjective
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 STEPS = 60
@@ -92,9 +92,9 @@ def losses(out: Path) -> list[float]:
 
 def plainly(corpus: Path, out: Path, run: Path) -> None:
     """The run of another folder, on whatever ranks this is called on."""
-    config = LanguageRun.from_dict(read_json(run / "config.json"))
+    config = Run.from_dict(read_json(run / "config.json"))
     with Ranks.started("cpu") as ranks:
-        train_language(config, Corpus.open(corpus), out, ranks, log_every=1, show=False)
+        loop.train(config, out, LanguageObjective(config.training, Corpus.open(corpus)), ranks, log_every=1, show=False)
 
 
 @pytest.fixture(scope="module")

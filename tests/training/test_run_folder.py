@@ -26,12 +26,13 @@ from deltaproduct.corpus import Corpus
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, beside, read_json, write_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.training import loop, train
+from deltaproduct.training import LanguageConfig, Run, loop, train
 from deltaproduct.training.checkpoint import Progress, save_checkpoint
-from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.interruption import interruptible
-from deltaproduct.training.language import train_language
+from deltaproduct.training.loop import OneProcess
+from deltaproduct.training.objectives.language import LanguageObjective
+from deltaproduct.training.objectives.task import Curriculum, TaskObjective
 from deltaproduct.training.run_folder import is_finished, locate, trained_as, writing_run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -47,9 +48,10 @@ def train_on_text(folder, out, resume=False, **changes):
     """A short language run, on the ranks that all call this."""
     opened = Corpus.open(folder)
     steps = {"steps": 12, "context": 16, "batch_size": 4, "warmup_steps": 2} | changes
-    config = LanguageRun(LanguageConfig(corpus=opened.fingerprint, **steps), MODEL)
+    config = Run(LanguageConfig(corpus=opened.fingerprint, **steps), MODEL)
+    objective = LanguageObjective(config.training, opened)
     with Ranks.started("cpu") as ranks:
-        train_language(config, opened, out, ranks, resume=resume, log_every=1, checkpoint_every=4, show=False)
+        train(config, out, objective, ranks, resume=resume, log_every=1, checkpoint_every=4, show=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,7 @@ def test_what_an_interrupted_run_becomes_is_what_it_would_have_been(tmp_path, tr
 
     def interrupted(*arguments):
         found = step(*arguments)
-        if arguments[4].step == 6:
+        if arguments[3].step == 6:
             signal.raise_signal(signal.SIGINT)
         return found
 
@@ -220,23 +222,21 @@ def interrupt_rank(folder, out):
     """Train on several ranks, of which one hears Ctrl-C in the middle."""
     import torch.distributed as dist
 
-    import deltaproduct.training.language as language
-
-    step = language.language_step
+    step = loop.train_step
 
     def interrupted(*arguments):
         found = step(*arguments)
-        if arguments[4] == 5 and dist.get_rank() == 1:
+        if arguments[3].step == 5 and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGINT)
         return found
 
-    language.language_step = interrupted
+    loop.train_step = interrupted
     try:
         train_on_text(folder, out)
     except KeyboardInterrupt as e:
         return str(e)
     finally:
-        language.language_step = step
+        loop.train_step = step
 
 
 def test_ctrl_c_on_one_of_several_ranks_ends_all_of_them_at_the_same_step(corpus, tmp_path):
@@ -311,17 +311,19 @@ def unfinished(trained, place, step=8):
     optimizer = loop.new_optimizer(model, run_config().training)
     out.mkdir()
     write_json(out / "config.json", run_config().to_dict())
-    progress, task = Progress(), loop.get_task("S3")
+    progress, objective = Progress(Curriculum()), TaskObjective(run_config().training)
+    alone = OneProcess(torch.device("cpu"))
     lines = loop.Metrics(out / "metrics.jsonl", after_step=0)
     while progress.step < step:
         for group in optimizer.param_groups:
             group["lr"] = run_config().training.learning_rate(progress.step)
-        loss, *_ = loop.train_step(model, optimizer, task, run_config().training, progress, torch.device("cpu"))
-        loop.advance(progress, run_config().training, loss)
-        lines.write({"step": progress.step, "loss": loss})
+        sums, _ = loop.train_step(objective, model, optimizer, progress, alone)
+        progress.step += 1
+        objective.after_step(progress, sums)
+        lines.write({"step": progress.step, "loss": sums[0]})
     progress.metrics = lines.synced()
     lines.close()
-    save_checkpoint(out / "checkpoint", model, optimizer, progress, run_config())
+    save_checkpoint(out / "checkpoint", model, optimizer, progress, run_config(), alone)
     return out
 
 
