@@ -103,6 +103,7 @@ def test_what_is_asked_anew_is_measured_anew_and_not_trained_again(tmp_path):
         EvaluationSpec((5,), length_range=(3, 9))
 
 
+@pytest.mark.slow("processes")
 def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
     good, bad = (tiny(job) for job in s3("cpu", [0])[:2])
     bad = replace(bad, config=replace(bad.config, training=replace(bad.config.training, lr=1e30, warmup_steps=0)))

@@ -92,6 +92,7 @@ def most_taken(code):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_takes_no_less_than_its_bound():
     """A bound that is too high would refuse what fits: measured, at a size far above what else a process takes."""
@@ -293,6 +294,7 @@ def test_limits_of_control_groups_and_of_the_process(tmp_path, monkeypatch):
     assert memory._of_groups() == [1500]
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of addresses is Linux's")
 def test_a_limit_of_addresses_is_known_and_kept(tmp_path):
     """A whole command under 4 GiB of addresses: refused in one line, before it takes them."""

@@ -90,7 +90,7 @@ def check(place: Path, kills: int, steps: int) -> None:
     assert left == {p.name for p in (place / "warm").iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("readers")
 @pytest.mark.timeout(600)
 def test_a_hundred_kills_beside_readers_lose_nothing_and_show_nothing_broken(tmp_path):
     check(tmp_path, kills=100, steps=400)

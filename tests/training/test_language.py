@@ -91,6 +91,8 @@ def several(folder: Path, out: Path, way: str) -> list[float] | None:
     return found if torch.distributed.get_rank() == 0 else None
 
 
+@pytest.mark.slow("ranks")
+@pytest.mark.ci("fsdp")
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "context_parallel"])
 def test_two_processes_have_the_losses_of_one(corpus, tmp_path, way):
     one = run(corpus.folder, tmp_path / "one")
@@ -124,6 +126,7 @@ def go_on(folder: Path, out: Path, parallel: str) -> None:
     run(folder, out, parallel=parallel, resume=True)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "one"), ("one", "fsdp"), ("ddp", "fsdp")])
 def test_a_run_goes_on_with_another_number_of_processes(corpus, tmp_path, before, after):
     whole = run(corpus.folder, tmp_path / "whole")
@@ -138,6 +141,7 @@ def stubborn(folder: Path, out: Path, steps: int) -> None:
     run(folder, out, {"steps": steps}, checkpoint_every=3, resume=True)
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.timeout(300)  # seven starts of two processes: 20 s where nothing else runs
 def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     steps, draw = 60, random.Random(0)

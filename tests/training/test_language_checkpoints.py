@@ -152,6 +152,7 @@ def load_on(folder: Path, parallel: str, allow: bool = False) -> None:
         assert_restored(model, optimizer)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(
     ("before", "after"),
     [(("fsdp", 3), ("fsdp", 2)), (("fsdp", 2), ("ddp", 3)), (("ddp", 3), ("fsdp", 2)), (("one", 1), ("fsdp", 3))],
@@ -327,6 +328,7 @@ def read_on(folder: Path) -> str:
         return str(error.value)
 
 
+@pytest.mark.slow("ranks")
 def test_what_one_rank_reads_and_another_does_not_stops_both(saved, tmp_path):
     folder = edited(saved, tmp_path / "c", tensors(lambda t: t[HEAD][256].neg_()))  # in the last rank's rows
     first, second = on_ranks(2, read_on, folder)
@@ -351,6 +353,7 @@ def fail_on(folder: Path, failing: int, name: str) -> str:
         return str(error.value)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("rank", "name"), [(1, "optimizer-1-of-2.safetensors"), (0, "model.safetensors")])
 def test_a_rank_without_room_is_named_and_the_old_checkpoint_stays(tmp_path, rank, name):
     on_ranks(2, save_on, tmp_path / "c", "fsdp")
@@ -459,6 +462,7 @@ def test_another_optimiser_of_an_earlier_version_is_one_line(tmp_path):
     assert "another weight_decay" in refusal(tmp_path / "c", allow_pickled_optimizer=True)
 
 
+@pytest.mark.slow("ranks")
 def test_an_earlier_version_on_one_process_and_on_two(pickled):
     got, model, optimizer = load(pickled, allow_pickled_optimizer=True)
     assert got == PROGRESS

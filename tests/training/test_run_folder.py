@@ -83,6 +83,7 @@ def cut_between_renames(folder, *, new=False):
 # ------------------------------------------------------------------------------------------- a run or a checkpoint
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize(("inner", "new"), [("", False), ("checkpoint", True)])
 def test_every_command_finds_the_checkpoint_where_a_writer_died(trained, text, tmp_path, capsys, inner, new):
     task, words = copied(trained, tmp_path / "task"), copied(text, tmp_path / "text")
@@ -125,6 +126,7 @@ def test_one_rule_says_what_a_folder_is(trained, text, tmp_path):
 # ---------------------------------------------------------------------------------------------------- one writer
 
 
+@pytest.mark.slow("processes")
 def test_a_second_process_that_resumes_a_run_is_refused_and_disturbs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     code = """
@@ -168,6 +170,8 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow("kills")
+@pytest.mark.ci("2-130")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_kill_save_the_step_that_was_done(tmp_path, number, status):
     out = tmp_path / "run"
@@ -239,6 +243,7 @@ def interrupt_rank(folder, out):
         loop.train_step = step
 
 
+@pytest.mark.slow("kills")
 def test_ctrl_c_on_one_of_several_ranks_ends_all_of_them_at_the_same_step(corpus, tmp_path):
     said = on_ranks(2, interrupt_rank, corpus, tmp_path / "run")
     assert "step 6 is saved" in said[0] and said[1] == ""

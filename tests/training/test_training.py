@@ -78,6 +78,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.timeout(300)  # 20 starts: 10 s where nothing else runs
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     """A checkpoint every step keeps the process inside the file operations most of the time."""
