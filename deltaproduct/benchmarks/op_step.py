@@ -174,7 +174,7 @@ def _empty_kernel() -> Callable[[], object]:
     import triton
 
     @triton.jit
-    def nothing():
+    def nothing() -> None:
         pass
 
     return lambda: nothing[(1,)](num_warps=1)
