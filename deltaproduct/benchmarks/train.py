@@ -52,10 +52,8 @@ def bench_train(
     say = progress or (lambda line: None)
     training = config.training
     if quick:
-        training = dataclasses.replace(
-            training, lengths=(QUICK_LENGTH,), batch_sizes=(QUICK_BATCH,), stage_steps=(), num_samples=None
-        )
-        config = dataclasses.replace(config, training=training)
+        config = resized(config, QUICK_LENGTH, QUICK_BATCH)
+        training = config.training
     settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     check_fits(config.model, get_task(training.task))
     names, unavailable = serving(backends, BACKENDS, settings)
@@ -113,6 +111,14 @@ def bench_train(
         rows=rows,
         unavailable=unavailable,
     )
+
+
+def resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
+    """The run with one stage, of this length and this many sequences."""
+    training = dataclasses.replace(
+        config.training, lengths=(length,), batch_sizes=(batch_size,), stage_steps=(), num_samples=None
+    )
+    return dataclasses.replace(config, training=training)
 
 
 def operator_shape(config: RunConfig) -> OpShape:
