@@ -43,7 +43,7 @@ def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     commands += ["compile.Compile", "verify.Verify", "extract.Extract"]
     commands += ["lm_prepare.LmPrepare", "lm_train.LmTrain", "lm_generate.LmGenerate", "lm_evaluate.LmEvaluate"]
     commands += ["lm_convert.LmConvert", "lm_export.LmExport"]
-    commands += ["bench.BenchDecode", "bench.BenchOps", "bench.BenchStep", "bench.BenchTrain"]
+    commands += ["bench.BenchGenerate", "bench.BenchOps", "bench.BenchTrain"]
     for command in commands:
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
     monkeypatch.chdir(tmp_path)

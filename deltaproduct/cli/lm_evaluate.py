@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from deltaproduct.corpus import Corpus, Split
     from deltaproduct.evaluation.perplexity import Bucket
-    from deltaproduct.evaluation.windows import Progress
+    from deltaproduct.evaluation.windows import TokensDone
     from deltaproduct.models import SequenceModel
     from deltaproduct.training.run_folder import Located
 
@@ -179,10 +179,11 @@ class LmEvaluate:
 
     def _training_context(self) -> int | None:
         """What the checkpoint says; None for one that came from no language run."""
-        from deltaproduct.training.config import LanguageRun
+        from deltaproduct.training.config import LanguageConfig
 
         trained = self._located().trained_as()
-        return trained.training.context if isinstance(trained, LanguageRun) else None
+        settings = None if trained is None else trained.training
+        return settings.context if isinstance(settings, LanguageConfig) else None
 
     def _length(self, times: int) -> int:
         """--length, or so many times the training context."""
@@ -290,7 +291,7 @@ class LmEvaluate:
         return _Found(results, f"{len(results['tasks'])} tasks of lm-eval", _result_table(results))
 
     @contextmanager
-    def _progress(self, tokens: int) -> Iterator[Progress]:
+    def _progress(self, tokens: int) -> Iterator[TokensDone]:
         from deltaproduct.progress import progress_bar
 
         with progress_bar(f"{self.what}, tokens", tokens, show=not self.json) as bar:

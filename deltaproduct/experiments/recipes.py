@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from deltaproduct.experiments.job import Asked
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.layers import get_mixer
 from deltaproduct.models import ModelConfig
@@ -26,7 +25,6 @@ PAPER_MODEL: dict[str, Any] = {
     "use_short_conv": False,
 }
 PAPER_SAMPLES, PAPER_EPOCHS = 2_000_000, 100
-PAPER_ASKED = Asked((128, 512), sequences=500_000)
 
 
 def state_tracking_model(task: Task, **changes: Any) -> ModelConfig:

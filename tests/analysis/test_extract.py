@@ -16,7 +16,7 @@ from deltaproduct.analysis import compare_with_group, extract, vocabulary
 from deltaproduct.analysis.moore import probing_words
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths
-from deltaproduct.experiments.s3 import s3
+from deltaproduct.experiments.word_problems import s3
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton
@@ -280,7 +280,7 @@ def test_without_aalpy_there_is_clustering(monkeypatch):
 # ------------------------------------------------------------------------------------------------- a trained model
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trained_model_that_drifts_has_learned_s3_all_the_same(tmp_path, method, s3_run):

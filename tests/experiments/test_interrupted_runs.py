@@ -20,11 +20,12 @@ REPRODUCE = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from runs import run_config
-    from deltaproduct.experiments.job import Asked, Job
     from deltaproduct.experiments.runner import run_jobs
+    from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 
     if __name__ == "__main__":
-        jobs = [Job(f"seed{i}", "a", run_config(steps=1_000_000, seed=i), Asked((4,), sequences=2)) for i in range(2)]
+        spec = EvaluationSpec((4,), sequences=2)
+        jobs = [TaskJob(f"seed{i}", "a", run_config(steps=1_000_000, seed=i), spec) for i in range(2)]
         try:
             run_jobs(jobs, Path(sys.argv[2]), experiment="x", workers=2, show=False)
         except KeyboardInterrupt:
@@ -32,6 +33,7 @@ REPRODUCE = """
 """
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_every_run_is_saved_when_reproduce_ends(tmp_path, number):
     """By Ctrl-C, or by a signal that only the process hears which started the others."""

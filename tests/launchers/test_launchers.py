@@ -15,8 +15,8 @@ import pytest
 from commands import run as command
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import Asked, Job, run_job
 from deltaproduct.experiments.runner import run_jobs
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.launchers import LAUNCHERS, default_workers, get_launcher, parse_options
 from deltaproduct.launchers.launcher import carry_out, opened
 from deltaproduct.models import ModelConfig
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(170)  # under heavy load; each takes seconds wh
 CURVE = {"length": list(range(200)), "accuracy": [i / 7 for i in range(200)]}
 HERE = {"local": {}, "slurm": {"cluster": "local"}, "ray": {}}  # options with which each serves on one machine
 # Ray takes ten seconds and more where the others take one.
-WITH_SLOW_RAY = [pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in LAUNCHERS]
+WITH_SLOW_RAY = [pytest.param(name, marks=pytest.mark.slow("ray") if name == "ray" else ()) for name in LAUNCHERS]
 
 
 class Odd(Exception):
@@ -105,6 +105,8 @@ def outcomes(launcher, calls):
     return ends, len(ticks)
 
 
+@pytest.mark.slow("launchers")
+@pytest.mark.ci("local", "ray")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_every_call_is_settled_once_and_stops_no_other(launch, tmp_path, capfd, name):
     calls = {"mistaken": mistaken, "killed": killed, "broken": broken, "whole": partial(whole, tmp_path)}
@@ -134,20 +136,21 @@ def test_an_error_that_cannot_be_read_elsewhere_still_says_what_it_was():
 def tiny(seed):
     model = ModelConfig(hidden_size=8, num_heads=1, head_dim=4, vocab_size=7, num_labels=6)
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(8,), seed=seed)
-    return Job(f"run-{seed}", "tiny", RunConfig(training=training, model=model), Asked((8,), sequences=4))
+    return TaskJob(f"run-{seed}", "tiny", RunConfig(training=training, model=model), EvaluationSpec((8,), sequences=4))
 
 
 def numbers(results):
     return [{key: value for key, value in result.items() if key != "wall_seconds"} for result in results]
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_a_stopped_sweep_continues_and_gives_the_same_numbers(launch, tmp_path, monkeypatch, name):
     launch(name, tmp_path)
     monkeypatch.chdir(tmp_path)
     jobs, sweep = [tiny(0), tiny(1)], Path("sweep")  # relative: another folder in a process that lies elsewhere
-    here = [run_job(job, tmp_path / "here", threads=1) for job in jobs]
-    run_job(jobs[0], sweep, threads=1)
+    here = [job.run(tmp_path / "here", threads=1) for job in jobs]
+    jobs[0].run(sweep, threads=1)
     result = sweep / "runs" / "run-0" / "result.json"
     before = result.stat().st_mtime_ns
     go = partial(run_jobs, jobs, sweep, experiment="t", launcher=name, launcher_options=HERE[name], show=False)
@@ -176,6 +179,7 @@ def children():
     return found
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_an_interrupt_leaves_nothing_running(launch, tmp_path, name):
@@ -228,6 +232,7 @@ echo Submitted batch job 77""",
     return folder
 
 
+@pytest.mark.slow("launchers")
 @pytest.mark.filterwarnings("error:Setting")  # submitit's of a parameter that it has to rename
 def test_slurm_gets_one_array_with_the_options(tmp_path, monkeypatch, slurm_programs):
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJob._results_timeout_s", 0)
@@ -263,6 +268,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, slurm_programs):
         launcher.run(dict.fromkeys("ab", mistaken), lambda *_: None, lambda: None)
 
 
+@pytest.mark.slow("launchers")
 def test_a_machine_without_the_package_is_one_line(launch, tmp_path, monkeypatch):
     launcher = launch("slurm", tmp_path)
     monkeypatch.delenv("PYTHONPATH")  # this file's functions are in no package, so that the job cannot import them
@@ -281,15 +287,16 @@ def test_a_slurm_job_that_is_over_goes_back_into_the_queue():
     assert again.result() == Resumable(partial(dict, a=1), 1)()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ray")
 def test_more_than_ray_has_is_refused(launch, tmp_path, ray_here):
     with pytest.raises(UsageError, match="cpu=400"):
         launch("ray", tmp_path, cpu=400).run({"a": mistaken}, lambda *_: None, lambda: None)
 
 
+@pytest.mark.slow("ray")
 def test_ray_is_stopped_only_where_it_was_started(monkeypatch):
     ray = pytest.importorskip("ray")
-    from deltaproduct.launchers.ray_tune import connected
+    from deltaproduct.launchers.ray_cluster import connected
 
     done = []
     monkeypatch.setattr(ray, "init", lambda address, **settings: done.append(address))

@@ -224,7 +224,7 @@ def test_none_in_a_layers_place_starts_that_layer_afresh():
 def test_a_saved_conversation_with_other_tensors_is_refused(tmp_path):
     model = model_of()
     stream = Stream(model)
-    stream.read([1, 2, 3])
+    stream.prefill([1, 2, 3])
     stream.save(tmp_path / "saved")
     tensors, said = (
         load_file(tmp_path / "saved" / "stream.safetensors"),

@@ -251,7 +251,7 @@ def said(tmp_path_factory):
     torch.manual_seed(0)
     model = SequenceModel(ModelConfig(**TINY)).eval()
     stream = Stream(model, Sampling(seed=1))
-    stream.read([1, 2, 3])
+    stream.prefill([1, 2, 3])
     folder = tmp_path_factory.mktemp("said") / "said"
     stream.save(folder)
     return model, folder, (folder / "stream.json").read_text(), load_file(folder / "stream.safetensors")

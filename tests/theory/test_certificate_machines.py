@@ -12,7 +12,7 @@ import torch
 from automaton_cases import from_maps
 
 from deltaproduct.ops.inputs import l2_normalise
-from deltaproduct.tasks.formal import modular_arithmetic
+from deltaproduct.tasks.regular import modular_arithmetic
 from deltaproduct.theory.certificate import _normalised, _rounded, certificates, certify
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.exploration import explore
@@ -68,12 +68,13 @@ def assert_the_same(names: list[str]) -> None:
         assert not bfloat16["wrong"]
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.timeout(300)
 def test_the_machine_makes_no_difference():
     assert_the_same(["Z60", "a cascade"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes")
 @pytest.mark.timeout(1800)
 def test_the_machine_makes_no_difference_to_what_the_readme_says():
     assert_the_same(list(MODELS))

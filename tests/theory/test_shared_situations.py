@@ -11,7 +11,8 @@ from automaton_cases import PARITY
 from commands import run
 from test_theory_acceptance import assert_agrees_with_library
 
-from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.theory.certificate import certificates, certify
 from deltaproduct.theory.compiler import compile_automaton
 from deltaproduct.theory.exploration import explore
@@ -91,7 +92,7 @@ def test_random_automata_with_equal_rows(seed):
     assert_certain(with_equal_rows(random.Random(seed)), 4, 200, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("draw", [random_language, with_equal_rows])
 def test_two_hundred_that_share_situations(draw):
