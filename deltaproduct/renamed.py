@@ -13,6 +13,8 @@ from typing import Any
 MOVED = {
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
+    "deltaproduct.models.checkpoints": "deltaproduct.models.fla.checkpoint",
+    "deltaproduct.models.fla_config": "deltaproduct.models.fla.config",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
     "deltaproduct.training.log": "deltaproduct.training.metrics",

@@ -152,7 +152,7 @@ class BenchStep(_Bench):
 
         names = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "num_householder")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        config = dataclasses.replace(QUICK_STEP_MODEL if self.quick else STEP_MODEL, **given)
+        config = (QUICK_STEP_MODEL if self.quick else STEP_MODEL).changed(**given)
         self._show(bench_step(config, **self._options("batch_size")))
 
 

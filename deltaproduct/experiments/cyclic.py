@@ -20,7 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "range": {"num_householder": 2, "allow_neg_eigval": False},
     "one": {"num_householder": 1},
     "layers": {"num_householder": 1, "num_hidden_layers": 2},
-    "mamba": {"mixer": "mamba", "num_householder": 1, "num_hidden_layers": 2, "use_short_conv": True},
+    "mamba": {"mixer": "mamba", "num_hidden_layers": 2},
 }
 
 

@@ -14,6 +14,7 @@ from deltaproduct.experiments.recipes import (
     small_curriculum,
     state_tracking_model,
 )
+from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig
@@ -30,9 +31,9 @@ def group_job(name: str, seed: int, *, scale: str, longest: int = 128, prefix: s
     """
     task = get_task(name)
     if scale == "paper":
-        model, training, asked = sized(task, PAPER_MODEL | changes), paper_training(task, seed), PAPER_ASKED
+        model, training, asked = sized(task, PAPER_MODEL, **changes), paper_training(task, seed), PAPER_ASKED
     else:
-        model = state_tracking_model(task, **LARGER_GROUPS, **blocks(changes), **changes)
+        model = sized(task, STATE_TRACKING | LARGER_GROUPS | blocks(changes), **changes)
         training = curriculum(task, seed, longest=longest)
         asked = Asked(tuple(longest << i for i in range(5)), sequences=256)
     return named(prefix or name, model, training, asked)
@@ -57,8 +58,8 @@ def named(prefix: str, model: ModelConfig, training: TrainConfig, asked: Asked) 
     parts = [
         prefix,
         f"l{layers}" if layers > 1 else "",
-        f"n{model.num_householder}",
-        "neg" if model.allow_neg_eigval else "pos",
+        f"n{getattr(model.mixer, 'num_householder', 1)}",
+        "neg" if model.mixer.allow_neg_eigval else "pos",
         f"seed{training.seed}",
     ]
     shown = label(model) + (f", {layers} layers" if layers > 1 else "")

@@ -10,7 +10,7 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult, evaluate_lengths, evaluate_range, scores
 from deltaproduct.files import read_json, seal_folder, write_json
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, train
 from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
@@ -227,6 +227,17 @@ def plain(asked: Asked) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(asked).items()}
 
 
+def mixer_facts(model: ModelConfig) -> dict[str, Any]:
+    """What results say of a model's mixer, under the same keys for all; where a mixer has no such option, the value
+    that DeltaProduct has by default, as in all earlier results."""
+    options = model.mixers[0]
+    return {
+        "mixer": model.mixer_names,
+        "num_householder": getattr(options, "num_householder", 2),
+        "allow_neg_eigval": getattr(options, "allow_neg_eigval", True),
+    }
+
+
 def described(job: Job, model: SequenceModel) -> dict[str, Any]:
     """What a reader of a table wants to know of a run, in plain values."""
     training, config = job.config.training, job.config.model
@@ -236,10 +247,8 @@ def described(job: Job, model: SequenceModel) -> dict[str, Any]:
         "label": job.label,
         "task": training.task,
         "chance": get_task(training.task).chance,
-        "mixer": config.mixer,
+        **mixer_facts(config),
         "num_hidden_layers": config.num_hidden_layers,
-        "num_householder": config.num_householder,
-        "allow_neg_eigval": config.allow_neg_eigval,
         "parameters": model.num_parameters,
         "state_size": model.state_size_after(1 + longest),
         "seed": training.seed,

@@ -12,7 +12,7 @@ from deltaproduct.corpus.sidecar import SIDECAR
 from deltaproduct.corpus.writer import prepare
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
-from deltaproduct.experiments.job import RESULT, RUNS, read_result, wall_seconds
+from deltaproduct.experiments.job import RESULT, RUNS, mixer_facts, read_result, wall_seconds
 from deltaproduct.files import make_folder, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.training.config import LanguageConfig, LanguageRun
@@ -27,7 +27,7 @@ class LanguageJob:
 
     Attributes:
         source, tokenizer: as `lm prepare` takes them.
-        model: fields of `ModelConfig` but for the vocabulary, which is the corpus'.
+        model: what `ModelConfig.build` takes, but for the vocabulary, which is the corpus'.
         training: how; its corpus is filled in.
         length: positions up to which the loss is measured, on windows of the validation split.
         sequences: how many windows; None: what `evaluation.windows.evenly_spaced` takes.
@@ -89,8 +89,7 @@ class LanguageJob:
             "name": self.name,
             "label": self.label,
             "task": f"{self.source}, {self.tokenizer}",
-            "mixer": config.model.mixer,
-            "num_householder": config.model.num_householder,
+            **{key: mixer_facts(config.model)[key] for key in ("mixer", "num_householder")},
             "parameters": model.num_parameters,
             "seed": self.training.seed,
             "steps": self.training.steps,
@@ -123,10 +122,8 @@ class LanguageJob:
         return Corpus.open(self._corpus_folder(out), verify=False)
 
     def _config(self, corpus: Corpus) -> LanguageRun:
-        vocabulary = {"vocab_size": corpus.vocab_size, "num_labels": corpus.vocab_size}
-        return LanguageRun(
-            replace(self.training, corpus=corpus.fingerprint), ModelConfig.from_dict(vocabulary | dict(self.model))
-        )
+        model = ModelConfig.build(corpus.vocab_size, corpus.vocab_size, **self.model)
+        return LanguageRun(replace(self.training, corpus=corpus.fingerprint), model)
 
 
 def octaves(curve: torch.Tensor) -> dict[str, float]:

@@ -35,7 +35,7 @@ def s3(scale: Scale, seeds: Sequence[int]) -> list[Job]:
         for num_householder, allow_neg_eigval in CONFIGURATIONS:
             changes = {"num_householder": num_householder, "allow_neg_eigval": allow_neg_eigval}
             if scale == "paper":
-                model = sized(task, PAPER_MODEL | changes)
+                model = sized(task, PAPER_MODEL, **changes)
                 training, asked = paper_training(task, seed), PAPER_ASKED
             else:
                 model, asked = state_tracking_model(task, **changes), Asked(LENGTHS)

@@ -32,7 +32,7 @@ class Limits:
         config = plan.config
         sizes = [
             (config.num_hidden_layers, self.layers, "layers"),
-            (config.num_householder, self.num_householder, "Householder factors per token"),
+            (plan.num_householder, self.num_householder, "Householder factors per token"),
             (config.hidden_size, self.width, "slots of width"),
         ]
         return [too_many(n, limit, things) for n, limit, things in sizes if limit is not None and n > limit]

@@ -1,12 +1,13 @@
 """What a training run is: data, model, optimisation, seed. Everything that decides a run's numbers is in here."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.options import check_kinds
 from deltaproduct.models import ModelConfig
-from deltaproduct.models.config import check_kinds, described, reasons, strict_converter, usage_error
+from deltaproduct.models.config import described, reasons, strict_converter, usage_error
 
 _CONVERTER = strict_converter()
 
@@ -146,7 +147,7 @@ class AnyRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {"training": asdict(self.training), "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
@@ -163,13 +164,10 @@ class AnyRun:
 
     def differences(self, other: Self) -> list[str]:
         """The fields in which two runs differ, as "name: mine and theirs"."""
-        found = []
-        for mine, theirs in ((self.training, other.training), (self.model, other.model)):
-            for f in fields(mine):
-                a, b = getattr(mine, f.name), getattr(theirs, f.name)
-                if a != b:
-                    found.append(f"{f.name}: {a} and {b}")
-        return found
+        mine, theirs = vars(self.training), vars(other.training)
+        pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        pairs |= self.model.differences(other.model)
+        return [f"{name}: {a} and {b}" for name, (a, b) in pairs.items()]
 
 
 @dataclass(frozen=True)

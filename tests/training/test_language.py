@@ -27,7 +27,7 @@ from deltaproduct.training.distributed_checkpoint import LanguageProgress
 from deltaproduct.training.language import LanguageLoss, advance, train_language
 
 STEPS = 20
-MODEL = ModelConfig(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=2,
+MODEL = ModelConfig.build(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=2,
                     intermediate_size=48, tie_word_embeddings=True)  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models import sequence_model
+from deltaproduct.models.config import every_option
 from deltaproduct.models.hf.arguments import check_other_arguments, read_layout
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
@@ -51,7 +52,7 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         if unknown:
             name = min(unknown)
             raise UsageError(
-                f"{type(self).__name__} has no argument {name!r}{did_you_mean(name, config.to_dict())}; fields of its "
+                f"{type(self).__name__} has no argument {name!r}{did_you_mean(name, (*config.to_dict(), *every_option()))}; fields of its "
                 "configuration are given to DeltaProductConfig."
             )
         super().__init__(config)

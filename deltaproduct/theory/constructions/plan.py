@@ -21,6 +21,11 @@ class Plan:
     build: Callable[[], SequenceModel]
 
     @property
+    def num_householder(self) -> int:
+        """The most Householder factors per token in any layer."""
+        return max(options.num_householder for options in self.config.mixers)
+
+    @property
     def cost(self) -> tuple[int, int, int]:
         """Layers, Householder factors per token, width: the fewer the better, in this order."""
-        return self.config.num_hidden_layers, self.config.num_householder, self.config.hidden_size
+        return self.config.num_hidden_layers, self.num_householder, self.config.hidden_size
