@@ -5,7 +5,10 @@ error and exit status 2, and a Python caller can catch it as the `ValueError` th
 """
 
 import difflib
+import json
 from collections.abc import Iterable
+
+QUOTED = 80  # characters of a value that a message repeats
 
 
 class UsageError(ValueError):
@@ -35,3 +38,21 @@ def shown(text: str) -> str:
     screen shows, a mark of direction could reverse it, and a lone surrogate cannot be written at all.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: the end of a longer one is an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def quoted(value: object) -> str:
+    """A value as a message repeats it: a text in quotes, with what a terminal would obey escaped; of a long one its
+    beginning and its length."""
+    if not isinstance(value, str):
+        return shortened(ascii(value), QUOTED)
+    return repr(value) if len(value) <= QUOTED else f"{value[: QUOTED - 20]!r}… ({len(value):,} characters)"
+
+
+def as_json(value: object) -> str:
+    """A value of a JSON file as a message repeats it: as JSON, the end of a long one left out."""
+    return shortened(json.dumps(value, ensure_ascii=False, default=str), QUOTED // 2)

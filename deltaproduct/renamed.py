@@ -11,11 +11,32 @@ from typing import Any
 
 # Old name → new name; what lies below the old one lies below the new one.
 MOVED = {
+    "deltaproduct.models.decoder": "deltaproduct.models.decoding",
+    "deltaproduct.models.hf.listed": "deltaproduct.models.hf.manifest",
+    "deltaproduct.benchmarks.decode": "deltaproduct.benchmarks.op_step",
+    "deltaproduct.benchmarks.peers": "deltaproduct.benchmarks.implementations",
+    "deltaproduct.benchmarks.problem": "deltaproduct.benchmarks.workload",
+    "deltaproduct.benchmarks.step": "deltaproduct.benchmarks.generate",
+    "deltaproduct.evaluation.ranges": "deltaproduct.evaluation.lengths",
     "deltaproduct.evaluation.tasks": "deltaproduct.evaluation.lm_eval_tasks",
+    "deltaproduct.experiments.cyclic": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.dihedral": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.fig1": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.fig5": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.formal": "deltaproduct.experiments.formal_languages",
+    "deltaproduct.experiments.groups": "deltaproduct.experiments.word_problems",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
     "deltaproduct.models.checkpoints": "deltaproduct.models.fla.checkpoint",
     "deltaproduct.models.fla_config": "deltaproduct.models.fla.config",
+    "deltaproduct.ops.compat": "deltaproduct.ops.fla_api",
+    "deltaproduct.ops.spans": "deltaproduct.ops.context_parallel",
+    "deltaproduct.ops.tape": "deltaproduct.ops.engine_program",
+    "deltaproduct.experiments.parity": "deltaproduct.experiments.formal_languages",
+    "deltaproduct.experiments.s3": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.swaps": "deltaproduct.experiments.word_problems",
+    "deltaproduct.experiments.table_chomsky": "deltaproduct.experiments.formal_languages",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
+    "deltaproduct.tasks.formal": "deltaproduct.tasks.regular",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
     "deltaproduct.training.log": "deltaproduct.training.metrics",
     "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",
@@ -56,12 +77,13 @@ def install() -> None:
         sys.meta_path.insert(0, RenamedModules())
 
 
-def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+def renamed_names(module: str, names: Mapping[str, str], stacklevel: int = 2) -> Callable[[str], Any]:
     """A module's `__getattr__` (PEP 562) that gives what it exports under old names as well, with a warning.
 
     Args:
         module: its `__name__`.
         names: old name → new name, of this module, or with dots where another module has it.
+        stacklevel: 2, or more where another `__getattr__` calls this one.
     """
 
     def __getattr__(name: str) -> Any:
@@ -72,7 +94,7 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]
         warnings.warn(
             f"{module}.{name} is now {where}.{new}; the old name goes with the next release.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
         return getattr(import_module(where), new)
 

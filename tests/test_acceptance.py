@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from deltaproduct.evaluation import evaluate_lengths
-from deltaproduct.experiments.s3 import s3
+from deltaproduct.experiments.word_problems import s3
 from deltaproduct.tasks import get_task
 from deltaproduct.training import train
 

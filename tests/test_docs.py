@@ -23,7 +23,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     names = {}
     exec(general, names)
     assert names["o"].shape == (2, 128, 4, 32) and names["logits"].shape == (2, 128, 6)
-    if BACKENDS["cpu"].obstacle(torch.device("cpu"), torch.float32) is None:
+    if BACKENDS["cpu"].unsupported_reason(torch.device("cpu"), torch.float32) is None:
         exec(decoding, names)
         assert names["logits"].shape == (2, 6)
     exec(exact, {})
@@ -43,7 +43,7 @@ def test_the_readmes_commands_parse(tmp_path, monkeypatch, capsys):
     commands += ["compile.Compile", "verify.Verify", "extract.Extract"]
     commands += ["lm_prepare.LmPrepare", "lm_train.LmTrain", "lm_generate.LmGenerate", "lm_evaluate.LmEvaluate"]
     commands += ["lm_convert.LmConvert", "lm_export.LmExport"]
-    commands += ["bench.BenchDecode", "bench.BenchOps", "bench.BenchStep", "bench.BenchTrain"]
+    commands += ["bench.BenchGenerate", "bench.BenchOps", "bench.BenchTrain"]
     for command in commands:
         monkeypatch.setattr(f"deltaproduct.cli.{command}.run", lambda self: started.append(type(self).__name__))
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,10 @@
 """Old names of what has moved, and the names that `import deltaproduct` offers."""
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -50,6 +52,35 @@ def test_an_old_name_in_a_module_warns():
             _ = here.other
     finally:
         del sys.modules["here"]
+
+
+def old_names():
+    """(module, old name, new name) of every `renamed_names(__name__, {…})` and `late(…, renamed={…})` in the source."""
+    root = Path(deltaproduct.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            tables = [k.value for k in node.keywords if k.arg == "renamed" and node.func.id == "late"]
+            if node.func.id == "renamed_names":
+                tables += node.args[1:2]
+            for table in tables:
+                if isinstance(table, ast.Dict):
+                    yield from ((module, *pair) for pair in ast.literal_eval(table).items())
+
+
+@pytest.mark.parametrize(("module", "old", "new"), old_names())
+def test_every_old_name_leads_to_something(module, old, new):
+    where, _, name = new.rpartition(".")
+    try:
+        wanted = getattr(importlib.import_module(where or module), name)
+    except ImportError as e:
+        pytest.skip(f"needs {e.name}")
+    with pytest.warns(DeprecationWarning, match=f"^{module}.{old} is now {where or module}.{name};") as caught:
+        assert getattr(importlib.import_module(module), old) is wanted
+    assert caught[0].filename == __file__
 
 
 def test_the_packages_own_names_are_those_of_its_rooms():

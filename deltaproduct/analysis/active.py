@@ -15,7 +15,7 @@ from deltaproduct.analysis.moore import UNKNOWN, Moore, probing_words
 from deltaproduct.analysis.teacher import Teacher
 from deltaproduct.errors import UsageError
 
-FEW, MANY = 32, 512  # random words that look for a difference; the first are enough while there are many
+FEW_WORDS, MANY_WORDS = 32, 512  # random words that look for a difference; the first are enough while there are many
 FIRST_LENGTH = 8  # of words; then twice as long, and so on
 MOST_GROWTH, ALWAYS_ALLOWED = 8, 64  # from one length to the next, in times as many states, and in states
 
@@ -27,8 +27,8 @@ class _Drift(Exception):
 def learn_lstar(teacher: Teacher, *, max_length: int, max_states: int, rng: np.random.Generator) -> tuple[Moore, int]:
     """The machine whose outputs are the teacher's labels on all words that were tried, and how long these were.
 
-    They are all short words, up to MANY of one length, and MANY random ones (see `probing_words`) each of 8, 16, …,
-    `max_length` symbols. A difference that a share ε of the random ones shows is missed with probability (1−ε)^MANY.
+    They are all short words, up to 512 of one length, and 512 random ones (see `probing_words`) each of 8, 16, …,
+    `max_length` symbols. A difference that a share ε of the random ones shows is missed with probability (1−ε)⁵¹².
     A model that drifts is a small machine on short words only: where twice the length would make more than 8 times the
     states (and more than 64), the result is what was found before. The machine's start has the output `UNKNOWN`.
 
@@ -91,9 +91,9 @@ def learn_lstar(teacher: Teacher, *, max_length: int, max_states: int, rng: np.r
                 self.length = min(2 * self.length, max_length)
 
         def trials(self, machine: Moore) -> Iterator[np.ndarray]:
-            yield rng.integers(len(symbols), size=(FEW, self.length))
+            yield rng.integers(len(symbols), size=(FEW_WORDS, self.length))
             yield short
-            yield probing_words(machine, MANY, self.length, rng)
+            yield probing_words(machine, MANY_WORDS, self.length, rng)
 
     model = Model()
     oracle = Words(symbols, model)
@@ -104,10 +104,11 @@ def learn_lstar(teacher: Teacher, *, max_length: int, max_states: int, rng: np.r
 
 
 def _all_words(symbols: int, max_length: int) -> np.ndarray:
-    """All words [B,T] of the greatest length of which there are at most MANY, but of one symbol at least."""
+    """All words [B,T] of the greatest length of which there are at most 512, but of one symbol at least."""
     if symbols == 1:
         return np.zeros((1, max_length), dtype=np.int64)
-    length = max((t for t in range(1, min(max_length, MANY.bit_length()) + 1) if symbols**t <= MANY), default=1)
+    longest = min(max_length, MANY_WORDS.bit_length())
+    length = max((t for t in range(1, longest + 1) if symbols**t <= MANY_WORDS), default=1)
     return np.indices((symbols,) * length).reshape(length, -1).T
 
 

@@ -16,7 +16,7 @@ from deltaproduct.analysis.moore import Moore, probing_words
 from deltaproduct.analysis.teacher import Teacher, Vocabulary, vocabulary
 from deltaproduct.errors import UsageError
 from deltaproduct.memory import check_memory
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, evaluating
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
 
@@ -78,9 +78,7 @@ def extract(
     what = f"A check of {CHECKED_WORDS} words of {max_length:,} symbols"
     check_memory(what, 2 * 8 * CHECKED_WORDS * max_length, "max_length")
     known = vocabulary(model.config, source)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         teacher = Teacher(model, known)
         learned, learned_length = METHODS[method](
             teacher, max_length=max_length, max_states=max_states, rng=np.random.default_rng([seed, _LEARNING])
@@ -91,8 +89,6 @@ def extract(
         queries = teacher.asked
         words = probing_words(machine, CHECKED_WORDS, max_length, np.random.default_rng([seed, _CHECKING]))
         agreement = float((machine.outputs[machine.run(words)] == teacher.labels(words)).mean())
-    finally:
-        model.train(was_training)
     return Extraction(
         automaton=_automaton(machine, known),
         outputs=tuple(machine.outputs.tolist()),

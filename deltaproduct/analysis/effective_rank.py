@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.analysis.trace import trace, traced_layers
-from deltaproduct.evaluation.windows import Progress, Text, check_length
-from deltaproduct.layers.states import device_of
+from deltaproduct.evaluation.windows import Text, TokensDone, check_length
 from deltaproduct.models import SequenceModel
 
 PAPERS_LENGTH = 16_384  # tokens over which the papers record it
@@ -54,7 +53,7 @@ def effective_ranks(
     *,
     length: int = PAPERS_LENGTH,
     piece: int | None = None,
-    progress: Progress | None = None,
+    progress: TokensDone | None = None,
 ) -> EffectiveRanks:
     """Follow the effective rank of every DeltaProduct head's state over the first T tokens of a text.
 
@@ -69,12 +68,11 @@ def effective_ranks(
     """
     layers = traced_layers(model)
     check_length(text, length)
-    device = device_of(model)
     ranks = {
         layer: torch.empty(length, mixer.num_householder, mixer.num_v_heads, dtype=torch.float64)
         for layer, mixer in layers.items()
     }
-    for layer, start, states in trace(model, text.tokens(0, length)[None].to(device), piece=piece):
+    for layer, start, states in trace(model, text.tokens(0, length)[None], piece=piece):
         found = effective_rank(states[0]).cpu()  # [t,N,HV]
         ranks[layer][start : start + len(found)] = found
         if progress is not None and layer == max(layers):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.states import device_of
-from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.models import ModelConfig, SequenceModel, run_in_pieces
+from deltaproduct.models.sequence_model import PIECE_TOKENS, Piece
 from deltaproduct.tasks import Task
 from deltaproduct.tasks.automata import Automaton
-from deltaproduct.tasks.groups import BlockTask, Group, GroupTask
+from deltaproduct.tasks.group_tasks import BlockTask, GroupTask
+from deltaproduct.tasks.groups import Group
 from deltaproduct.tasks.task import check_fits
 
-PIECE_TOKENS = 1 << 15  # that go through the model at once
 PIECE_FLOATS = 1 << 26  # of states that are held at once
 SKETCH = 128  # numbers that a model's state is summed up in
 
@@ -97,9 +97,8 @@ class Teacher:
     def __init__(self, model: SequenceModel, vocabulary: Vocabulary):
         self.model, self.symbols, self.num_labels = model, len(vocabulary.spelling), model.config.num_labels
         self.asked = 0
-        self._device = device_of(model)
         self._bos, self._spelling = vocabulary.bos, torch.tensor(vocabulary.spelling)  # [s,k]
-        self.before = int(self._call(torch.full((1, 1), self._bos))[0].argmax())
+        self.before = int(self._read(self._begin(1)).x.argmax())
 
     def labels(self, words: np.ndarray) -> np.ndarray:
         """The label after each symbol of words [B,T]: [B,T]."""
@@ -108,7 +107,7 @@ class Teacher:
         rows = max(1, PIECE_TOKENS // (1 + k * words.shape[1]))
         for begin in range(0, len(words), rows):
             piece = self._spelling[torch.from_numpy(words[begin : begin + rows])].flatten(1)  # [rows,T·k]
-            logits, _ = self._call(torch.nn.functional.pad(piece, (1, 0), value=self._bos))
+            logits = self._read(torch.cat([self._begin(len(piece)), piece], dim=1)).x
             found[begin : begin + rows] = logits[:, k::k].argmax(-1).cpu().numpy()
         return found
 
@@ -122,17 +121,20 @@ class Teacher:
         rows = max(1, PIECE_FLOATS // self.model.state_size)
         for begin in range(0, len(words), rows):
             spelled = self._spelling[torch.from_numpy(words[begin : begin + rows])]  # [rows,T,k]
-            _, state = self._call(torch.full((len(spelled), 1), self._bos))
-            for t in range(words.shape[1]):
-                _, state = self._call(spelled[:, t], state)
+            start = self._read(self._begin(len(spelled))).state
+            pieces = run_in_pieces(self.model, spelled.flatten(1), start, piece=spelled.shape[2])
+            for t, (_, _, state) in enumerate(pieces):
                 flat = torch.cat([x.flatten(1).float().cpu() for x in _tensors(state)], dim=1)
                 found[begin : begin + rows, t] = _sketch(flat).numpy()
         return found
 
-    @torch.no_grad()
-    def _call(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        with torch.autocast(self._device.type, enabled=False):
-            return self.model(tokens.to(self._device), state)
+    def _begin(self, words: int) -> Tensor:
+        """BOS of so many words [B,1]."""
+        return torch.full((words, 1), self._bos)
+
+    def _read(self, tokens: Tensor) -> Piece:
+        """What the model says of words [B,T], read at once."""
+        return next(run_in_pieces(self.model, tokens, piece=tokens.shape[1]))
 
 
 def _tensors(state: Any) -> list[Tensor]:

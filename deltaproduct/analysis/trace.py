@@ -4,6 +4,7 @@ B sequences · T tokens · t tokens in a piece · N Householder steps per token 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.layers.deltaproduct import DeltaProductState
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, run_in_pieces
 from deltaproduct.ops import delta_product_states
 from deltaproduct.ops.inputs import l2_normalise
 
@@ -66,19 +67,19 @@ def trace(model: SequenceModel, tokens: Tensor, *, piece: int | None = None) -> 
     if piece is None:
         floats = max(m.num_householder * m.num_v_heads * m.head_dim * m.head_v_dim for m in layers.values())
         piece = max(1, PIECE_FLOATS // (floats * tokens.shape[0]))
-    if piece < 1:
-        raise UsageError(f"piece must be at least 1, not {piece}.")
-    state = None
-    for start in range(0, tokens.shape[1], piece):
-        reads, state = _read(model, layers, tokens[:, start : start + piece], state)
-        for read in reads:
-            yield Traced(read.layer, start, _states(read))
+    pieces = run_in_pieces(model, tokens, piece=piece, hidden=True)
+    while True:
+        with _noted(layers) as reads:
+            read = next(pieces, None)
+        if read is None:
+            return
+        for call in reads:
+            yield Traced(call.layer, read.start, _states(call))
 
 
-def _read(
-    model: SequenceModel, layers: dict[int, DeltaProduct], tokens: Tensor, state: tuple[Any, ...] | None
-) -> tuple[list[_Read], tuple[Any, ...]]:
-    """Let the model read [B,t] tokens: what its layers were called with, and its state afterwards."""
+@contextmanager
+def _noted(layers: dict[int, DeltaProduct]) -> Iterator[list[_Read]]:
+    """What the layers are called with in a `with`."""
     reads: list[_Read] = []
 
     def note(layer: int, mixer: DeltaProduct) -> Any:
@@ -91,11 +92,10 @@ def _read(
 
     hooks = [note(layer, mixer) for layer, mixer in layers.items()]
     try:
-        _, state = model.hidden(tokens, state)
+        yield reads
     finally:
         for hook in hooks:
             hook.remove()
-    return reads, state
 
 
 def _states(read: _Read) -> Tensor:

@@ -1,49 +1,56 @@
-"""What `deltaproduct bench` runs: peers side by side in one process, correct before they are timed."""
+"""What `deltaproduct bench` runs: implementations side by side in one process, correct before they are timed."""
 
 from typing import TYPE_CHECKING
 
 from deltaproduct.late import late
 
 if TYPE_CHECKING:
-    from deltaproduct.benchmarks.decode import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
+    from deltaproduct.benchmarks.generate import GENERATE_MODEL, QUICK_GENERATE_MODEL, bench_generate
+    from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, textbook_loop
     from deltaproduct.benchmarks.mixers import bench_mixers
-    from deltaproduct.benchmarks.ops import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, bench_ops, row_names
-    from deltaproduct.benchmarks.peers import PEERS, textbook_loop
+    from deltaproduct.benchmarks.op_step import bench_op_step
+    from deltaproduct.benchmarks.ops import bench_ops, row_names
     from deltaproduct.benchmarks.report import (
-        DecodeBenchmark,
+        GenerateBenchmark,
         MixersBenchmark,
         OpsBenchmark,
-        OpShape,
+        OpStepBenchmark,
         ScalingBenchmark,
-        StepBenchmark,
         TrainBenchmark,
     )
     from deltaproduct.benchmarks.scaling import SCALING_LENGTHS, bench_scaling
-    from deltaproduct.benchmarks.step import QUICK_STEP_MODEL, STEP_MODEL, bench_step
+    from deltaproduct.benchmarks.shapes import (
+        DEFAULT_SHAPES,
+        GPU_SHAPES,
+        OP_STEP_SHAPE,
+        QUICK_OP_STEP_SHAPE,
+        QUICK_SHAPES,
+        OpShape,
+    )
     from deltaproduct.benchmarks.train import bench_train
 
 __all__ = [
-    "DECODE_SHAPE",
     "DEFAULT_SHAPES",
+    "GENERATE_MODEL",
     "GPU_SHAPES",
-    "PEERS",
-    "QUICK_DECODE_SHAPE",
+    "IMPLEMENTATIONS",
+    "OP_STEP_SHAPE",
+    "QUICK_GENERATE_MODEL",
+    "QUICK_OP_STEP_SHAPE",
     "QUICK_SHAPES",
-    "QUICK_STEP_MODEL",
     "SCALING_LENGTHS",
-    "STEP_MODEL",
-    "DecodeBenchmark",
+    "GenerateBenchmark",
     "MixersBenchmark",
     "OpShape",
+    "OpStepBenchmark",
     "OpsBenchmark",
     "ScalingBenchmark",
-    "StepBenchmark",
     "TrainBenchmark",
-    "bench_decode",
+    "bench_generate",
     "bench_mixers",
+    "bench_op_step",
     "bench_ops",
     "bench_scaling",
-    "bench_step",
     "bench_train",
     "row_names",
     "textbook_loop",
@@ -52,21 +59,39 @@ __all__ = [
 __getattr__, __dir__ = late(
     __name__,
     {
-        "decode": ("DECODE_SHAPE", "QUICK_DECODE_SHAPE", "bench_decode"),
+        "generate": ("GENERATE_MODEL", "QUICK_GENERATE_MODEL", "bench_generate"),
+        "implementations": ("IMPLEMENTATIONS", "textbook_loop"),
         "mixers": ("bench_mixers",),
-        "ops": ("DEFAULT_SHAPES", "GPU_SHAPES", "QUICK_SHAPES", "bench_ops", "row_names"),
-        "peers": ("PEERS", "textbook_loop"),
+        "op_step": ("bench_op_step",),
+        "ops": ("bench_ops", "row_names"),
         "report": (
-            "DecodeBenchmark",
+            "GenerateBenchmark",
             "MixersBenchmark",
+            "OpStepBenchmark",
             "OpsBenchmark",
-            "OpShape",
             "ScalingBenchmark",
-            "StepBenchmark",
             "TrainBenchmark",
         ),
         "scaling": ("SCALING_LENGTHS", "bench_scaling"),
-        "step": ("QUICK_STEP_MODEL", "STEP_MODEL", "bench_step"),
+        "shapes": (
+            "DEFAULT_SHAPES",
+            "GPU_SHAPES",
+            "OP_STEP_SHAPE",
+            "QUICK_OP_STEP_SHAPE",
+            "QUICK_SHAPES",
+            "OpShape",
+        ),
         "train": ("bench_train",),
+    },
+    renamed={
+        "DECODE_SHAPE": "OP_STEP_SHAPE",
+        "PEERS": "IMPLEMENTATIONS",
+        "QUICK_DECODE_SHAPE": "QUICK_OP_STEP_SHAPE",
+        "QUICK_STEP_MODEL": "QUICK_GENERATE_MODEL",
+        "STEP_MODEL": "GENERATE_MODEL",
+        "DecodeBenchmark": "OpStepBenchmark",
+        "StepBenchmark": "GenerateBenchmark",
+        "bench_decode": "bench_op_step",
+        "bench_step": "bench_generate",
     },
 )

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaproduct.benchmarks.peers import first_line
-from deltaproduct.benchmarks.problem import error_limit, judge
+from deltaproduct.benchmarks.correctness import error_limit, judge
+from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import MixerRow, MixersBenchmark
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training
 from deltaproduct.errors import UsageError
@@ -78,7 +78,7 @@ def bench_mixers(
     length = QUICK_LENGTH if quick else training.lengths[stage]
     batch_size = QUICK_BATCH if quick else training.batch_size(stage)
     config = _resized(config, length, batch_size)
-    settings = Settings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
+    settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     tokens = sample_batch(task, config.training, 0, 0)[0].shape[1]
     # All of them before the first is run: an unknown name is noticed at once.
     configs = {name: dataclasses.replace(config, model=config.model.changed(mixer=name)) for name in names}
@@ -126,7 +126,7 @@ def _resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
     return dataclasses.replace(config, training=training)
 
 
-def _check(config: RunConfig, settings: Settings) -> dict[str, Any]:
+def _check(config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
     """`judge` of the loss and the gradients of a few sequences; in float64 the operator is the plain loop."""
     training = config.training
     config = _resized(config, training.lengths[0], min(CHECKED_BATCH, training.batch_size(0)))

@@ -8,40 +8,28 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from deltaproduct.benchmarks.peers import PEERS, first_line
-from deltaproduct.benchmarks.problem import GIB, Problem, error_limit
-from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, OpShape, Row, ShapeResult, main_timing
+from deltaproduct.benchmarks.correctness import error_limit
+from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, first_line
+from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, Row, ShapeResult, main_timing
 from deltaproduct.benchmarks.roofline import MatrixProduct, MemoryCopy
-from deltaproduct.benchmarks.settings import Candidate, Settings, serving
+from deltaproduct.benchmarks.settings import BenchmarkSettings, Candidate, serving
+from deltaproduct.benchmarks.shapes import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, OpShape
 from deltaproduct.benchmarks.timing import Timing, interleaved, peak_extra_bytes
+from deltaproduct.benchmarks.workload import GIB, Workload
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.ops import BACKENDS, resolve_backend
 
-DEFAULT_SHAPES = (OpShape(64, 128, 4, 32, 2), OpShape(16, 512, 8, 64, 3), OpShape(1, 4096, 4, 128, 2))
-QUICK_SHAPES = (OpShape(4, 64, 2, 16, 2),)
-# On a GPU: training, many short sequences, one long one, wide values; each with 1 to 4 steps, gated and not.
-GPU_SHAPES = tuple(
-    OpShape(batch, length, heads, keys, n, gate, values)
-    for batch, length, heads, keys, values in (
-        (8, 4096, 8, 128, None),
-        (32, 512, 8, 64, None),
-        (1, 65536, 8, 128, None),
-        (8, 4096, 16, 128, 256),
-    )
-    for n in (1, 2, 3, 4)
-    for gate in (False, True)
-)
-OURS = ("triton", "triton_precise")  # what a GPU's peers are held against
+OURS = ("triton", "triton_precise")  # what other implementations are held against on a GPU
 PRODUCT, COPY = ("roofline", "product"), ("roofline", "copy")  # keys among what is timed
-LOOPS = ("reference", *(name for name, peer in PEERS.items() if peer.loop))
+LOOPS = ("reference", *(name for name, other in IMPLEMENTATIONS.items() if other.loop))
 LOOP_BYTES = 4 * GIB  # states that a loop may keep for its backward
 LOOP_STEPS = 1 << 14  # Householder steps that a loop may take: beyond them it is launch overhead that is timed
 ZERO_BYTES = 16 * GIB  # zeros that the backward of a loop which indexes its inputs may write
 
 
 def row_names() -> list[str]:
-    """What `backends` may name: every backend of the operator, and every peer."""
-    return [*BACKENDS, *PEERS]
+    """What `backends` may name: every backend of the operator, and every other implementation."""
+    return [*BACKENDS, *IMPLEMENTATIONS]
 
 
 def bench_ops(
@@ -58,12 +46,12 @@ def bench_ops(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> OpsBenchmark:
-    """Check, then time, every backend and every peer on every shape.
+    """Check, then time, every backend and every other implementation on every shape.
 
     Args:
         shapes: None is DEFAULT_SHAPES, or GPU_SHAPES on a GPU, or QUICK_SHAPES when `quick`.
         backends: rows, of `row_names()`; None is all that can serve.
-        against: a peer: its row and those of our own GPU kernels, or, on a CPU, of our fastest backend.
+        against: another implementation: its row and those of our own GPU kernels, or, on a CPU, of our fastest backend.
         device: "auto", "cpu" or "cuda".
         dtype: of the inputs: float64, float32, bfloat16 or float16, or its name; None is float32 on a CPU and bfloat16
             on a GPU.
@@ -79,7 +67,7 @@ def bench_ops(
         UsageError: an unknown backend, device or dtype, one that cannot serve and was named, fewer than one repeat.
     """
     say = progress or (lambda line: None)
-    settings = Settings.of(
+    settings = BenchmarkSettings.of(
         device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick, hard=hard
     )
     if shapes is None:
@@ -87,7 +75,7 @@ def bench_ops(
         shapes = QUICK_SHAPES if quick else usual
     if not shapes:
         raise UsageError("There is no shape to benchmark.")
-    candidates: dict[str, Candidate] = {**BACKENDS, **PEERS}
+    candidates: dict[str, Candidate] = {**BACKENDS, **IMPLEMENTATIONS}
     if against is not None:
         backends = _held_against(against, backends, settings)
     names, unavailable = serving(backends, candidates, settings)
@@ -105,43 +93,46 @@ def bench_ops(
         hard=hard,
         shapes=results,
         unavailable=unavailable,
-        versions={name: version for name in names if name in PEERS and (version := PEERS[name].version)},
+        versions={
+            name: version for name in names if name in IMPLEMENTATIONS and (version := IMPLEMENTATIONS[name].version)
+        },
     )
 
 
-def _held_against(peer: str, backends: Sequence[str] | None, settings: Settings) -> list[str]:
+def _held_against(other: str, backends: Sequence[str] | None, settings: BenchmarkSettings) -> list[str]:
     if backends is not None:
         raise UsageError("--against says which rows there are; leave out --backends.")
-    if peer not in PEERS:
+    if other not in IMPLEMENTATIONS:
         raise UsageError(
-            f"There is no peer {peer!r} to compare with{did_you_mean(peer, PEERS)}; choose from {', '.join(PEERS)}."
+            f"There is no implementation {other!r} to compare with{did_you_mean(other, IMPLEMENTATIONS)}; choose from "
+            f"{', '.join(IMPLEMENTATIONS)}."
         )
     ours = OURS if settings.device.type == "cuda" else (resolve_backend(dtype=settings.compute_dtype)[0],)
-    return [*ours, peer]
+    return [*ours, other]
 
 
 def _bench_shape(
     shape: OpShape,
     names: list[str],
-    settings: Settings,
+    settings: BenchmarkSettings,
     product: MatrixProduct,
     copy: MemoryCopy | None,
     say: Callable[[str], None],
 ) -> ShapeResult:
-    problem = Problem(shape, settings)
+    workload = Workload(shape, settings)
     rows, left_out = [], []
     for name in names:
         if reason := _too_large(name, shape, settings.backward, settings.compute_dtype.itemsize):
             left_out.append(NotRun(name, reason))
             continue
         say(f"{shape.label}: checking {name}")
-        row = problem.check(name)
+        row = workload.check(name)
         if row.status == "timed":
             say(f"{shape.label}: measuring memory of {name}")
             try:  # the first run at full size is also the warm-up
-                work = problem.forward(name) if row.no_backward else problem.work(name)
+                work = workload.forward(name) if row.no_backward else workload.work(name)
                 row.peak_extra_bytes = peak_extra_bytes(work, settings.device)
-                problem.forward(name)()
+                workload.forward(name)()
             except Exception as e:
                 row.status, row.reason = "failed", first_line(e)
         rows.append(row)
@@ -151,15 +142,15 @@ def _bench_shape(
     if copy is not None:
         runs[COPY] = copy
     for row in timed:
-        runs[row.backend, "forward"] = problem.forward(row.backend)
+        runs[row.backend, "forward"] = workload.forward(row.backend)
         if settings.backward and not row.no_backward:
-            runs[row.backend, "forward_backward"] = problem.work(row.backend)
+            runs[row.backend, "forward_backward"] = workload.work(row.backend)
     times = interleaved(runs, repeats=settings.repeats, device=settings.device)
     result = ShapeResult(
         shape,
         shape.label,
         shape.forward_flops,
-        problem.checked_length,
+        workload.checked_length,
         product.roofline(times.pop(PRODUCT)),
         rows,
         left_out,
@@ -182,7 +173,7 @@ def _too_large(name: str, shape: OpShape, backward: bool, itemsize: int) -> str 
     if backward and states > LOOP_BYTES:
         return f"a state per step comes to {states / GIB:.1f} GiB, more than {LOOP_BYTES // GIB}"
     one = 2 * shape.steps * shape.batch * shape.num_heads * shape.head_dim * itemsize  # k and v
-    if name in PEERS and backward and shape.steps * one > ZERO_BYTES:
+    if name in IMPLEMENTATIONS and backward and shape.steps * one > ZERO_BYTES:
         zeros, limit = shape.steps * one / GIB, ZERO_BYTES // GIB
         return f"its backward, quadratic in T, would write {zeros:.0f} GiB of zeros, more than {limit}"
     return None

@@ -9,15 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltaproduct.benchmarks.report import (
-    DecodeBenchmark,
+    GenerateBenchmark,
     MixerRow,
     MixersBenchmark,
     OpsBenchmark,
+    OpStepBenchmark,
     Report,
     Row,
     ScalingBenchmark,
     ShapeResult,
-    StepBenchmark,
     TrainBenchmark,
     TrainRow,
     main_timing,
@@ -36,9 +36,9 @@ def render(report: Report, console: Console) -> None:
             _ops(report, page)
         case ScalingBenchmark():
             _scaling(report, page)
-        case StepBenchmark():
+        case GenerateBenchmark():
             _step(report, page)
-        case DecodeBenchmark():
+        case OpStepBenchmark():
             _decode(report, page)
         case TrainBenchmark():
             _train(report, page)
@@ -96,7 +96,8 @@ def _ops(report: OpsBenchmark, page: _Page) -> None:
     page.note(f"error: max|x − x64| / max|x64| over the output{' and all gradients' if report.backward else ''}.")
     page.note("MiB: most memory in tensors beyond the inputs, results included; native code's own scratch is not seen.")
     if report.versions:
-        page.note(f"Peers: {', '.join(f'{name} {version}' for name, version in report.versions.items())}.")
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        page.note(f"Other implementations: {versions}.")
 
 
 def _shape(result: ShapeResult, report: OpsBenchmark, page: _Page) -> None:
@@ -160,7 +161,7 @@ def _scaling(report: ScalingBenchmark, page: _Page) -> None:
         page.note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
 
 
-def _step(report: StepBenchmark, page: _Page) -> None:
+def _step(report: GenerateBenchmark, page: _Page) -> None:
     m, t = report.model, report.times
     sizes = f"L{m['num_hidden_layers']} D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
     if t is None:
@@ -196,7 +197,7 @@ def _step(report: StepBenchmark, page: _Page) -> None:
         )
 
 
-def _decode(report: DecodeBenchmark, page: _Page) -> None:
+def _decode(report: OpStepBenchmark, page: _Page) -> None:
     shape = report.shape
     title = f"One token, {re.sub('^B[0-9]+ T[0-9]+ ', '', shape.label)}, {report.backend}, µs"
     launches = any(row.launch for row in report.rows)

@@ -1,96 +1,18 @@
-"""What is benchmarked and what comes out: problem shapes, rows and reports, as plain data."""
+"""What comes out of a benchmark: rows and reports, as plain data."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltaproduct.benchmarks.roofline import Roofline
+from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import Timing
-from deltaproduct.errors import UsageError
-
-
-@dataclass(frozen=True)
-class OpShape:
-    """B, T, H (= HV), K, V (None: as K) and N of one problem; `gate` adds a forget gate g."""
-
-    batch: int
-    length: int
-    num_heads: int
-    head_dim: int
-    num_householder: int
-    gate: bool = False
-    value_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "length", "num_heads", "head_dim", "num_householder", "value_dim"):
-            value = self.values if name == "value_dim" else getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} of a benchmark's shape must be a whole number of at least 1, not {value!r}.")
-
-    @classmethod
-    def parse(cls, text: str) -> "OpShape":
-        """The inverse of `label`: "B64 T128 H4 K32 N2", with V before N where it is not K, and " gated" for a gate."""
-        found = re.fullmatch(r"B(\d+)\s*T(\d+)\s*H(\d+)\s*K(\d+)(?:\s*V(\d+))?\s*N(\d+)(\s+gated)?", text.strip())
-        if not found:
-            raise UsageError(f"{text!r} is not a shape; write it as 'B64 T128 H4 K32 N2', or '… N2 gated'.")
-        b, t, h, k, v, n, gate = found.groups()
-        return cls(int(b), int(t), int(h), int(k), int(n), gate is not None, None if v is None else int(v))
-
-    @property
-    def values(self) -> int:
-        """V."""
-        return self.head_dim if self.value_dim is None else self.value_dim
-
-    @property
-    def label(self) -> str:
-        values = "" if self.value_dim is None else f" V{self.value_dim}"
-        sizes = f"B{self.batch} T{self.length} H{self.num_heads} K{self.head_dim}{values} N{self.num_householder}"
-        return sizes + (" gated" if self.gate else "")
-
-    @property
-    def tokens(self) -> int:
-        """B·T."""
-        return self.batch * self.length
-
-    @property
-    def steps(self) -> int:
-        """T·N: what a loop has to do one after another."""
-        return self.length * self.num_householder
-
-    @property
-    def forward_flops(self) -> int:
-        """Multiplications and additions of the recurrent form: B·T·N·HV·(4·K·V) + B·T·HV·2·K·V.
-
-        Per Householder step and head Sᵀk is K·V multiply-adds, 2KV flops, and the rank-one update of S another 2KV;
-        per token the read-out Sᵀq is 2KV. Vectors (β, v − Sᵀk) and the gate are left out: they are of order K, or
-        fused into the update. It is a nominal count, the same for every row, so that rates order as times do; an
-        arrangement that does more arithmetic to use the hardware better is not credited for it.
-        """
-        per_matrix = 2 * self.head_dim * self.values
-        return self.tokens * self.num_heads * per_matrix * (2 * self.num_householder + 1)
-
-    @property
-    def training_flops(self) -> int:
-        """Forward and backward: 4 × `forward_flops` (the forward, its recomputation, and twice it for two operands)."""
-        return 4 * self.forward_flops
-
-    def fewest_bytes(self, itemsize: int, backward: bool) -> int:
-        """What has to be moved at least: every input read once and every result written once, in each of the passes.
-
-        The forward reads q, k, v, β and g and writes o; the backward reads them and the gradient of o, and writes
-        theirs. States stay where they are, and nothing is kept from one pass to the other.
-        """
-        inputs = self.head_dim * (1 + self.num_householder) + (self.values + 1) * self.num_householder + self.gate
-        per_head = inputs + self.values
-        if backward:
-            per_head += 2 * inputs + self.values
-        return self.tokens * self.num_heads * per_head * itemsize
+from deltaproduct.renamed import renamed_names
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """A backend or peer that has no row, and why."""
+    """A backend or another implementation that has no row, and why."""
 
     backend: str
     reason: str
@@ -98,7 +20,7 @@ class NotRun:
 
 @dataclass
 class Row:
-    """One backend or peer on one shape. What was not measured is None.
+    """One backend or another implementation on one shape. What was not measured is None.
 
     `status` is "timed"; "wrong": its error is above the limit or no finite number, so it was not timed; or "failed": it
     raised. `reason` says more in the last two cases. Where only its backward raises it is timed, forward alone, and
@@ -160,8 +82,8 @@ class OpsBenchmark(Report):
     backward: bool
     hard: bool  # inputs of state tracking
     shapes: list[ShapeResult]
-    unavailable: list[NotRun]  # backends and peers that cannot serve here
-    versions: dict[str, str]  # of the peers' packages
+    unavailable: list[NotRun]  # backends and other implementations that cannot serve here
+    versions: dict[str, str]  # of the other implementations' packages
     benchmark: str = field(default="ops", init=False)
 
 
@@ -191,7 +113,7 @@ class ScalingBenchmark(Report):
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class GenerateTimes:
     """Decoding, and what it cannot be faster than. All of it was measured in turn in one run."""
 
     token: Timing  # the next token of each sequence, in the fastest of the ways
@@ -201,14 +123,14 @@ class StepTimes:
     weights_by: dict[str, Timing]  # all of those ways
     states: Timing  # copying as many bytes as the states have
     floor_ms: float  # medians of weights + states
-    floor_gb_per_s: float  # 1e9 bytes a second: `StepBenchmark.moved_bytes` in that time
+    floor_gb_per_s: float  # 1e9 bytes a second: `GenerateBenchmark.moved_bytes` in that time
     ratio: float  # token over floor; 1 is as fast as memory allows
     tokens_per_second: float
 
 
 @dataclass
-class StepBenchmark(Report):
-    """What `bench_step` found. `times` is None if the model's steps are wrong or failed, and `reason` says how."""
+class GenerateBenchmark(Report):
+    """What `bench_generate` found. `times` is None if the model's steps are wrong or failed, and `reason` says how."""
 
     model: dict[str, Any]  # its ModelConfig
     batch_size: int
@@ -219,12 +141,12 @@ class StepBenchmark(Report):
     checked_length: int
     error: float | None  # max|stepwise − whole| / max|whole| of the logits
     reason: str | None
-    times: StepTimes | None
-    benchmark: str = field(default="step", init=False)
+    times: GenerateTimes | None
+    benchmark: str = field(default="generate", init=False)
 
 
 @dataclass
-class DecodeRow:
+class OpStepRow:
     """One batch size; `status` and `reason` as in `Row`. Times are those of one layer's step. What was not measured is
     None."""
 
@@ -241,15 +163,15 @@ class DecodeRow:
 
 
 @dataclass
-class DecodeBenchmark(Report):
-    """What `bench_decode` found."""
+class OpStepBenchmark(Report):
+    """What `bench_op_step` found."""
 
     shape: OpShape  # B and T do not count
     layers: int  # whose states were stepped in turn
     backend: str
     why_backend: str
-    rows: list[DecodeRow]
-    benchmark: str = field(default="decode", init=False)
+    rows: list[OpStepRow]
+    benchmark: str = field(default="ops-step", init=False)
 
 
 @dataclass
@@ -321,3 +243,14 @@ class MixersBenchmark(Report):
 
 def main_timing(row: Row) -> Timing | None:
     return row.forward_backward or row.forward
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "DecodeBenchmark": "OpStepBenchmark",
+        "DecodeRow": "OpStepRow",
+        "StepBenchmark": "GenerateBenchmark",
+        "StepTimes": "GenerateTimes",
+    },
+)

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from deltaproduct.benchmarks.correctness import error_limit
+from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.ops import LOOPS
-from deltaproduct.benchmarks.peers import first_line
-from deltaproduct.benchmarks.problem import Problem, error_limit
-from deltaproduct.benchmarks.report import OpShape, ScalingBenchmark, ScalingPoint
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.report import ScalingBenchmark, ScalingPoint
+from deltaproduct.benchmarks.settings import BenchmarkSettings
+from deltaproduct.benchmarks.shapes import SCALING_SHAPE, OpShape
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
+from deltaproduct.benchmarks.workload import Workload
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import resolve_backend
 
-SCALING_SHAPE = OpShape(1, 4096, 2, 32, 2)
 SCALING_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 QUICK_SCALING_LENGTHS = (256, 512, 1024)
 
@@ -45,7 +46,9 @@ def bench_scaling(
         UsageError: as `bench_ops`, a loop was named, or fewer than two different lengths.
     """
     say = progress or (lambda line: None)
-    settings = Settings.of(device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick)
+    settings = BenchmarkSettings.of(
+        device=device, dtype=dtype, repeats=repeats, backward=backward, seed=seed, quick=quick
+    )
     if lengths is None:
         lengths = QUICK_SCALING_LENGTHS if quick else SCALING_LENGTHS
     shapes = [dataclasses.replace(shape, length=t) for t in sorted(set(lengths))]
@@ -55,24 +58,24 @@ def bench_scaling(
         raise UsageError(f"{backend!r} is a plain loop, which the scaling benchmark leaves out; choose another.")
     name, why = resolve_backend(backend, device=settings.device, dtype=settings.compute_dtype)
 
-    problem = Problem(shapes[0], settings)
+    shortest = Workload(shapes[0], settings)
     say(f"{shapes[0].label}: checking {name}")
-    row = problem.check(name)
+    row = shortest.check(name)
     points: list[ScalingPoint] = []
     if row.status == "timed":
-        problems = {s.length: Problem(s, settings) for s in shapes}
+        workloads = {s.length: Workload(s, settings) for s in shapes}
         memory: dict[int, int | None] = {}
-        for t, p in problems.items():
+        for t, workload in workloads.items():
             say(f"T={t}: measuring memory")
             try:  # the first run at this length is also the warm-up
-                memory[t] = peak_extra_bytes(p.work(name), settings.device)
+                memory[t] = peak_extra_bytes(workload.work(name), settings.device)
             except Exception as e:
                 row.reason = f"T={t} failed: {first_line(e)}"
                 break
         say(f"timing {len(memory)} lengths, {settings.repeats} runs each")
-        runs = {t: problems[t].work(name) for t in memory}
+        runs = {t: workloads[t].work(name) for t in memory}
         times = interleaved(runs, repeats=settings.repeats, device=settings.device)
-        per_token = {t: 1e3 * timing.median_ms / problems[t].shape.tokens for t, timing in times.items()}
+        per_token = {t: 1e3 * timing.median_ms / workloads[t].shape.tokens for t, timing in times.items()}
         first = per_token.get(shapes[0].length, math.nan)  # there are no points without it
         points = [ScalingPoint(t, times[t], us, us / first, memory[t]) for t, us in per_token.items()]
     return ScalingBenchmark(
@@ -84,7 +87,7 @@ def bench_scaling(
         shape=shapes[0],
         label=shapes[0].label,
         error=row.error,
-        checked_length=problem.checked_length,
+        checked_length=shortest.checked_length,
         reason=row.reason,
         points=points,
     )

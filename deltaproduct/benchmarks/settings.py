@@ -10,12 +10,13 @@ from deltaproduct.benchmarks.report import NotRun
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.machine import choose_device, command_line, describe_machine
 from deltaproduct.ops.inputs import DTYPES, compute_dtype
+from deltaproduct.renamed import renamed_names
 
 REPEATS, QUICK_REPEATS = 7, 3
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkSettings:
     """Where, in what precision and how often every row of a benchmark is run."""
 
     device: torch.device
@@ -36,7 +37,7 @@ class Settings:
         seed: int = 0,
         quick: bool = False,
         hard: bool = False,
-    ) -> "Settings":
+    ) -> "BenchmarkSettings":
         """Check what a user asked for.
 
         Args:
@@ -79,15 +80,15 @@ class Settings:
 
 
 class Candidate(Protocol):
-    """A backend or a peer: what may become a row."""
+    """A backend or another implementation: what may become a row."""
 
     @property
-    def obstacle(self) -> Callable[[torch.device, torch.dtype], str | None]:
+    def unsupported_reason(self) -> Callable[[torch.device, torch.dtype], str | None]:
         """None if it can serve, else the reason why not."""
 
 
 def serving(
-    asked: Sequence[str] | None, table: Mapping[str, Candidate], settings: Settings
+    asked: Sequence[str] | None, table: Mapping[str, Candidate], settings: BenchmarkSettings
 ) -> tuple[list[str], list[NotRun]]:
     """The rows of `table` to run, and those that cannot serve, with the reason.
 
@@ -101,8 +102,11 @@ def serving(
             raise UsageError(
                 f"There is no backend {name!r} to benchmark{did_you_mean(name, table)}; choose from {', '.join(table)}."
             )
-        if reason := table[name].obstacle(settings.device, settings.compute_dtype):
+        if reason := table[name].unsupported_reason(settings.device, settings.compute_dtype):
             if asked is not None:
                 raise UsageError(f"{name} cannot serve: {reason}.")
             away.append(NotRun(name, reason))
     return [name for name in names if name not in {other.backend for other in away}], away
+
+
+__getattr__ = renamed_names(__name__, {"Settings": "BenchmarkSettings"})

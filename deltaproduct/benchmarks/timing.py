@@ -1,6 +1,6 @@
-"""How long something takes and how much memory it needs, measured so that peers can be compared.
+"""How long something takes and how much memory it needs, measured so that rows can be compared.
 
-Machines drift: clocks change and other jobs come and go. Peers are therefore run in turn, not one after the other's
+Machines drift: clocks change and other jobs come and go. Rows are therefore run in turn, not one after the other's
 last repeat, and what is reported is the median and the range, never the best alone.
 """
 

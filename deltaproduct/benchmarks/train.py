@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deltaproduct.benchmarks.peers import first_line
-from deltaproduct.benchmarks.problem import Problem, error_limit, judge
-from deltaproduct.benchmarks.report import OpShape, TrainBenchmark, TrainRow
-from deltaproduct.benchmarks.settings import Settings, serving
+from deltaproduct.benchmarks.correctness import error_limit, judge
+from deltaproduct.benchmarks.implementations import first_line
+from deltaproduct.benchmarks.report import TrainBenchmark, TrainRow
+from deltaproduct.benchmarks.settings import BenchmarkSettings, serving
+from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
+from deltaproduct.benchmarks.workload import Workload
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.ops import BACKENDS
@@ -54,11 +56,11 @@ def bench_train(
             training, lengths=(QUICK_LENGTH,), batch_sizes=(QUICK_BATCH,), stage_steps=(), num_samples=None
         )
         config = dataclasses.replace(config, training=training)
-    settings = Settings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
+    settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     check_fits(config.model, get_task(training.task))
     names, unavailable = serving(backends, BACKENDS, settings)
     shape = operator_shape(config)
-    problem = Problem(shape, settings)
+    workload = Workload(shape, settings)
 
     rows: list[TrainRow] = []
     runs: dict[tuple[str, str], Callable[[], object]] = {}
@@ -77,7 +79,7 @@ def bench_train(
                 "forward": trained.forward,
                 "backward": trained.backward,
                 "optimiser": trained.update,
-                "operator": problem.work(name),
+                "operator": workload.work(name),
             }
             if row.status == "timed":
                 trained.prepare_backward()

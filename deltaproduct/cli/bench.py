@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deltaproduct.benchmarks.report import Report
 
 ALL_LENGTH, ALL_BATCH = 256, 64  # of `bench train --all`
+STEP_SIZES = ("num_heads", "head_dim", "num_householder", "gate")  # flags of `bench ops --step`
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,8 @@ class _OperatorBench(_Bench):
 
 @dataclass(kw_only=True)
 class BenchOps(_OperatorBench):
-    """Every backend of the operator and every peer: correctness first, then interleaved timings and the roofline."""
+    """Every backend of the operator and other implementations of it: correctness first, then interleaved timings and
+    the roofline. With --step, one token of the operator instead."""
 
     shapes: Annotated[
         tuple[str, ...],
@@ -76,13 +78,32 @@ class BenchOps(_OperatorBench):
     against: Annotated[
         str | None,
         tyro.conf.arg(
-            help="only this peer, such as fla on a GPU, and what is to beat it; --out then draws a figure too"
+            help="only this implementation, such as fla on a GPU, and what is to beat it; --out then draws a figure too"
         ),
     ] = None
-    backends: Annotated[tuple[str, ...], tyro.conf.arg(help="rows to run, peers too; none: all that can serve")] = ()
+    backends: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="rows to run, other implementations too; none: all that can serve")
+    ] = ()
     hard: Annotated[bool, tyro.conf.arg(help="almost parallel keys and β near 2: how large are the errors?")] = False
+    step: Annotated[
+        bool,
+        tyro.conf.arg(help="time delta_product_step, beside copying its states and, on a GPU, beside an empty kernel"),
+    ] = False
+    batches: Annotated[IntList | None, tyro.conf.arg(help="of --step: sequences decoded at once; None: 1,64,256")] = (
+        None
+    )
+    num_heads: Annotated[int | None, tyro.conf.arg(help="of --step; None: 8, or 2 with --quick")] = None
+    head_dim: Annotated[int | None, tyro.conf.arg(help="of --step; None: 128, or 16 with --quick")] = None
+    num_householder: Annotated[int | None, tyro.conf.arg(help="of --step: steps per token; None: 2")] = None
+    gate: Annotated[bool, tyro.conf.arg(help="of --step: with a forget gate")] = False
 
     def run(self) -> None:
+        if self.step:
+            self._run_step()
+            return
+        for name in ("batches", *STEP_SIZES):
+            if getattr(self, name) not in (None, False):
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --step; give the sizes with --shapes.")
         from deltaproduct.benchmarks import OpShape, bench_ops
         from deltaproduct.plots.benchmark import speedup_figure
         from deltaproduct.plots.style import pyplot
@@ -97,6 +118,18 @@ class BenchOps(_OperatorBench):
         if self.against is not None and self.out is not None:
             ours = report.shapes[0].rows[0].backend
             speedup_figure(report.to_dict()["shapes"], ours, self.against, self.out.with_suffix(".png"))
+
+    def _run_step(self) -> None:
+        for name in ("shapes", "against", "backends", "hard"):
+            if getattr(self, name):
+                raise UsageError(f"--step times one token of one backend; leave out --{name}.")
+        if not self.backward:
+            raise UsageError("--step has no gradients; leave out --no-backward.")
+        from deltaproduct.benchmarks import OP_STEP_SHAPE, QUICK_OP_STEP_SHAPE, bench_op_step
+
+        given = {name: value for name in STEP_SIZES if (value := getattr(self, name)) is not None}
+        shape = dataclasses.replace(QUICK_OP_STEP_SHAPE if self.quick else OP_STEP_SHAPE, **given)
+        self._show(bench_op_step(shape, **self._options("batches", "dtype")))
 
 
 @dataclass(kw_only=True)
@@ -113,30 +146,7 @@ class BenchScaling(_OperatorBench):
 
 
 @dataclass(kw_only=True)
-class BenchDecode(_Bench):
-    """One token of the operator alone, beside copying its states and, on a GPU, beside an empty kernel."""
-
-    batches: Annotated[IntList | None, tyro.conf.arg(help="sequences decoded at once; None: 1,64,256")] = None
-    num_heads: Annotated[int | None, tyro.conf.arg(help="None: 8, or 2 with --quick")] = None
-    head_dim: Annotated[int | None, tyro.conf.arg(help="None: 128, or 16 with --quick")] = None
-    num_householder: Annotated[int, tyro.conf.arg(help="Householder steps per token")] = 2
-    gate: Annotated[bool, tyro.conf.arg(help="with a forget gate")] = False
-    dtype: Annotated[
-        str | None,
-        tyro.conf.arg(help="of queries, keys and values: float32, bfloat16 or float16; None: as in bench ops"),
-    ] = None
-
-    def run(self) -> None:
-        from deltaproduct.benchmarks import DECODE_SHAPE, QUICK_DECODE_SHAPE, bench_decode
-
-        names = ("num_heads", "head_dim", "num_householder", "gate")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        shape = dataclasses.replace(QUICK_DECODE_SHAPE if self.quick else DECODE_SHAPE, **given)
-        self._show(bench_decode(shape, **self._options("batches", "dtype")))
-
-
-@dataclass(kw_only=True)
-class BenchStep(_Bench):
+class BenchGenerate(_Bench):
     """Decoding one token with a whole model, beside the time of streaming its weights and states from memory."""
 
     repeats: Annotated[int | None, tyro.conf.arg(help="timed tokens; None: 20, or 5 with --quick")] = None
@@ -148,12 +158,12 @@ class BenchStep(_Bench):
     batch_size: Annotated[int, tyro.conf.arg(help="sequences decoded at once")] = 1
 
     def run(self) -> None:
-        from deltaproduct.benchmarks import QUICK_STEP_MODEL, STEP_MODEL, bench_step
+        from deltaproduct.benchmarks import GENERATE_MODEL, QUICK_GENERATE_MODEL, bench_generate
 
         names = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "num_householder")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        config = (QUICK_STEP_MODEL if self.quick else STEP_MODEL).changed(**given)
-        self._show(bench_step(config, **self._options("batch_size")))
+        config = (QUICK_GENERATE_MODEL if self.quick else GENERATE_MODEL).changed(**given)
+        self._show(bench_generate(config, **self._options("batch_size")))
 
 
 @dataclass(kw_only=True)
@@ -175,7 +185,7 @@ class BenchTrain(_Bench):
             raise UsageError("--all compares mixers, each with the operator's fastest backend; leave out --backends.")
         from deltaproduct.benchmarks import bench_mixers, bench_train
         from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
-        from deltaproduct.experiments.s3 import s3
+        from deltaproduct.experiments.word_problems import s3
         from deltaproduct.tasks import get_task
         from deltaproduct.training import RunConfig
 

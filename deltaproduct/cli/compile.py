@@ -11,7 +11,8 @@ import tyro
 
 from deltaproduct.cli.outputs import check_new_folder, say
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_format import JSON_EXAMPLE
 from deltaproduct.tasks.dot import DOT_EXAMPLE
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Compile:
         if self.group is not None:
             raise UsageError("--monoid goes with --regex or --automaton: a word problem is one already.")
         if self.regex is not None:
-            from deltaproduct.tasks.automata import from_regex
+            from deltaproduct.tasks.regex_automaton import from_regex
 
             return from_regex(self.regex, self.alphabet)
         if self.from_run is not None:

@@ -34,8 +34,8 @@ class Doctor:
         device = choose_device("auto")
         console.print(f"\nbackends of the operator on {device.type}")
         for name, backend in BACKENDS.items():
-            obstacle = backend.obstacle(device, torch.float32)
-            state = "yes" if obstacle is None else f"no: {obstacle}"
+            reason = backend.unsupported_reason(device, torch.float32)
+            state = "yes" if reason is None else f"no: {reason}"
             console.print(f"{name:>20}  {state} ({backend.summary})", markup=False)
             if name == "cpu" and ENGINE is not None:
                 why = f"{KERNELS_VARIABLE} names them" if os.environ.get(KERNELS_VARIABLE) else "the fastest here"

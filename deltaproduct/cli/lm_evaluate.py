@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from deltaproduct.corpus import Corpus, Split
     from deltaproduct.evaluation.perplexity import Bucket
-    from deltaproduct.evaluation.windows import Progress
+    from deltaproduct.evaluation.windows import TokensDone
     from deltaproduct.models import SequenceModel
     from deltaproduct.training.run_folder import Located
 
@@ -290,7 +290,7 @@ class LmEvaluate:
         return _Found(results, f"{len(results['tasks'])} tasks of lm-eval", _result_table(results))
 
     @contextmanager
-    def _progress(self, tokens: int) -> Iterator[Progress]:
+    def _progress(self, tokens: int) -> Iterator[TokensDone]:
         from deltaproduct.progress import progress_bar
 
         with progress_bar(f"{self.what}, tokens", tokens, show=not self.json) as bar:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deltaproduct.models.streaming import Stream
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet one
-LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
+MOST_BYTES = 4  # bytes of a character in UTF-8, and so the most tokens that it can be spread over
 
 
 class TextStream:
@@ -47,7 +47,7 @@ class TextStream:
         text = self._tokenizer.decode(recent)
         # An unfinished character is decoded as a single replacement, whatever is there of its bytes.
         new = text.removesuffix(UNFINISHED)[self._shown :]
-        self._recent = recent[-LONGEST:]
+        self._recent = recent[-MOST_BYTES:]
         self._shown = len(self._tokenizer.decode(self._recent).removesuffix(UNFINISHED))
         return new
 
@@ -86,13 +86,13 @@ class LmGenerate:
         if stream.position == 0:
             read = [tokenizer.document_token, *read]
         started = perf_counter()
-        stream.read(read)
+        stream.prefill(read)
         reading = perf_counter() - started
 
         text, pieces, tokens = TextStream(tokenizer), [], []
         started = perf_counter()
         with _interrupts_counted() as interrupts:
-            for token in stream.write(self.max_tokens, stop=(tokenizer.document_token,)):
+            for token in stream.generate(self.max_tokens, stop=(tokenizer.document_token,)):
                 tokens.append(token)
                 pieces.append(text.add(token))
                 self._show(pieces[-1])
@@ -127,11 +127,11 @@ class LmGenerate:
         if self.max_tokens < 0:
             raise UsageError(f"max_tokens must be 0 or more, not {self.max_tokens}.")
         from deltaproduct.models.sampling import Sampling
-        from deltaproduct.models.streaming import check_place
+        from deltaproduct.models.streaming import check_conversation_folder
 
         if self.save_state is not None:
             check_folder(self.save_state)
-            check_place(self.save_state)
+            check_conversation_folder(self.save_state)
             make_folder(self.save_state.absolute().parent)
         self._sampling(Sampling())
         if self.prompt_file is not None:

@@ -9,9 +9,11 @@ import tyro
 from deltaproduct.cli.outputs import say
 from deltaproduct.corpus.shakespeare import HELD_OUT
 from deltaproduct.corpus.sidecar import Sidecar
-from deltaproduct.corpus.sources import DOCUMENT_SHARE, KINDS, MODULE_SHARE, TAIL_SHARE
+from deltaproduct.corpus.source import DOCUMENT_SHARE, TAIL_SHARE
+from deltaproduct.corpus.sources import KINDS
+from deltaproduct.corpus.stdlib import MODULE_SHARE
 from deltaproduct.corpus.tokenizer import SPECS
-from deltaproduct.corpus.writer import SHARD_TOKENS, Progress, prepare
+from deltaproduct.corpus.writer import SHARD_TOKENS, PreparationProgress, prepare
 
 _SHARE = (
     f"of what is held out for validation; None: {DOCUMENT_SHARE} of the documents, or the last {TAIL_SHARE} of the "
@@ -54,7 +56,7 @@ class LmPrepare:
 
         with progress_bar("lm prepare, %", 100) as bar:
 
-            def show(progress: Progress) -> None:
+            def show(progress: PreparationProgress) -> None:
                 percent = 100 * progress.done // progress.total if progress.total else 0
                 bar.update(percent, f"{progress.doing}, {progress.tokens:,} tokens")
 

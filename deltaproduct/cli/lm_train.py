@@ -60,8 +60,10 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
     device: Annotated[str, tyro.conf.arg(help="auto, cpu or cuda")] = "auto"
     backend: BackendName = "auto"
     parallel: Annotated[str, tyro.conf.arg(help="ddp: every process has the model; fsdp: each has a share")] = "ddp"
-    spans: Annotated[int, tyro.conf.arg(help="processes that each sequence is divided over")] = 1
-    recompute: Annotated[bool, tyro.conf.arg(help="run blocks again in the backward pass, which saves memory")] = False
+    context_parallel: Annotated[int, tyro.conf.arg(help="processes that each sequence is divided over")] = 1
+    gradient_checkpointing: Annotated[
+        bool, tyro.conf.arg(help="run blocks again in the backward pass, which saves memory")
+    ] = False
     compile: Annotated[bool, tyro.conf.arg(help="torch.compile every block")] = False
     log_every: Annotated[int, tyro.conf.arg(help="steps between metric lines")] = 10
     checkpoint_every: Annotated[int, tyro.conf.arg(help="steps between checkpoints")] = 100
@@ -117,7 +119,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         from deltaproduct.training.metrics import last_metrics
         from deltaproduct.training.run_folder import METRICS
 
-        with Ranks.started(self.device, spans=self.spans) as ranks:
+        with Ranks.started(self.device, context_parallel=self.context_parallel) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
             train_language(
                 self._run_on(corpus),
@@ -127,7 +129,7 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
                 resume=self.resume,
                 backend=self.backend,
                 parallel=self.parallel,
-                recompute=self.recompute,
+                gradient_checkpointing=self.gradient_checkpointing,
                 compile=self.compile,
                 log_every=self.log_every,
                 checkpoint_every=self.checkpoint_every,

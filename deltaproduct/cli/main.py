@@ -31,14 +31,14 @@ class Command(NamedTuple):
     summary: str
 
 
-class Group(NamedTuple):
+class CommandGroup(NamedTuple):
     """Commands that share their first word."""
 
     summary: str
     commands: "Mapping[str, Command]"
 
 
-COMMANDS: "dict[str, Command | Group]" = {
+COMMANDS: "dict[str, Command | CommandGroup]" = {
     "reproduce": Command("reproduce", "Reproduce", "Train and evaluate the runs of an experiment; writes summary.json, "
                          "a table and accuracy.png."),
     "train": Command("train", "Train", "Train one model on one task. The defaults are the recipe that tracks S3 on a "
@@ -53,23 +53,22 @@ COMMANDS: "dict[str, Command | Group]" = {
                        ".dot and .png, and extract.json."),
     "explain": Command("explain", "Explain", "Say what is proven about a class of models and a group: possible, "
                        "impossible or open, and by which theorem."),
-    "tasks": Group("Which tasks there are, and what one looks like.", {
+    "tasks": CommandGroup("Which tasks there are, and what one looks like.", {
         "list": Command("tasks", "TasksList", "List the forms that a task's name can take."),
         "show": Command("tasks", "TasksShow", "Describe one task, with a worked example."),
     }),
-    "bench": Group("Measure this machine and the operator on it.", {
-        "ops": Command("bench", "BenchOps", "Every backend of the operator and every peer: correctness first, then "
-                       "interleaved timings and the roofline."),
+    "bench": CommandGroup("Measure this machine and the operator on it.", {
+        "ops": Command("bench", "BenchOps", "Every backend of the operator and other implementations of it: "
+                       "correctness first, then interleaved timings and the roofline. With --step, one token of the "
+                       "operator instead."),
         "scaling": Command("bench", "BenchScaling", "One backend at growing sequence length: the time per token, which "
                            "stays the same where cost is linear."),
-        "decode": Command("bench", "BenchDecode", "One token of the operator alone, beside copying its states and, on "
-                          "a GPU, beside an empty kernel."),
-        "step": Command("bench", "BenchStep", "Decoding one token with a whole model, beside the time of streaming its "
-                        "weights and states from memory."),
+        "generate": Command("bench", "BenchGenerate", "Decoding one token with a whole model, beside the time of "
+                            "streaming its weights and states from memory."),
         "train": Command("bench", "BenchTrain", "A whole training step of `deltaproduct reproduce s3`, with each "
                          "backend, and its parts; or with each mixer."),
     }),
-    "lm": Group("Language models: their data, training, evaluation and use.", {
+    "lm": CommandGroup("Language models: their data, training, evaluation and use.", {
         "prepare": Command("lm_prepare", "LmPrepare", "Make a corpus for language models: texts to token ids in "
                            "memory-mapped shards, some held out for validation."),
         "train": Command("lm_train", "LmTrain", "Train a language model on a corpus that `lm prepare` made."),
@@ -133,9 +132,11 @@ def _parse(arguments: "Sequence[str]") -> Any:
     if list(arguments) in (["--version"], ["-V"]):
         print(f"{PROGRAM} {deltaproduct.__version__}")
         return None
-    commands: Mapping[str, Command | Group] = COMMANDS
+    from deltaproduct.cli.renamed import with_new_command
+
+    commands: Mapping[str, Command | CommandGroup] = COMMANDS
     names: list[str] = []
-    summary, rest = DESCRIPTION, list(arguments) or ["--help"]
+    summary, rest = DESCRIPTION, with_new_command(arguments, _complain) or ["--help"]
     while True:
         if rest and (rest[0] in ("-h", "--help")):
             _help(" ".join([PROGRAM, *names]), summary, commands)
@@ -160,7 +161,9 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
 
     from deltaproduct.cli.flags import flattened, grouped, nested
     from deltaproduct.cli.mistakes import what_is_wrong
+    from deltaproduct.cli.renamed import with_new_flags
 
+    arguments = with_new_flags(name, arguments, _complain)
     module = import_module(f"deltaproduct.cli.{found.module}")
     # Which flags there are can depend on other flags: on --mixer.
     kind = module.command(arguments) if hasattr(module, "command") else getattr(module, found.name)
@@ -193,7 +196,7 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     return command
 
 
-def _help(program: str, summary: str, commands: "Mapping[str, Command | Group]") -> NoReturn:
+def _help(program: str, summary: str, commands: "Mapping[str, Command | CommandGroup]") -> NoReturn:
     """Print what commands there are."""
     from dataclasses import make_dataclass
     from typing import Annotated, Union

@@ -16,9 +16,9 @@ from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from deltaproduct.cli.flags import LARGEST_INT
-from deltaproduct.errors import nearest
+from deltaproduct.errors import nearest, shortened
 
-LONGEST = 60  # characters of a value that a message repeats
+MAX_REPEATED = 60  # characters of a value that a message repeats
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32: (2 − 2⁻²³) · 2¹²⁷
 _POSITIONAL = typing.get_args(Positional[str])[1]
 _WANTED = {int: "a whole number", float: "a number"}
@@ -96,7 +96,7 @@ def what_is_wrong(
         spelt = spelt if not spelt.startswith("--") else "--" + spelt[2:].replace("_", "-")
         if spelt not in by_name:
             if word.startswith("-") and not _is_number(word) and not only_values:
-                return f"{name} has no flag {_short(spelt)}{_did_you_mean(spelt, by_name, name)}"
+                return f"{name} has no flag {_as_typed(spelt)}{_did_you_mean(spelt, by_name, name)}"
             if not places and only_values:
                 continue
             if not places:
@@ -137,7 +137,7 @@ def no_command(word: str, known: Iterable[str], group: str = "") -> str:
     known = list(known)
     near = nearest(word, known)
     advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
-    return f"{within} no command {_short(word)}; {advice}"
+    return f"{within} no command {_as_typed(word)}; {advice}"
 
 
 def _value(flag: Flag, value: str, name: str) -> str | None:
@@ -149,7 +149,7 @@ def _value(flag: Flag, value: str, name: str) -> str | None:
             return None
         near = nearest(value, flag.choices)
         advice = f"did you mean {near[0]}? " if near else ""
-        return f"{flag.spelt} of {name} cannot be {_short(value)}; {advice}It is one of {', '.join(flag.choices)}."
+        return f"{flag.spelt} of {name} cannot be {_as_typed(value)}; {advice}It is one of {', '.join(flag.choices)}."
     if flag.parser is not None:
         try:
             flag.parser.instance_from_str([value])
@@ -159,11 +159,11 @@ def _value(flag: Flag, value: str, name: str) -> str | None:
         try:
             number = flag.kind(value)
         except ValueError:
-            return f"{flag.spelt} must be {_WANTED[flag.kind]}, not {_short(value)}."
+            return f"{flag.spelt} must be {_WANTED[flag.kind]}, not {_as_typed(value)}."
         if flag.kind is float and not abs(number) <= LARGEST_FLOAT:  # nan too
-            return f"{flag.spelt} must be a number that float32 can hold, not {_short(value)}."
+            return f"{flag.spelt} must be a number that float32 can hold, not {_as_typed(value)}."
         if flag.kind is int and not -LARGEST_INT <= number <= LARGEST_INT:
-            return f"{flag.spelt} must be a whole number of at most {LARGEST_INT:,}, not {_short(value)}."
+            return f"{flag.spelt} must be a whole number of at most {LARGEST_INT:,}, not {_as_typed(value)}."
     elif flag.kind is Path and not value:  # which would be the current folder
         return f"{flag.spelt} must name a file or a folder, and is empty."
     return None
@@ -174,11 +174,12 @@ def _surplus(name: str, word: str, previous: tuple[str, str] | None, flags: dict
         spelt, value = previous
         if flags[spelt].parser is not None:
             return (
-                f"{name} does not know what to do with {_short(word)}: a list has commas and no spaces, such as "
-                f"{spelt} {_short(value).strip(',')},{_short(word).strip(',')}."
+                f"{name} does not know what to do with {_as_typed(word)}: a list has commas and no spaces, such as "
+                f"{spelt} {_as_typed(value).strip(',')},{_as_typed(word).strip(',')}."
             )
-        return f"{name} does not know what to do with {_short(word)}: {spelt} takes one value, and has {_short(value)}."
-    return f"{name} does not know what to do with {_short(word)}; for help: deltaproduct {name} --help"
+        has = f"{spelt} takes one value, and has {_as_typed(value)}"
+        return f"{name} does not know what to do with {_as_typed(word)}: {has}."
+    return f"{name} does not know what to do with {_as_typed(word)}; for help: deltaproduct {name} --help"
 
 
 def _did_you_mean(word: str, known: Iterable[str], name: str) -> str:
@@ -215,7 +216,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _short(word: str) -> str:
+def _as_typed(word: str) -> str:
     """A word as a message repeats it: with quotes only where it would be hard to tell from the text around."""
-    word = word if len(word) <= LONGEST else word[: LONGEST - 1] + "…"
+    word = shortened(word, MAX_REPEATED)
     return word if re.fullmatch(r"[\w.…=/+-]+", word) else repr(word)

@@ -18,7 +18,7 @@ from deltaproduct.files import make_folder
 from deltaproduct.launchers.options import RAY_OPTIONS, SLURM_OPTIONS, parse_options
 
 if TYPE_CHECKING:
-    from deltaproduct.experiments.job import AnyJob
+    from deltaproduct.experiments.job import Job
 
 FIGURE = "accuracy.png"
 MOST_SEEDS = 10_000  # far beyond what anybody trains: more is a slip of the finger
@@ -116,7 +116,7 @@ class Reproduce:
         if summary["failed"]:
             raise UsageError(f"{len(summary['failed'])} of {len(jobs)} runs failed; {self.out / SUMMARY} says why.")
 
-    def _chosen(self, jobs: Sequence[AnyJob]) -> Sequence[AnyJob]:
+    def _chosen(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """The jobs that the flags ask for, changed as they say."""
         if self.only is not None:
             try:

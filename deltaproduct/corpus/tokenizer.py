@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct.corpus.sidecar import shown
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, quoted
 from deltaproduct.files import read_folder, read_json, replaced_folder, write_json, write_text
 
 META = "corpus_tokenizer.json"
@@ -207,7 +206,7 @@ def _load(folder: Path, files: list[str]) -> Tokenizer:
     kind, vocab_size, document_token = meta["kind"], meta["vocab_size"], meta["document_token"]
     if type(vocab_size) is not int or type(document_token) is not int or not 0 <= document_token < vocab_size:
         raise UsageError(
-            f"{folder / META} is damaged: it names the document token {shown(document_token)} of {shown(vocab_size)}."
+            f"{folder / META} is damaged: it names the document token {quoted(document_token)} of {quoted(vocab_size)}."
         )
     tokenizer: Tokenizer
     if kind == ByteTokenizer.kind:
@@ -217,7 +216,7 @@ def _load(folder: Path, files: list[str]) -> Tokenizer:
     elif kind == HubTokenizer.kind:
         tokenizer = HubTokenizer(_auto_tokenizer(str(folder)), document_token)
     else:
-        raise UsageError(f"The tokenizer {folder} is of a kind that this version does not know: {shown(kind)}.")
+        raise UsageError(f"The tokenizer {folder} is of a kind that this version does not know: {quoted(kind)}.")
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(
             f"The tokenizer {folder} has {tokenizer.vocab_size} tokens, but {vocab_size} when it was saved."
@@ -254,7 +253,7 @@ def check_tokenizer(spec: str) -> None:
     if spec.startswith("bpe:"):
         bpe_size(spec)
     elif spec != "bytes" and not spec.startswith("hf:") and not _is_file(spec):
-        raise UsageError(f"There is no tokenizer {shown(spec)}: it should be {SPECS}.")
+        raise UsageError(f"There is no tokenizer {quoted(spec)}: it should be {SPECS}.")
 
 
 def _is_file(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import deltaproduct
 from deltaproduct.corpus.encode import batched, encode_all
-from deltaproduct.corpus.journal import JOURNAL, Journal, Settings, check_free, claim_folder, held
+from deltaproduct.corpus.journal import JOURNAL, CorpusSettings, Journal, check_free, claim_folder, held
 from deltaproduct.corpus.shards import SplitWriter
 from deltaproduct.corpus.sidecar import (
     FORMAT,
@@ -23,14 +23,15 @@ from deltaproduct.corpus.sidecar import (
     Sidecar,
     read_sidecar,
     sealed,
-    shown,
     token_dtype,
     tokenizer_digest,
 )
-from deltaproduct.corpus.sources import Document, Source, make_source
+from deltaproduct.corpus.source import Document, Source
+from deltaproduct.corpus.sources import make_source
 from deltaproduct.corpus.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, make_tokenizer
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, quoted
 from deltaproduct.files import write_json
+from deltaproduct.renamed import renamed_names
 
 SHARD_TOKENS = 2**26
 MOST_SHARD_TOKENS = 2**40  # a file of 2 to 4 TB
@@ -38,7 +39,7 @@ SCAN_SECONDS = 0.2  # between two calls of `progress` while sources are read
 JOURNAL_SECONDS = 10.0  # between two journals where no shard is filled
 
 
-class Progress(NamedTuple):
+class PreparationProgress(NamedTuple):
     """How far a preparation is.
 
     Attributes:
@@ -62,7 +63,7 @@ def prepare(
     validation_share: float | None = None,
     workers: int = 1,
     resume: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[PreparationProgress], None] = lambda _: None,
     remark: Callable[[str], None] = lambda _: None,
 ) -> Sidecar:
     """Make a corpus of all documents of the sources, one source after the other.
@@ -92,7 +93,7 @@ def prepare(
         ("workers", workers, most_workers()),
     ):
         if not 1 <= value <= most:
-            raise UsageError(f"{name} must be at least 1 and at most {most}, not {shown(value)}.")
+            raise UsageError(f"{name} must be at least 1 and at most {most}, not {quoted(value)}.")
     if not sources:
         raise UsageError("A corpus needs at least one --source.")
     check_tokenizer(tokenizer)
@@ -103,7 +104,7 @@ def prepare(
         for spec, source in zip(sources, texts):
             for line in source.remarks:
                 remark(f"{spec}: {line}")
-        settings = Settings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
+        settings = CorpusSettings(tokenizer, shard_tokens, validation_share, [source.description() for source in texts])
         journal = claim_folder(out, settings, resume=resume)
         if journal is not None:
             chosen = _tokenizer(out / TOKENIZER, tokenizer, texts, progress)
@@ -117,7 +118,7 @@ def most_workers() -> int:
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-def _scan(sources: Sequence[Source], share: float | None, progress: Callable[[Progress], None]) -> None:
+def _scan(sources: Sequence[Source], share: float | None, progress: Callable[[PreparationProgress], None]) -> None:
     """Read all sources once; `UsageError` if that is not possible, or if a split would have no document."""
     done, told, total = 0, time.monotonic(), _total(sources)
 
@@ -126,7 +127,7 @@ def _scan(sources: Sequence[Source], share: float | None, progress: Callable[[Pr
         done += size
         if time.monotonic() - told >= SCAN_SECONDS:
             told = time.monotonic()
-            progress(Progress("reading the sources", done, total, 0))
+            progress(PreparationProgress("reading the sources", done, total, 0))
 
     sides: frozenset[str] = frozenset().union(*(source.scan(tick) for source in sources))
     if "train" not in sides:
@@ -138,19 +139,21 @@ def _scan(sources: Sequence[Source], share: float | None, progress: Callable[[Pr
         )
 
 
-def _tokenizer(folder: Path, spec: str, sources: Sequence[Source], progress: Callable[[Progress], None]) -> Tokenizer:
+def _tokenizer(
+    folder: Path, spec: str, sources: Sequence[Source], progress: Callable[[PreparationProgress], None]
+) -> Tokenizer:
     """The tokenizer in `folder`, made and put there first if it is not there yet."""
     if not folder.exists():
         make_tokenizer(spec, lambda: _training_texts(sources, progress)).save(folder)
     return load_tokenizer(folder)
 
 
-def _training_texts(sources: Sequence[Source], progress: Callable[[Progress], None]) -> Iterator[str]:
+def _training_texts(sources: Sequence[Source], progress: Callable[[PreparationProgress], None]) -> Iterator[str]:
     done, total = 0, _total(sources)
     for batch in batched(_documents(sources)):
         yield from batch.texts["train"]
         done += batch.size
-        progress(Progress("learning the tokenizer", done, total, 0))
+        progress(PreparationProgress("learning the tokenizer", done, total, 0))
 
 
 def _write_shards(
@@ -159,7 +162,7 @@ def _write_shards(
     tokenizer: Tokenizer,
     sources: Sequence[Source],
     workers: int,
-    progress: Callable[[Progress], None],
+    progress: Callable[[PreparationProgress], None],
 ) -> None:
     settings, total = journal.settings, _total(sources)
     sha256 = tokenizer_digest(out / TOKENIZER)
@@ -188,7 +191,7 @@ def _write_shards(
                 states = {name: writer.save() for name, writer in writers.items()}
                 Journal(settings, documents, done, states, sha256).write(out)
                 last = now
-            progress(Progress("encoding", done, total, sum(writer.tokens for writer in writers.values())))
+            progress(PreparationProgress("encoding", done, total, sum(writer.tokens for writer in writers.values())))
         if not writers["train"].tokens:
             raise UsageError("The sources have no document to train on: all are empty, blank, or held out.")
         splits = {name: writer.finish() for name, writer in writers.items()}
@@ -214,7 +217,7 @@ def _total(sources: Sequence[Source]) -> int | None:
     return None if None in totals else sum(total or 0 for total in totals)
 
 
-def _versions(tokenizer: Tokenizer, settings: Settings) -> dict[str, str]:
+def _versions(tokenizer: Tokenizer, settings: CorpusSettings) -> dict[str, str]:
     """Of what had a part in the corpus, and of nothing else: they are in its fingerprint."""
     packages = {"tokenizers": ["tokenizers"], "transformers": ["tokenizers", "transformers"]}.get(tokenizer.kind, [])
     if any(source["source"] == "hf" for source in settings.sources):
@@ -227,3 +230,6 @@ def _remove_traces(out: Path) -> None:
     """Remove what only an unfinished corpus needs, and what a kill within the writing of a file leaves."""
     for path in (out / JOURNAL, *out.glob("*.partial"), *out.glob(".*.tmp")):
         path.unlink(missing_ok=True)
+
+
+__getattr__ = renamed_names(__name__, {"Progress": "PreparationProgress"})

@@ -17,7 +17,7 @@ from typing import Any
 from deltaproduct.corpus import Tokenizer
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.evaluation.lm_eval_tasks import FOLDER, OFFLINE_TASKS
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, evaluating
 
 # What arXiv 2411.12537 and 2502.10297 report, all without examples in the prompt, under lm-eval's names for it.
 PAPERS_TASKS = {
@@ -75,25 +75,20 @@ def evaluate_harness(
 
     from deltaproduct.evaluation.harness_model import HarnessModel
 
-    was_training = model.training
-    model.eval()
-    try:
-        # lm-eval prints while it works, and standard output may be somebody's JSON.
-        with redirect_stdout(sys.stderr):
-            results = lm_eval.simple_evaluate(
-                model=HarnessModel(model, tokenizer, batch_size),
-                tasks=load_tasks(tasks),
-                task_manager=TaskManager(include_defaults=False),  # they are loaded: it has nothing to find
-                limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-                # Greedy answers need no seeds, and nobody else's random state is to be moved.
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-    finally:
-        model.train(was_training)
+    # lm-eval prints while it works, and standard output may be somebody's JSON.
+    with evaluating(model), redirect_stdout(sys.stderr):
+        results = lm_eval.simple_evaluate(
+            model=HarnessModel(model, tokenizer, batch_size),
+            tasks=load_tasks(tasks),
+            task_manager=TaskManager(include_defaults=False),  # they are loaded: it has nothing to find
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+            # Greedy answers need no seeds, and nobody else's random state is to be moved.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     return _report(results, lm_eval.__version__, limit)
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from deltaproduct.corpus import Tokenizer
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import device_of
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, evaluating, run_in_pieces
+from deltaproduct.models.sequence_model import Piece
 
 PIECE_TOKENS = 2048  # read, and turned into logits, at once: what bounds memory, whatever a text's length
 
@@ -60,7 +61,7 @@ class Stop(NamedTuple):
 
 
 class HarnessModel(LM):
-    """A `SequenceModel` and its tokenizer behind lm-eval's three questions; the model has to be in evaluation mode.
+    """A `SequenceModel` and its tokenizer behind lm-eval's three questions, answered in evaluation mode.
 
     Every text begins with the document token, as in training. A context is read once, whatever the number of its
     continuations: each goes on from the context's state. Texts of any length are one stream, in pieces, and nothing is
@@ -75,7 +76,7 @@ class HarnessModel(LM):
         if reason := _why_not_by_parts(model):
             raise UsageError(f"The harness calls the parts of a model and not the model itself, and this one {reason}.")
         self.model, self.codec, self.batch_size = model, tokenizer, batch_size
-        self._device = device_of(model)
+        self._device = device_of(model)  # lm-eval's own word for it
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): ln p(continuation | context), and whether it is the greedy one."""
@@ -87,13 +88,12 @@ class HarnessModel(LM):
         pairs = [(start, self.codec.encode(request.args[0])) for request in requests]
         return [score for score, _ in self._answers(pairs, "rolling log-likelihoods")]
 
-    @torch.no_grad()
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """For each (context, options): greedy text up to a stop string, the document token or the most tokens."""
         prompts = [self._encode(request.args[0]) for request in requests]
         stops = [Stop.of(request.args[1]) for request in requests]
         texts = [""] * len(requests)
-        with _bar(len(requests), "texts") as bar:
+        with evaluating(self.model), _bar(len(requests), "texts") as bar:
             for part in _batches(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), self.batch_size):
                 written = self._generate([prompts[i] for i in part], [stops[i] for i in part])
                 for i, text in zip(part, written, strict=True):
@@ -109,14 +109,13 @@ class HarnessModel(LM):
         before = self._encode(context.rstrip())
         return before, self._encode(context + continuation)[len(before) :]
 
-    @torch.no_grad()
     def _answers(self, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[tuple[float, bool]]:
         """`_score` for each pair of context and continuation, both ids."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (context, _) in enumerate(pairs):
             by_context.setdefault(tuple(context), []).append(i)
         answers = [(0.0, True)] * len(pairs)
-        with _bar(len(pairs), what) as bar:
+        with evaluating(self.model), _bar(len(pairs), what) as bar:
             # Those of one length together, the longest first: what does not fit in memory fails at once.
             for contexts in _batches(sorted(by_context, key=len, reverse=True), self.batch_size):
                 reading = self._read(contexts)
@@ -129,16 +128,12 @@ class HarnessModel(LM):
                     bar.update(len(part))
         return answers
 
-    def _pieces(self, rows: Sequence[Sequence[int]], state: Any) -> Iterator[tuple[int, Tensor, Any]]:
-        """Read rows of ids, of any lengths, after `state`: (first column, x [B,t,D], state) piece by piece. Behind a
-        row's end its x means nothing and its state stays."""
+    def _pieces(self, rows: Sequence[Sequence[int]], state: Any) -> Iterator[Piece]:
+        """Read rows of ids, of any lengths, after `state`. Behind a row's end its x means nothing and its state
+        stays."""
         tokens, real = _padded(rows)
-        width = max(1, PIECE_TOKENS // len(rows))
-        for start in range(0, tokens.shape[1], width):
-            columns = slice(start, start + width)
-            mask = None if real[:, columns].all() else real[:, columns].to(self.device)
-            x, state = self.model.hidden(tokens[:, columns].to(self.device), state, mask=mask)
-            yield start, x, state
+        piece = max(1, PIECE_TOKENS // len(rows))
+        return run_in_pieces(self.model, tokens, state, piece=piece, mask=real, hidden=True)
 
     def _read(self, rows: Sequence[Sequence[int]]) -> Reading:
         """Read rows of ids, none empty, from the beginning."""

@@ -7,7 +7,6 @@ the curve itself, and by the state where that is a cache.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation.windows import Progress, Text, check_length, consecutive, evenly_spaced
-from deltaproduct.layers.states import device_of
-from deltaproduct.models import SequenceModel
+from deltaproduct.evaluation.windows import Text, TokensDone, check_length, consecutive, evenly_spaced
+from deltaproduct.models import SequenceModel, evaluating, run_in_pieces
 from deltaproduct.ops.inputs import compute_dtype
 
 BATCH = 8  # windows that go through the model side by side
@@ -83,7 +81,7 @@ def loss_by_position(
     length: int,
     sequences: int | None = None,
     piece: int | None = None,
-    progress: Progress | None = None,
+    progress: TokensDone | None = None,
 ) -> Tensor:
     """The mean loss at each position of windows that are spaced evenly over the text (`evenly_spaced`).
 
@@ -113,7 +111,7 @@ def perplexity(
     context: int,
     sequences: int | None = None,
     piece: int | None = None,
-    progress: Progress | None = None,
+    progress: TokensDone | None = None,
 ) -> Perplexity:
     """The loss on windows that do not overlap, each read from a fresh state.
 
@@ -203,26 +201,22 @@ def _exp(nats: float) -> float:
         return math.inf
 
 
-@torch.no_grad()
 def _sums(
-    model: SequenceModel, text: Text, windows: Sequence[range], piece: int | None, progress: Progress | None
+    model: SequenceModel, text: Text, windows: Sequence[range], piece: int | None, progress: TokensDone | None
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses at each position [L] float64, and of how many [L]; every window from a fresh state."""
     if piece is not None and piece < 1:
         raise UsageError(f"piece must be at least 1, not {piece}.")
-    device = device_of(model)
     length, done = max(map(len, windows)), 0
     total, predicted = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.long)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(windows):
             fits = min(PIECE_TOKENS, PIECE_LOGITS // model.config.num_labels) // len(batch)
-            state = None
-            for span in _pieces(len(batch[0]), piece or max(1, fits)):
-                stream = torch.stack([text.tokens(w[span.start], w[span.stop - 1] + 2) for w in batch]).to(device)
-                with torch.autocast(device.type, enabled=False):
-                    logits, state = model(stream[:, :-1], state)
+            for start, logits, _ in run_in_pieces(model, _inputs(text, batch, piece or max(1, fits))):
+                span = slice(start, start + logits.shape[1])
+                targets = _tokens(text, batch, span.start + 1, span.stop + 1).to(logits.device)
                 losses = F.cross_entropy(
-                    logits.to(compute_dtype(logits)).flatten(0, 1), stream[:, 1:].flatten(), reduction="none"
+                    logits.to(compute_dtype(logits)).flatten(0, 1), targets.flatten(), reduction="none"
                 )
                 total[span] += losses.double().view(len(batch), -1).sum(0).cpu()
                 predicted[span] += len(batch)
@@ -243,19 +237,15 @@ def _batches(windows: Sequence[range]) -> Iterator[Sequence[range]]:
     yield batch
 
 
-def _pieces(length: int, piece: int) -> Iterator[slice]:
-    for lo in range(0, length, piece):
-        yield slice(lo, min(lo + piece, length))
+def _inputs(text: Text, batch: Sequence[range], piece: int) -> Iterator[Tensor]:
+    """The windows' tokens, so many of each at a time."""
+    length = len(batch[0])
+    return (_tokens(text, batch, lo, min(lo + piece, length)) for lo in range(0, length, piece))
 
 
-@contextmanager
-def _evaluating(model: SequenceModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _tokens(text: Text, batch: Sequence[range], start: int, stop: int) -> Tensor:
+    """[B,stop−start]: the text from `start` to `stop`, counted from where each window begins."""
+    return torch.stack([text.tokens(window.start + start, window.start + stop) for window in batch])
 
 
 def _bytes(text: Text, decode: Callable[[list[int]], str], windows: Sequence[range]) -> int:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig
+from deltaproduct.renamed import renamed_names
 
 MOST_WINDOWS = 256  # that are taken where nobody says how many
 APART = 8  # they begin at least L/8 tokens apart
 
-Progress = Callable[[int], None]  # is told how many tokens are done
+TokensDone = Callable[[int], None]  # is told how many tokens are done
 
 
 class Text(Protocol):
@@ -51,8 +52,13 @@ def evenly_spaced(text: Text, length: int, windows: int | None = None) -> list[r
     if not 1 <= windows <= last + 1:
         raise UsageError(f"sequences must be from 1 to {last + 1:,}, the windows of {length:,} tokens in this text, "
                          f"not {windows:,}.")  # fmt: skip
-    starts = [i * last // max(1, windows - 1) for i in range(windows)]
-    return [range(start, start + length) for start in starts]
+    return [range(start, start + length) for start in evenly_spaced_starts(last, windows)]
+
+
+def evenly_spaced_starts(last: int, windows: int, *, reach_last: bool = True) -> list[int]:
+    """Where windows begin, from 0 on: the last of them at `last`, or as far before it as they are apart."""
+    gaps = max(1, windows - 1) if reach_last else windows
+    return [i * last // gaps for i in range(windows)]
 
 
 def consecutive(text: Text, length: int) -> list[range]:
@@ -80,3 +86,6 @@ def check_vocabulary(config: ModelConfig, vocab_size: int) -> None:
         if getattr(config, name) != vocab_size:
             raise UsageError(f"The model has {name}={getattr(config, name)}, but the data have a vocabulary of "
                              f"{vocab_size}; evaluate it on data of its own tokenizer.")  # fmt: skip
+
+
+__getattr__ = renamed_names(__name__, {"Progress": "TokensDone"})

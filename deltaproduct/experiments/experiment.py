@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.experiments.job import AnyJob
+from deltaproduct.experiments.job import Job, Result
 from deltaproduct.experiments.names import Scale
 
-Runs = Sequence[dict[str, Any]]  # results of jobs
+ALL_SCALES: tuple[Scale, ...] = ("cpu", "cpu-long", "paper")
+Runs = Sequence[Result]  # of the jobs that did not fail
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Experiment:
 
     name: str
     summary: str
-    jobs: Callable[[Scale, Sequence[int]], Sequence[AnyJob]]
+    jobs: Callable[[Scale, Sequence[int]], Sequence[Job]]
     table: Callable[[Runs], Table]
     draw: Callable[[Runs, Path], None]
     scales: tuple[Scale, ...] = ("cpu", "paper")
 
-    def at(self, scale: Scale, seeds: Sequence[int]) -> Sequence[AnyJob]:
+    def at(self, scale: Scale, seeds: Sequence[int]) -> Sequence[Job]:
         """The runs at a scale; `UsageError` if there is none of that name."""
         if scale not in self.scales:
             near = did_you_mean(scale, self.scales)

@@ -1,230 +1,189 @@
-"""One run of an experiment: what is trained, what is measured on it, and the doing of both in a folder of its own."""
+"""One run of an experiment: what is trained, what is measured on it, and the doing of both in a folder of its own.
 
+A kind of job has two hooks, `train` and `measure` (task_job.py, language_job.py). What is common to all stands here.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
 from deltaproduct.errors import UsageError
-from deltaproduct.evaluation import LengthResult, evaluate_lengths, evaluate_range, scores
 from deltaproduct.files import read_json, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, train
+from deltaproduct.renamed import renamed_names
+from deltaproduct.training.config import AnyRun
 from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
 
 RESULT = "result.json"
 RUNS = "runs"
-CURVE_POINTS = 200
+
+Result = dict[str, Any]  # what result.json holds
+
+
+class Figures(NamedTuple):
+    """What a kind of job measures: the entries of its result beside those that every result has."""
+
+    numbers: Sequence[str] = ()
+    tables: Mapping[str, Collection[str]] = {}  # those that hold a number under each of some names
+    curve: Sequence[str] = ()  # the lists of numbers, of one length, that the entry "curve" consists of
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a trained model is measured by: its accuracy at each of some lengths, or over a range of them.
-
-    Attributes:
-        lengths: sequence lengths, BOS not counted.
-        length_range: the shortest and the longest; lengths are drawn from it. One of both is given.
-        sequences: sequences of each length, or in all.
-    """
-
-    lengths: tuple[int, ...] = ()
-    length_range: tuple[int, int] | None = None
-    sequences: int = 64
-
-    def __post_init__(self) -> None:
-        if bool(self.lengths) == (self.length_range is not None):
-            raise UsageError("Ask for accuracy either at lengths or over a range of them.")
-
-
-class AnyJob(Protocol):
-    """One run of an experiment, whatever is trained and measured in it.
+class Job(ABC):
+    """One run of an experiment: a record of all that decides its numbers.
 
     Attributes:
         name: of its folder in out/runs.
         label: what tables and figures call it.
-        steps: of its training, for a progress bar.
+        entries: what its result says of the run, in this order.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-
-    def changed(
-        self, *, steps: int | None = None, lengths: tuple[int, ...] | None = None, sequences: int | None = None
-    ) -> "AnyJob":
-        """The job with other training steps, lengths to evaluate at, or evaluation sequences."""
-
-    def prepare(self, out: Path) -> None:
-        """Make what it needs in `out`, before any job runs; `UsageError` if its folder holds another run."""
-
-    def finished(self, out: Path) -> dict[str, Any] | None:
-        """Its result, if it is there."""
-
-    def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
-        """Train and measure it, going on where it was cut off; the result, which result.json in its folder holds."""
-
-    def in_training(self, metrics: Mapping[str, Any]) -> str:
-        """A line of its metrics.jsonl, for a line of progress."""
-
-    def in_short(self, result: Mapping[str, Any]) -> str:
-        """Its result, in a line."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Training on a task: the name of the run's folder, what tables call it, and all that decides its numbers."""
 
     name: str
     label: str
-    config: RunConfig
-    asked: Asked
+    entries: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def train(self, folder: Path) -> None:
+        """Train it in its folder, going on where it was cut off."""
+
+    @abstractmethod
+    def measure(self, model: SequenceModel, folder: Path) -> Result:
+        """What is asked of the trained model, which lies in its folder: the entries of `figures`."""
 
     @property
+    @abstractmethod
     def steps(self) -> int:
-        return self.config.training.steps
+        """Of its training, for a progress bar."""
 
+    @abstractmethod
+    def run_config(self, folder: Path) -> AnyRun:
+        """What is trained in its folder."""
+
+    @abstractmethod
+    def asked(self) -> dict[str, Any]:
+        """What its model is measured by, in plain values: a result that was asked for something else is none of its."""
+
+    @abstractmethod
+    def figures(self) -> Figures:
+        """What `measure` gives."""
+
+    @abstractmethod
+    def details(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+        """Those of `entries` that only this kind of job has, with "task" and "training_length"."""
+
+    @abstractmethod
     def changed(
         self, *, steps: int | None = None, lengths: tuple[int, ...] | None = None, sequences: int | None = None
-    ) -> "Job":
-        training, asked = self.config.training, self.asked
-        if steps is not None:
-            training = replace(training, steps=steps)
-        if sequences is not None:
-            asked = replace(asked, sequences=sequences)
-        if lengths is not None:
-            if asked.length_range is not None:
-                raise UsageError(f"{self.name} is measured over a range of lengths, which --lengths cannot change.")
-            asked = Asked(lengths, sequences=asked.sequences)
-        return replace(self, config=replace(self.config, training=training), asked=asked)
+    ) -> Self:
+        """The job with other training steps, lengths to evaluate at, or evaluation sequences."""
+
+    @abstractmethod
+    def format_progress(self, metrics: Mapping[str, Any]) -> str:
+        """A line of its metrics.jsonl, for a line of progress."""
+
+    @abstractmethod
+    def format_figures(self, result: Result) -> str:
+        """What was measured, for `format_result`."""
+
+    def format_result(self, result: Result) -> str:
+        """Its result, in a line."""
+        return f"{self.label} seed {result['seed']}  {self.format_figures(result)}  ({result['wall_seconds']:.0f} s)"
 
     def prepare(self, out: Path) -> None:
-        if (out / RUNS / self.name).exists():
-            open_run(self.config, out / RUNS / self.name, resume=True)
+        """Make what it needs in `out`, before any job runs; `UsageError` if its folder holds another run."""
+        folder = out / RUNS / self.name
+        if folder.exists():
+            open_run(self.run_config(folder), folder, resume=True)
 
-    def finished(self, out: Path) -> dict[str, Any] | None:
-        return finished_result(self, out)
-
-    def run(self, out: Path, *, threads: int | None = None) -> dict[str, Any]:
-        return run_job(self, out, threads=threads)
-
-    @staticmethod
-    def in_training(metrics: Mapping[str, Any]) -> str:
-        return f"length {metrics['length']}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
-
-    @staticmethod
-    def in_short(result: Mapping[str, Any]) -> str:
-        if isinstance(result["accuracy"], dict):
-            figures = "  ".join(f"{n}: {a:.3f}" for n, a in result["accuracy"].items())
-        else:
-            figures = f"accuracy {result['accuracy']:.3f}, scaled {result['scaled_accuracy']:.3f}"
-        return f"{result['label']} seed {result['seed']}  {figures}  ({result['wall_seconds']:.0f} s)"
-
-
-def run_job(job: Job, out: Path, *, threads: int | None = None) -> dict[str, Any]:
-    """Train and measure one job in out/runs/NAME; what was already finished there is read and not computed again.
-
-    Returns:
-        What result.json holds: the job's name and settings, "wall_seconds" of the training, "accuracy" and
-        "sequence_accuracy" by length with a "curve" over the longest, or single numbers with a "scaled_accuracy" for a
-        range of lengths, and "asked".
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if (result := finished_result(job, out)) is not None:
+    def finished(self, out: Path) -> Result | None:
+        """The result of this very job, asked for the very same, if it is there; `UsageError` if it is damaged."""
+        folder = out / RUNS / self.name
+        if not (folder / RESULT).exists() or not is_finished(folder, self.run_config(folder)):
+            return None
+        result = read_json(folder / RESULT, finite=False)
+        if isinstance(result, dict) and "asked" in result and result["asked"] != self.asked():
+            return None
+        if why := what_is_wrong(result, self.name, self.figures()):
+            raise UsageError(f"{folder / RESULT} is damaged: {why}. Remove it, and the run is measured again.")
         return result
-    folder = out / RUNS / job.name
-    if not is_finished(folder, job.config):
-        train(job.config, folder, resume=True, show=False)
-    model = SequenceModel.from_pretrained(folder / CHECKPOINT)
-    result = described(job, model) | {"wall_seconds": wall_seconds(folder)}
-    result |= measure(model, job) | {"asked": plain(job.asked)}
-    write_json(folder / RESULT, result)
-    seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
-    return result
+
+    def run(self, out: Path, *, threads: int | None = None) -> Result:
+        """Train and measure it in out/runs/NAME, going on where it was cut off; what was finished there is read.
+
+        Returns:
+            What result.json holds: `run_metadata`, what was measured, and "asked".
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if (result := self.finished(out)) is not None:
+            return result
+        folder = out / RUNS / self.name
+        config = self.run_config(folder)
+        if not is_finished(folder, config):
+            self.train(folder)
+        model = SequenceModel.from_pretrained(folder / CHECKPOINT)
+        result = self.run_metadata(config, model) | {"wall_seconds": wall_seconds(folder)}
+        result |= self.measure(model, folder) | {"asked": self.asked()}
+        write_json(folder / RESULT, result)
+        seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
+        return result
+
+    def run_metadata(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+        """What a reader of a table wants to know of a run, in plain values: its `entries`."""
+        found = {
+            "name": self.name,
+            "label": self.label,
+            **mixer_facts(config.model),
+            "num_hidden_layers": config.model.num_hidden_layers,
+            "parameters": model.num_parameters,
+            "seed": config.training.seed,
+            "steps": config.training.steps,
+            "checkpoint": str(Path(RUNS) / self.name / CHECKPOINT),
+        } | self.details(config, model)
+        return {entry: found[entry] for entry in self.entries}
 
 
 def wall_seconds(folder: Path) -> float:
     """How long the finished run in a folder was trained; `UsageError` if its run.json does not say so."""
     values = read_json(folder / RUN)
     found = values.get("wall_seconds") if isinstance(values, dict) else None
-    if not isinstance(found, int | float) or isinstance(found, bool):
+    if found is None or not _is_number(found):
         raise UsageError(f"{folder / RUN} is damaged: it does not say how long the run was trained.")
     return found
 
 
-def finished_result(job: Job, out: Path) -> dict[str, Any] | None:
-    """The result of this very job, asked for the very same, if it is there."""
-    folder = out / RUNS / job.name
-    if not (folder / RESULT).exists() or not is_finished(folder, job.config):
-        return None
-    one = ("accuracy", "scaled_accuracy", "sequence_accuracy") if job.asked.length_range is not None else ()
-    by_length = () if one else ("accuracy", "sequence_accuracy")
-    lists = () if one else ("length", "accuracy", "sequence_accuracy")
-    lengths = [str(n) for n in job.asked.lengths]
-    return read_result(folder / RESULT, job.name, plain(job.asked), one, dict.fromkeys(by_length, lengths), lists)
+def what_is_wrong(result: Any, name: str, figures: Figures) -> str | None:
+    """Why a value is no result of the run of that name, with these figures; None if it is one."""
+    if not isinstance(result, dict) or "asked" not in result:
+        return "it does not say what was asked for"
+    if result.get("name") != name:
+        return f"it is of the run {result.get('name')!r:.80}"
+    for entry in ("label", "task", "mixer"):
+        if not isinstance(result.get(entry), str):
+            return f"{entry} is no text"
+    for entry in ("parameters", "seed", "steps", "training_length", "wall_seconds", *figures.numbers):
+        if not _is_number(result.get(entry)):
+            return f"{entry} is no number"
+    for entry, names in figures.tables.items():
+        table = result.get(entry)
+        if not isinstance(table, dict) or set(table) != set(names) or not all(map(_is_number, table.values())):
+            return f"{entry} is no table of numbers for {', '.join(names)}"
+    lists = result.get("curve") if figures.curve else {}
+    lists = [lists.get(entry) for entry in figures.curve] if isinstance(lists, dict) else [None]
+    if not all(isinstance(x, list) and len(x) == len(lists[0]) and all(map(_is_number, x)) for x in lists):
+        return f"its curve has no numbers for {', '.join(figures.curve)}"
+    return None
 
 
-def read_result(
-    path: Path,
-    name: str,
-    asked: dict[str, Any],
-    figures: Sequence[str],
-    tables: Mapping[str, Collection[str]],
-    curve: Sequence[str],
-) -> dict[str, Any] | None:
-    """What a run's result.json holds; None if it was asked for something else.
-
-    Args:
-        name, asked: of the run.
-        figures: entries that are numbers, beside those that every result has.
-        tables: entries that hold a number under each of some names.
-        curve: the lists of numbers, of one length, that its curve consists of.
-
-    Raises:
-        UsageError: it is no result of this run.
-    """
-    result = read_json(path, finite=False)
-    if isinstance(result, dict) and "asked" in result and result["asked"] != asked:
-        return None
-
-    def number(x: Any) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool)
-
-    def wrong() -> str | None:
-        if not isinstance(result, dict) or "asked" not in result:
-            return "it does not say what was asked for"
-        if result.get("name") != name:
-            return f"it is of the run {result.get('name')!r:.80}"
-        for entry in ("label", "task", "mixer"):
-            if not isinstance(result.get(entry), str):
-                return f"{entry} is no text"
-        for entry in ("parameters", "seed", "steps", "training_length", "wall_seconds", *figures):
-            if not number(result.get(entry)):
-                return f"{entry} is no number"
-        for entry, names in tables.items():
-            table = result.get(entry)
-            if not isinstance(table, dict) or set(table) != set(names) or not all(map(number, table.values())):
-                return f"{entry} is no table of numbers for {', '.join(names)}"
-        lists = result.get("curve") if curve else {}
-        lists = [lists.get(entry) for entry in curve] if isinstance(lists, dict) else [None]
-        if not all(isinstance(x, list) and len(x) == len(lists[0]) and all(map(number, x)) for x in lists):
-            return f"its curve has no numbers for {', '.join(curve)}"
-        return None
-
-    if why := wrong():
-        raise UsageError(f"{path} is damaged: {why}. Remove it, and the run is measured again.")
-    return result
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def plain(asked: Asked) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(asked).items()}
+__getattr__ = renamed_names(__name__, {"AnyJob": "Job", "Asked": "deltaproduct.experiments.task_job.EvaluationSpec"})
 
 
 def mixer_facts(model: ModelConfig) -> dict[str, Any]:
@@ -236,58 +195,3 @@ def mixer_facts(model: ModelConfig) -> dict[str, Any]:
         "num_householder": getattr(options, "num_householder", 2),
         "allow_neg_eigval": getattr(options, "allow_neg_eigval", True),
     }
-
-
-def described(job: Job, model: SequenceModel) -> dict[str, Any]:
-    """What a reader of a table wants to know of a run, in plain values."""
-    training, config = job.config.training, job.config.model
-    longest = training.lengths[-1]
-    return {
-        "name": job.name,
-        "label": job.label,
-        "task": training.task,
-        "chance": get_task(training.task).chance,
-        **mixer_facts(config),
-        "num_hidden_layers": config.num_hidden_layers,
-        "parameters": model.num_parameters,
-        "state_size": model.state_size_after(1 + longest),
-        "seed": training.seed,
-        "steps": training.steps,
-        "training_length": longest,
-        "checkpoint": str(Path(RUNS) / job.name / CHECKPOINT),
-    }
-
-
-def measure(model: SequenceModel, job: Job) -> dict[str, Any]:
-    """The figures of merit that the job asks for."""
-    task, asked = get_task(job.config.training.task), job.asked
-    if asked.length_range is not None:
-        found = evaluate_range(model, task, asked.length_range, sequences=asked.sequences)
-        return {
-            "accuracy": found.accuracy,
-            "scaled_accuracy": found.scaled_accuracy,
-            "sequence_accuracy": found.sequence_accuracy,
-        }
-    results = evaluate_lengths(model, task, asked.lengths, sequences=asked.sequences)
-    return {**scores(results), "curve": accuracy_curve(results[max(results)])}
-
-
-def accuracy_curve(result: LengthResult) -> dict[str, list[float]]:
-    """Accuracy of the prefixes of the longest sequences, at scored positions spaced about evenly on a logarithmic axis:
-    of their tokens, and of the prefixes as wholes."""
-    scored = result.scored_by_position
-    right = (result.by_position.nan_to_num().double() * scored).cumsum(0)
-    total = right / scored.cumsum(0).clamp(min=1)
-    points = torch.logspace(0, torch.log10(torch.tensor(float(result.length))).item(), CURVE_POINTS).round().long()
-    last_scored = torch.arange(1 + result.length).masked_fill(scored == 0, -1).cummax(0).values
-    points = last_scored[points.clamp(1, result.length)].unique()
-    points = points[points >= 0]
-    return {
-        "length": points.tolist(),
-        "accuracy": _rounded(total[points].tolist()),
-        "sequence_accuracy": _rounded(result.prefix_by_position[points].tolist()),
-    }
-
-
-def _rounded(shares: Sequence[float]) -> list[float]:
-    return [round(share, 6) for share in shares]

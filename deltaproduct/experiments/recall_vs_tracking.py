@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from deltaproduct.experiments.experiment import Experiment, Scale
-from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import SMALL, label, sized
 from deltaproduct.experiments.tables import state_size_table
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.plots.figures import accuracy_by_state_size
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig
@@ -30,7 +30,7 @@ HEAD_DIMS = (4, 8, 16, 32)
 SCHEDULES = {"mqar_16_64": ((64,), (800,)), "S3": ((8, 16, 64), (200, 200, 400))}
 
 
-def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[TaskJob]:
     """The runs of `deltaproduct reproduce recall-vs-tracking`: on a laptop one seed at three sizes."""
     quick = scale == "cpu"
     jobs = []
@@ -52,11 +52,11 @@ def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[Job]:
                     fields = {**SMALL, "num_hidden_layers": 2, "head_dim": head_dim}
                     model = sized(get_task(name), fields, **changes)
                     jobs.append(
-                        Job(
+                        TaskJob(
                             f"{name}-{model_name}-k{head_dim}-seed{seed}",
                             label(model),
                             RunConfig(training, model),
-                            Asked(lengths[-1:], sequences=256),
+                            EvaluationSpec(lengths[-1:], sequences=256),
                         )
                     )
     return jobs

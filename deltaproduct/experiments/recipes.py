@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deltaproduct.experiments.job import Asked
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.layers.options import option_names
 from deltaproduct.models import ModelConfig
@@ -27,7 +26,6 @@ PAPER_MODEL: dict[str, Any] = {
     "use_short_conv": False,
 }
 PAPER_SAMPLES, PAPER_EPOCHS = 2_000_000, 100
-PAPER_ASKED = Asked((128, 512), sequences=500_000)
 
 
 def state_tracking_model(task: Task, **changes: Any) -> ModelConfig:

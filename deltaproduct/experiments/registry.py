@@ -1,18 +1,12 @@
-"""The experiments by name. A new one takes its own file and one line here."""
+"""The experiments by name. A new one takes a function that returns its jobs, and one line here."""
 
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.experiments.cyclic import CYCLIC
-from deltaproduct.experiments.dihedral import DIHEDRAL
 from deltaproduct.experiments.experiment import Experiment
 from deltaproduct.experiments.extrapolation import EXTRAPOLATION
-from deltaproduct.experiments.fig1 import FIG1
-from deltaproduct.experiments.fig5 import FIG5
-from deltaproduct.experiments.parity import PARITY
+from deltaproduct.experiments.formal_languages import PARITY, TABLE_CHOMSKY
 from deltaproduct.experiments.recall_vs_tracking import RECALL_VS_TRACKING
-from deltaproduct.experiments.s3 import S3
-from deltaproduct.experiments.swaps import SWAPS
-from deltaproduct.experiments.table_chomsky import TABLE_CHOMSKY
 from deltaproduct.experiments.text import TEXT
+from deltaproduct.experiments.word_problems import CYCLIC, DIHEDRAL, FIG1, FIG5, S3, SWAPS
 
 _ALL = (S3, FIG1, FIG5, PARITY, TABLE_CHOMSKY, CYCLIC, DIHEDRAL, SWAPS, TEXT, RECALL_VS_TRACKING,
         EXTRAPOLATION)  # fmt: skip

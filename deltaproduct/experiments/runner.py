@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import RUNS, AnyJob
+from deltaproduct.experiments.job import RUNS, Job, Result
 from deltaproduct.files import make_folder, write_json, write_text
 from deltaproduct.launchers import default_workers, get_launcher
 from deltaproduct.machine import command_line, describe_machine
@@ -24,7 +24,7 @@ ERROR = "error.txt"
 
 
 def run_jobs(
-    jobs: Sequence[AnyJob],
+    jobs: Sequence[Job],
     out: Path,
     *,
     experiment: str,
@@ -59,12 +59,12 @@ def run_jobs(
     cores = os.cpu_count() or 1
     threads = max(1, cores // workers) if launcher == "local" else None
     by_name = {job.name: job for job in jobs}
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, Result] = {}
     failed: dict[str, str] = {}
 
     with board(experiment, {job.name: job.steps for job in jobs}, show=show) as shown:
 
-        def settle(name: str, outcome: Callable[[], dict[str, Any]]) -> None:
+        def settle(name: str, outcome: Callable[[], Result]) -> None:
             try:
                 done[name] = outcome()
             except UsageError as e:
@@ -73,12 +73,12 @@ def run_jobs(
                 failed[name] = f"{type(e).__name__}: {e}"
                 write_text(make_folder(out / RUNS / name) / ERROR, "".join(traceback.format_exception(e)))
             count = f"[{len(done) + len(failed)}/{len(jobs)}]"
-            shown.end(name, f"{count} {name}: {failed.get(name) or by_name[name].in_short(done[name])}")
+            shown.end(name, f"{count} {name}: {failed.get(name) or by_name[name].format_result(done[name])}")
 
         def tick() -> None:
             for name in by_name.keys() - done.keys() - failed.keys():
                 if metrics := last_metrics(out / RUNS / name / METRICS):
-                    shown.update(name, metrics["step"], by_name[name].in_training(metrics))
+                    shown.update(name, metrics["step"], by_name[name].format_progress(metrics))
 
         calls = {}
         for job in jobs:

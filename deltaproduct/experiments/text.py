@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from deltaproduct.experiments.experiment import Experiment, Scale
-from deltaproduct.experiments.job import Asked, Job
 from deltaproduct.experiments.recipes import label, state_tracking_model
 from deltaproduct.experiments.tables import accuracy_table
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.plots.figures import accuracy_by_length
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig
@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
 LENGTH = 128
 
 
-def text(scale: Scale, seeds: Sequence[int]) -> list[Job]:
+def text(scale: Scale, seeds: Sequence[int]) -> list[TaskJob]:
     """The runs of `deltaproduct reproduce text`: plain text in one layer, and at the longer scale tokens as well, and
     two layers with an MLP."""
     quick = scale == "cpu"
@@ -45,8 +45,9 @@ def text(scale: Scale, seeds: Sequence[int]) -> list[Job]:
             )
             for model_name, changes in MODELS.items():
                 model = state_tracking_model(task, **blocks, **changes)
-                asked = Asked((LENGTH, 4 * LENGTH), sequences=128)
-                jobs.append(Job(f"{name}-{model_name}-seed{seed}", label(model), RunConfig(training, model), asked))
+                evaluation = EvaluationSpec((LENGTH, 4 * LENGTH), sequences=128)
+                run = RunConfig(training, model)
+                jobs.append(TaskJob(f"{name}-{model_name}-seed{seed}", label(model), run, evaluation))
     return jobs
 
 

@@ -18,12 +18,12 @@ from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
-from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, record_linear
+from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, emit_linear
 from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops import delta_product, delta_product_step
+from deltaproduct.ops.context_parallel import ContextParallel, delta_product_context_parallel
+from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.inputs import compute_dtype
-from deltaproduct.ops.spans import Spans, delta_product_span
-from deltaproduct.ops.tape import Tape
 
 
 class DeltaProductState(NamedTuple):
@@ -183,13 +183,14 @@ class DeltaProduct(Mixer):
         return DeltaProductState(recurrent, *(conv.init_state(batch_size, dtype, device) for conv in convs))
 
     def mix(self, x: Tensor, state: DeltaProductState, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaProductState]:
-        if self.spans is not None:
-            state = self._before_my_span(x, state, self.spans)
+        if self.context_parallel is not None:
+            state = self._before_my_span(x, state, self.context_parallel)
         q, k, v, beta, g, histories = self.project(x, state, cu_seqlens)
-        if self.spans is not None:
-            o, recurrent = delta_product_span(
-                q, k, v, beta, g, spans=self.spans, initial_state=state.recurrent, qk_l2norm=True, backend=self.backend
-            )
+        if self.context_parallel is not None:
+            o, recurrent = delta_product_context_parallel(
+                q, k, v, beta, g, context_parallel=self.context_parallel, initial_state=state.recurrent, qk_l2norm=True,
+                backend=self.backend,
+            )  # fmt: skip
             recurrent = recurrent.clone()  # it is a slice of the states after all spans
         elif x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
@@ -226,7 +227,9 @@ class DeltaProduct(Mixer):
             o = o * F.silu(rearrange(self.g_proj(x), "b t (h v) -> b t h v", h=self.num_v_heads))
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
 
-    def _before_my_span(self, x: Tensor, state: DeltaProductState, spans: Spans) -> DeltaProductState:
+    def _before_my_span(
+        self, x: Tensor, state: DeltaProductState, context_parallel: ContextParallel
+    ) -> DeltaProductState:
         """The state with the histories that this rank's convolutions begin with: what the last tokens of the rank
         before project to. The first rank's are the state's own."""
         past = self.q_conv1d.width - 1 if self.use_short_conv else 0
@@ -234,10 +237,10 @@ class DeltaProduct(Mixer):
             return state
         if x.shape[1] < past:
             raise UsageError(f"A span of {x.shape[1]} tokens is less than the {past} that a convolution looks back.")
-        border = spans.before(x[:, x.shape[1] - past :])
+        border = context_parallel.before(x[:, x.shape[1] - past :])
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # Of no tokens, zeros, the projections are zeros too, and the state's histories are all there is.
-        own = state[1:] if spans.rank == 0 else (0, 0, 0)
+        own = state[1:] if context_parallel.rank == 0 else (0, 0, 0)
         histories = [proj(border) + mine for proj, mine in zip(projections, own, strict=True)]
         return DeltaProductState(state.recurrent, *histories)
 
@@ -283,36 +286,36 @@ class DeltaProduct(Mixer):
             g = -self.A_log.to(dtype).exp() * F.softplus(rate.to(dtype) + self.dt_bias.to(dtype))
         return q, k, v, beta, g, histories
 
-    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> DeltaProductState:
-        n, heads, key_heads, batch = self.num_householder, self.num_v_heads, self.num_heads, tape.batch_size
-        with tape.together():
-            projected = [record_linear(tape, proj, x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-            logits = record_linear(tape, self.b_proj, x)
-            rate = record_linear(tape, self.a_proj, x) if self.use_forget_gate else None
-            output_gate = record_linear(tape, self.g_proj, x) if self.use_output_gate else None
+    def emit(self, program: EngineProgram, x: Tensor, onto: Tensor) -> DeltaProductState:
+        n, heads, key_heads, batch = self.num_householder, self.num_v_heads, self.num_heads, program.batch_size
+        with program.independent():
+            projected = [emit_linear(program, proj, x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            logits = emit_linear(program, self.b_proj, x)
+            rate = emit_linear(program, self.a_proj, x) if self.use_forget_gate else None
+            output_gate = emit_linear(program, self.g_proj, x) if self.use_output_gate else None
         convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.use_short_conv else [None] * 3
-        with tape.together():
+        with program.independent():
             qkv, histories = zip(
                 *(
-                    tape.convolution(y, None if conv is None else conv.weight, self.qkv_activation)
+                    program.convolution(y, None if conv is None else conv.weight, self.qkv_activation)
                     for y, conv in zip(projected, convs, strict=True)
                 ),
                 strict=True,
             )
-            beta = tape.sigmoid(logits, 2.0 if self.allow_neg_eigval else 1.0)
-            g = None if rate is None else tape.gate(rate, self.A_log, self.dt_bias)
+            beta = program.sigmoid(logits, 2.0 if self.allow_neg_eigval else 1.0)
+            g = None if rate is None else program.gate(rate, self.A_log, self.dt_bias)
         q, k, v = qkv
-        o, recurrent = tape.token(
+        o, recurrent = program.token(
             q.view(batch, key_heads, self.head_dim),
             k.view(batch, n, key_heads, self.head_dim),
             v.view(batch, n, heads, self.head_v_dim),
             beta.view(batch, n, heads),
             g,
         )
-        o = self.o_norm.record(tape, o).view(batch, -1)
+        o = self.o_norm.emit(program, o).view(batch, -1)
         if output_gate is not None:
-            o = tape.silu_times(output_gate, o)
-        record_linear(tape, self.o_proj, o, onto)
+            o = program.silu_times(output_gate, o)
+        emit_linear(program, self.o_proj, o, onto)
         return DeltaProductState(recurrent, *histories)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.options import MixerOptions, option_names
 from deltaproduct.layers.states import copied
+from deltaproduct.ops.context_parallel import ContextParallel
+from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.inputs import check_cu_seqlens
-from deltaproduct.ops.spans import Spans
-from deltaproduct.ops.tape import Tape
 
 
 class Mixer(nn.Module, ABC):
@@ -33,8 +33,8 @@ class Mixer(nn.Module, ABC):
     takes_norm_eps: ClassVar[bool] = True  # whether the constructor has a norm_eps, which is the model's
     backend: str = "auto"  # of the operator, for the mixers that have a choice
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
-    divisible: ClassVar[bool] = False  # whether `spans` is looked at
-    spans: Spans | None = None  # the processes that a sequence is divided over; None: this one has all of it
+    divisible: ClassVar[bool] = False  # whether `context_parallel` is looked at
+    context_parallel: ContextParallel | None = None  # the processes that each has a part of a sequence; None: no others
     drawn_after: ClassVar[str | None] = None  # the child after which the constructor draws the mixer's own parameters
     _form: Any = None  # of its states, once a state has been given
 
@@ -93,7 +93,7 @@ class Mixer(nn.Module, ABC):
         Raises:
             UsageError: cu_seqlens, mask or state are not of the kind and the shapes that they should be.
         """
-        if self.spans is not None and (mask is not None or cu_seqlens is not None):
+        if self.context_parallel is not None and (mask is not None or cu_seqlens is not None):
             raise UsageError("A sequence divided over processes can be neither padded nor packed.")
         if mask is not None:
             if cu_seqlens is not None:
@@ -114,7 +114,7 @@ class Mixer(nn.Module, ABC):
         else:
             if not torch.compiler.is_compiling():  # a compiled graph has been traced with states of its own sizes
                 self.check_state(state, sequences, x.device)
-            if x.shape[1] == 0 and self.spans is None:
+            if x.shape[1] == 0 and self.context_parallel is None:
                 return x.new_zeros(x.shape), copied(state)
         return self.mix(x, state, cu_seqlens)
 
@@ -159,11 +159,11 @@ class Mixer(nn.Module, ABC):
         if problem := _problem(self._form, state, sequences, device):
             raise UsageError(f"This state is not one of {type(self).__name__}'s for this call: {problem}.")
 
-    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> Any:
-        """Record one token for native decoding: the mixer's output for x [B,D] is added to `onto` [B,D].
+    def emit(self, program: EngineProgram, x: Tensor, onto: Tensor) -> Any:
+        """Emit one token for native decoding: the mixer's output for x [B,D] is added to `onto` [B,D].
 
         Returns:
-            The state, as tensors that every playing of the tape moves on in place.
+            The state, as tensors that every run of the program moves on in place.
 
         Raises:
             UsageError: this mixer has no native decoding; calling it token by token with the carried state always goes.

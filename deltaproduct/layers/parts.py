@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import input_options
+from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.norm import rms_norm
-from deltaproduct.ops.tape import Tape
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
 
 
-def record_linear(tape: Tape, linear: nn.Linear, x: Tensor, onto: Tensor | None = None) -> Tensor:
+def emit_linear(program: EngineProgram, linear: nn.Linear, x: Tensor, onto: Tensor | None = None) -> Tensor:
     """Record a projection, and its bias if there is one, for native decoding; it is added to `onto` if given."""
-    return tape.product(x, linear.weight, bias=linear.bias, onto=onto)
+    return program.product(x, linear.weight, bias=linear.bias, onto=onto)
 
 
 class RMSNorm(nn.Module):
@@ -43,9 +43,9 @@ class RMSNorm(nn.Module):
             dtype = compute_dtype(x)  # PyTorch's own forward is the better one, by far where a single token is decoded
             return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
-    def record(self, tape: Tape, x: Tensor) -> Tensor:
+    def emit(self, program: EngineProgram, x: Tensor) -> Tensor:
         """Record this for native decoding."""
-        return tape.norm(x, self.weight, self.eps)
+        return program.norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -182,8 +182,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def record(self, tape: Tape, x: Tensor, onto: Tensor) -> None:
+    def emit(self, program: EngineProgram, x: Tensor, onto: Tensor) -> None:
         """Record this for native decoding: the output is added to `onto`."""
-        with tape.together():
-            gate, up = record_linear(tape, self.gate_proj, x), record_linear(tape, self.up_proj, x)
-        record_linear(tape, self.down_proj, tape.silu_times(gate, up), onto)
+        with program.independent():
+            gate, up = emit_linear(program, self.gate_proj, x), emit_linear(program, self.up_proj, x)
+        emit_linear(program, self.down_proj, program.silu_times(gate, up), onto)

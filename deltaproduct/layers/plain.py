@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from deltaproduct.layers.parts import GateProjection, ShortConvolution
 
 METHODS = ("forward", "hidden", "mix", "project")  # what says how a module computes
-# Modules that have no `record` and need none.
+# Modules that have no `emit` and need none.
 LEAVES = (nn.Linear, GateProjection, nn.Embedding, nn.ModuleList, ShortConvolution)
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -23,16 +23,16 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def unusual(module: nn.Module, owner: type[nn.Module] | None = None) -> str | None:
     """Why the weights inside a module do not say what it computes, as the rest of a sentence; None if they do.
 
-    Known are the classes of LEAVES and every class that has a `record` of its own: whoever overrides its
-    forward without its `record` is not known.
+    Known are the classes of LEAVES and every class that has a `emit` of its own: whoever overrides its
+    forward without its `emit` is not known.
 
     Args:
-        owner: a class without `record` whose `METHODS` the caller knows.
+        owner: a class without `emit` whose `METHODS` the caller knows.
     """
     kind = type(module)
     if kind not in LEAVES:
         if owner is None:
-            owner = next((base for base in kind.__mro__ if "record" in vars(base)), None)
+            owner = next((base for base in kind.__mro__ if "emit" in vars(base)), None)
         if owner is None or not issubclass(kind, owner):
             return f"is of the class {kind.__name__}, whose weights alone do not say what it computes"
         for base in kind.__mro__[: kind.__mro__.index(owner)]:

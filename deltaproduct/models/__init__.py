@@ -6,16 +6,16 @@ from deltaproduct.late import late
 
 if TYPE_CHECKING:
     from deltaproduct.models.config import ModelConfig
-    from deltaproduct.models.decoder import Decoder
-    from deltaproduct.models.sequence_model import SequenceModel
+    from deltaproduct.models.decoding import Decoder
+    from deltaproduct.models.sequence_model import SequenceModel, evaluating, run_in_pieces
 
-__all__ = ["Decoder", "ModelConfig", "SequenceModel"]
+__all__ = ["Decoder", "ModelConfig", "SequenceModel", "evaluating", "run_in_pieces"]
 
 __getattr__, __dir__ = late(
     __name__,
     {
         "config": ("ModelConfig",),
-        "decoder": ("Decoder",),
-        "sequence_model": ("SequenceModel",),
+        "decoding": ("Decoder",),
+        "sequence_model": ("SequenceModel", "evaluating", "run_in_pieces"),
     },
 )

@@ -395,7 +395,9 @@ def _from_earlier(values: Mapping[str, Any], *, strict: bool = False) -> ModelCo
 
 def _layer_from(name: str, flat: Mapping[str, Any], override: Mapping[str, Any], used: set[str]) -> MixerOptions:
     """A layer's record: the model's options with the layer's own, those of other mixers left out."""
-    kind = get_mixer(override.get("mixer", name)).options
+    if not isinstance(name := override.get("mixer", name), str):
+        raise UsageError(f"A layer's mixer must be a string, not {name!r:.40}.")
+    kind = get_mixer(name).options
     mine = {key: x for key, x in (dict(flat) | dict(override)).items() if key in option_names(kind)}
     used |= mine.keys()
     return _options_from({"name": kind.name, **mine})

@@ -29,6 +29,7 @@ from deltaproduct.files import replaced_folder, write_json, write_text
 from deltaproduct.models.config import ModelConfig
 from deltaproduct.models.sequence_model import SequenceModel, write_tensors
 from deltaproduct.models.states import from_named, initial_state, named_tensors
+from deltaproduct.renamed import renamed_names
 
 TOLERANCE = 1e-5  # of a step from the model's, where nothing larger follows from the model's size
 STEPS, BATCHES, TRACED_BATCH = 32, (1, 3), 2  # what is checked; the batch that is traced is none of those checked
@@ -38,7 +39,7 @@ TOKENS, LOGITS, NEXT = "tokens", "logits", "next."
 Program = Callable[..., list[Tensor]]  # called with tokens [B] and the state's tensors; gives logits [B,V] and theirs
 
 
-class Step(nn.Module):
+class DecodingStep(nn.Module):
     """One token of each sequence: forward(tokens [B], *state) → (logits [B,V], *state), the state as plain tensors."""
 
     def __init__(self, model: SequenceModel):
@@ -67,7 +68,7 @@ class Step(nn.Module):
         return [named[name] for name in self.names]
 
 
-def trace(step: Step) -> ExportedProgram:
+def trace(step: DecodingStep) -> ExportedProgram:
     """The step as a graph of PyTorch's own operators, for any batch size.
 
     Raises:
@@ -90,7 +91,7 @@ def trace(step: Step) -> ExportedProgram:
     return program
 
 
-def _write_onnx(step: Step, path: Path) -> None:
+def _write_onnx(step: DecodingStep, path: Path) -> None:
     if step.model.head.weight.device.type != "cpu":
         raise UsageError("Exporting to ONNX takes a model on the CPU; the graph is for all devices.")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -120,7 +121,7 @@ def _open_onnx(path: Path) -> Program:
     return run
 
 
-def _write_aotinductor(step: Step, path: Path) -> None:
+def _write_aotinductor(step: DecodingStep, path: Path) -> None:
     program = trace(step)
     with _one_line("compiled by AOTInductor"), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -135,7 +136,7 @@ class Format:
     """A way to write the program: the name of its file, what writes and opens it, and how a user calls it."""
 
     file: str
-    write: Callable[[Step, Path], None]
+    write: Callable[[DecodingStep, Path], None]
     open: Callable[[Path], Program]
     usage: str
 
@@ -196,7 +197,7 @@ def export_step(model: SequenceModel, folder: str | Path, to: str) -> dict[str, 
         raise UsageError(f"There is no format {to!r} to export to; choose from {', '.join(FORMATS)}.")
     if folder.exists():
         raise UsageError(f"{folder} already exists; choose another folder.")
-    step = Step(model)
+    step = DecodingStep(model)
     with replaced_folder(folder) as fresh:
         try:
             return _write(step, fresh, to)
@@ -205,7 +206,7 @@ def export_step(model: SequenceModel, folder: str | Path, to: str) -> dict[str, 
             raise
 
 
-def _write(step: Step, folder: Path, to: str) -> dict[str, Any]:
+def _write(step: DecodingStep, folder: Path, to: str) -> dict[str, Any]:
     model, format = step.model, FORMATS[to]
     format.write(step, folder / format.file)
     difference, allowed = largest_difference(step, format.open(folder / format.file)), tolerance(model.config)
@@ -229,7 +230,7 @@ def _write(step: Step, folder: Path, to: str) -> dict[str, Any]:
     return description
 
 
-def describe(step: Step) -> dict[str, Any]:
+def describe(step: DecodingStep) -> dict[str, Any]:
     """The names, shapes and dtypes of what goes in and comes out, in order; "batch" stands for the number of sequences.
 
     `initial` says what a sequence's state begins with: "zeros", or the file that holds it.
@@ -256,7 +257,7 @@ def describe(step: Step) -> dict[str, Any]:
 def tolerance(config: ModelConfig) -> float:
     """How far a step in float32 may be from another order of the same sums: 8·u·L·(√n + N), or TOLERANCE if more.
 
-    L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench step`, for one token.
+    L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench generate`, for one token.
     """
     heads = max(getattr(x, "num_heads", 0) * getattr(x, "head_dim", 0) for x in config.mixers)
     longest = max(config.hidden_size, config.mlp_size, heads)
@@ -265,7 +266,7 @@ def tolerance(config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def largest_difference(step: Step, program: Program) -> float:
+def largest_difference(step: DecodingStep, program: Program) -> float:
     """How far a program's steps are from the model's, over STEPS random tokens, each from the state that the model has.
 
     Not from a state of the program's own: where nothing decays, rounding adds up, so that after a few dozen tokens
@@ -313,3 +314,6 @@ def _one_line(done: str) -> Iterator[None]:
         raise UsageError(f"This model's step cannot be {done}: {sentence}.") from e
     finally:
         logging.disable(disabled)
+
+
+__getattr__ = renamed_names(__name__, {"Step": "DecodingStep"})

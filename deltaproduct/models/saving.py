@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.plain import METHODS
 
-RUNTIME = ("training", "backend", "recompute", "gradient_checkpointing")  # how a model runs, which is nobody's option
+RUNTIME = ("training", "backend", "gradient_checkpointing")  # how a model runs, which is nobody's option
 
 
 def check_is_its_configuration(model: nn.Module, described: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -3,9 +3,10 @@
 B batch · T tokens · D hidden size · S packed sequences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from deltaproduct.models.saving import check_is_its_configuration, own_class, wi
 from deltaproduct.models.size import check_stored
 from deltaproduct.models.weights import WEIGHTS, check_weights, read_weights, write_tensors
 from deltaproduct.ops import resolve_backend
-from deltaproduct.ops.spans import Spans
-from deltaproduct.ops.tape import Tape
+from deltaproduct.ops.context_parallel import ContextParallel
+from deltaproduct.ops.engine_program import EngineProgram
+
+PIECE_TOKENS = 1 << 15  # of all sequences together, that go through a model at once where nobody says how many
 
 
 def check_layers(state: Any, layers: int) -> None:
@@ -57,11 +60,11 @@ class Block(nn.Module):
             x = x + self.mlp(self.mlp_norm(x))
         return x, state
 
-    def record(self, tape: Tape, x: Tensor) -> Any:
-        """Record one token for native decoding, x [B,D] in place; returns the mixer's state (`Mixer.record`)."""
-        state = self.mixer.record(tape, self.mixer_norm.record(tape, x), onto=x)
+    def emit(self, program: EngineProgram, x: Tensor) -> Any:
+        """Emit one token for native decoding, x [B,D] in place; returns the mixer's state (`Mixer.emit`)."""
+        state = self.mixer.emit(program, self.mixer_norm.emit(program, x), onto=x)
         if self.mlp is not None:
-            self.mlp.record(tape, self.mlp_norm.record(tape, x), onto=x)
+            self.mlp.emit(program, self.mlp_norm.emit(program, x), onto=x)
         return state
 
 
@@ -78,7 +81,7 @@ def draw_with_deviation(module: nn.Module, config: Any) -> None:
 class SequenceModel(nn.Module):
     """A stack of blocks that labels every position of a token sequence; `config` says of what."""
 
-    recompute: bool = False  # blocks keep only their inputs for the backward pass and run a second time in it
+    gradient_checkpointing: bool = False  # blocks keep only their inputs for the backward pass and run again in it
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -146,7 +149,7 @@ class SequenceModel(nn.Module):
         if state is not None:
             check_layers(state, len(self.blocks))
         x = self.embedding(tokens)
-        again = self.recompute and torch.is_grad_enabled()
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
@@ -156,6 +159,18 @@ class SequenceModel(nn.Module):
                 x, after = block(x, before, cu_seqlens=cu_seqlens, mask=mask)
             states.append(after)
         return self.norm(x), tuple(states)
+
+    def run_in_pieces(
+        self,
+        tokens: Tensor | Iterable[Tensor],
+        state: tuple[Any, ...] | None = None,
+        *,
+        piece: int | None = None,
+        mask: Tensor | None = None,
+        hidden: bool = False,
+    ) -> "Iterator[Piece]":
+        """Read a sequence in pieces, carrying the state: `run_in_pieces` below, with this model."""
+        return run_in_pieces(self, tokens, state, piece=piece, mask=mask, hidden=hidden)
 
     @property
     def is_tied(self) -> bool:
@@ -179,8 +194,8 @@ class SequenceModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens: the embedding's device (`device_of`)."""
-        return device_of(self.embedding)
+        """Where the model takes its tokens (`device_of`): the embedding's device."""
+        return device_of(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,18 +209,19 @@ class SequenceModel(nn.Module):
             mixer.backend = name
         return self
 
-    def divide_over(self, spans: Spans | None) -> Self:
-        """Have each of several processes hold a span of every sequence, and run the same model on it (`ops.spans`).
+    def use_context_parallel(self, context_parallel: ContextParallel | None) -> Self:
+        """Have each of several processes hold a span of every sequence, and run the same model on it.
 
-        The model then takes the span's tokens and gives their logits; a state that it is given is the whole sequence's.
+        The model then takes the span's tokens and gives their logits; a state that it is given is the whole sequence's
+        (`ops.context_parallel`).
 
         Raises:
             UsageError: a mixer cannot be divided that way.
         """
         for mixer in self.mixers():
-            if spans is not None and not mixer.divisible:
+            if context_parallel is not None and not mixer.divisible:
                 raise UsageError(f"{type(mixer).__name__} cannot divide a sequence over processes; DeltaProduct can.")
-            mixer.spans = spans
+            mixer.context_parallel = context_parallel
         return self
 
     def mixers(self) -> list[Mixer]:
@@ -329,3 +345,71 @@ class SequenceModel(nn.Module):
                 f"The weights in {folder} are of {names}, and not in a way that a model can compute with. Save it anew "
                 "after model.to(one of them)."
             ) from e
+
+
+class Piece(NamedTuple):
+    """What a model has read of B sequences, t tokens at a time."""
+
+    start: int  # the piece's first token
+    x: Tensor  # [B,t,num_labels] logits, or [B,t,D] what the head would see
+    state: Any  # after its last token
+
+
+@torch.no_grad()
+def run_in_pieces(
+    model: nn.Module,
+    tokens: Tensor | Iterable[Tensor],
+    state: Any = None,
+    *,
+    piece: int | None = None,
+    mask: Tensor | None = None,
+    hidden: bool = False,
+) -> Iterator[Piece]:
+    """Read B sequences piece by piece, from the state that the piece before has left: T may be any length.
+
+    Nothing is kept but the state, no gradient is followed, and the caller's autocast does not reach the model. The
+    pieces together are what one call would give, but for rounding.
+
+    Args:
+        model: a `SequenceModel`, or whatever is called as one is.
+        tokens: [B,T] ints, on any device; or the pieces [B,t] one after another, so that all of T need never be there.
+        state: what an earlier call returned; None starts afresh.
+        piece: tokens of each sequence at a time, where `tokens` is one tensor; None means as many as make
+            `PIECE_TOKENS` of all sequences together.
+        mask: [B,T] bool, True = a real token, for one tensor of tokens. At padding x means nothing and the state stays.
+        hidden: give what the head would see in place of the logits, which are then never computed.
+
+    Raises:
+        UsageError: piece is below 1.
+    """
+    device = device_of(model)
+    run: Any = model.hidden if hidden else model
+    if isinstance(tokens, Tensor):
+        size = max(1, PIECE_TOKENS // max(1, len(tokens))) if piece is None else piece
+        if size < 1:
+            raise UsageError(f"piece must be at least 1, not {piece}.")
+        whole = tokens
+        tokens = (whole[:, lo : lo + size] for lo in range(0, whole.shape[1], size))
+    start = 0
+    for part in tokens:
+        stop = start + part.shape[1]
+        real = None if mask is None or mask[:, start:stop].all() else mask[:, start:stop].to(device)
+        with torch.autocast(device.type, enabled=False):
+            x, state = run(part.to(device), state, **({} if real is None else {"mask": real}))
+        yield Piece(start, x, state)
+        start = stop
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and no gradients, for the time of a `with`; then every module has the mode again that
+    it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(modes[model])
+        for module, mode in modes.items():  # those that were in another mode than the model itself
+            module.training = mode

@@ -51,15 +51,16 @@ def model_bytes(config: ModelConfig, *, per_parameter: int = FLOAT) -> int:
     return num_parameters(config) * per_parameter + config.num_hidden_layers * BLOCK
 
 
-def activation_bytes(config: ModelConfig, *, recompute: bool = False, per_float: int = FLOAT) -> int:
+def activation_bytes(config: ModelConfig, *, gradient_checkpointing: bool = False, per_float: int = FLOAT) -> int:
     """What a training step keeps of each token until its gradient is known: every block's input, what an MLP
     multiplies (gate, up and their product), and twice the logits in float32.
 
     Args:
-        recompute: whether blocks keep nothing but their inputs.
+        gradient_checkpointing: whether blocks keep nothing but their inputs.
         per_float: bytes of an activation; 2 under autocast to bfloat16.
     """
-    inside = 0 if recompute else 3 * sum(count * layer.mlp_size for layer, count in config.kinds_of_layers())
+    of_mlps = 3 * sum(count * layer.mlp_size for layer, count in config.kinds_of_layers())
+    inside = 0 if gradient_checkpointing else of_mlps
     return per_float * (config.num_hidden_layers * config.hidden_size + inside) + 2 * FLOAT * config.num_labels
 
 

@@ -4,6 +4,7 @@ T tokens · V size of the vocabulary.
 """
 
 import hashlib
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -12,17 +13,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.layers.plain import unusual
 from deltaproduct.models.config import ModelConfig, reasons, strict_converter, usage_error
-from deltaproduct.models.decoder import Decoder, NotDecodable
+from deltaproduct.models.decoding import Decoder, ModelDecoder, NotDecodable, decoder_for
 from deltaproduct.models.sampling import Sampling, draw
 from deltaproduct.models.sequence_model import SequenceModel
 from deltaproduct.models.states import check_state, from_named, initial_state, named_tensors
 from deltaproduct.models.weights import read_tensors, write_tensors
+from deltaproduct.renamed import renamed_names
 
 PIECE = 512  # tokens of a prompt that are read at once: memory is for so many, however long the prompt is
 STREAM = "stream.json"
@@ -32,43 +33,15 @@ WHAT = "saved conversation"
 _SAMPLING = strict_converter()
 
 
-class ModelDecoder:
-    """What `Decoder` does for one sequence, by calling the model: for every mixer, device and precision."""
-
-    def __init__(self, model: SequenceModel):
-        self.state: tuple[Any, ...] | None = None
-        self._model = model
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """The logits [1,V] after one more token, tokens [1]."""
-        logits, self.state = self._model(tokens[:, None].to(self._model.device), self.state)
-        return logits[:, 0]
-
-    def load(self, state: tuple[Any, ...] | None) -> None:
-        """Go on from such a state; None starts afresh."""
-        device = self._model.device
-        self.state = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
-
-
-def decoder_for(model: SequenceModel) -> Decoder | ModelDecoder:
-    """The native decoder where it can serve and no other backend was asked for, and otherwise the model itself."""
-    if any(mixer.backend not in ("auto", "cpu") for mixer in model.mixers()):
-        return ModelDecoder(model)
-    try:
-        return Decoder(model)
-    except NotDecodable:
-        return ModelDecoder(model)
-
-
 class Stream:
     """A language model that reads and writes one sequence, carrying the state of all that came before.
 
         stream = Stream(model, Sampling(temperature=0.8, top_p=0.95))
-        stream.read([document_token, *tokenizer.encode("To be, or")])
-        for token in stream.write(100, stop=[document_token]): ...
+        stream.prefill([document_token, *tokenizer.encode("To be, or")])
+        for token in stream.generate(100, stop=[document_token]): ...
 
     The state does not grow with what is read or written (a cache of attention does). Written tokens are part of what
-    has been read, so that `read` and `write` can follow one another in any order.
+    has been read, so that `prefill` and `generate` can follow one another in any order.
 
     Attributes:
         position: tokens read and written so far.
@@ -107,7 +80,7 @@ class Stream:
             self._generator = sampling.generator()
         self.sampling = sampling
 
-    def read(self, tokens: Iterable[int] | Tensor) -> None:
+    def prefill(self, tokens: Iterable[int] | Tensor) -> None:
         """Read T tokens, a list or [T] ints or anything that yields them, in pieces: in constant memory.
 
         Raises:
@@ -118,9 +91,9 @@ class Stream:
             if len(piece) == 1:
                 self._step(piece)
             else:
-                self._prefill(piece)
+                self._read_piece(piece)
 
-    def write(self, tokens: int, stop: Container[int] = ()) -> Iterator[int]:
+    def generate(self, tokens: int, stop: Container[int] = ()) -> Iterator[int]:
         """Draw so many tokens, one after the other, each as soon as it is known.
 
         A token in `stop` ends this early: it is neither given out nor read. Whoever leaves the loop finds in the state
@@ -133,9 +106,9 @@ class Stream:
             raise UsageError(f"The number of tokens to write must be 0 or more, not {tokens}.")
         if self.logits is None:
             raise UsageError("Nothing has been read yet; let the model read its document token, which begins a text.")
-        return self._write(tokens, stop)
+        return self._generate(tokens, stop)
 
-    def _write(self, tokens: int, stop: Container[int]) -> Iterator[int]:
+    def _generate(self, tokens: int, stop: Container[int]) -> Iterator[int]:
         for _ in range(tokens):
             assert self.logits is not None
             token = draw(self.logits, self.sampling, self._generator)
@@ -143,6 +116,16 @@ class Stream:
                 return
             self._step(torch.tensor([token]))
             yield token
+
+    def read(self, tokens: Iterable[int] | Tensor) -> None:
+        """The old name of `prefill`."""
+        _warn("read", "prefill")
+        self.prefill(tokens)
+
+    def write(self, tokens: int, stop: Container[int] = ()) -> Iterator[int]:
+        """The old name of `generate`."""
+        _warn("write", "generate")
+        return self.generate(tokens, stop)
 
     def _check(self, piece: Tensor) -> None:
         if piece.dim() != 1 or piece.dtype not in (torch.int32, torch.int64):
@@ -153,7 +136,7 @@ class Stream:
             raise UsageError(f"Token {int(wrong[0])} is not in the model's vocabulary, 0 … {size - 1}.")
 
     @torch.no_grad()
-    def _prefill(self, piece: Tensor) -> None:
+    def _read_piece(self, piece: Tensor) -> None:
         piece, model = piece[None].to(self.model.device), self.model
         if unusual(model, owner=SequenceModel) is None:
             x, state = model.hidden(piece, self.state)
@@ -193,7 +176,7 @@ class Stream:
         folder = Path(folder)
         if self.logits is None:
             raise UsageError("Nothing has been read yet, so there is no conversation to save.")
-        check_place(folder)
+        check_conversation_folder(folder)
         state = {f"state.{name}": x for name, x in named_tensors(self.state).items()}
         tensors = state | {"logits": self.logits, "generator": self._generator.get_state()}
         with replaced_folder(folder) as fresh:
@@ -258,7 +241,7 @@ class Stream:
         return stream
 
 
-def check_place(folder: Path) -> None:
+def check_conversation_folder(folder: Path) -> None:
     """`UsageError` if something is there that a conversation may not be saved over: anything but an earlier one."""
     if folder.exists() and not (folder / STREAM).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something other than a {WHAT}; choose another folder.")
@@ -296,3 +279,16 @@ def _pieces(tokens: Iterable[int] | Tensor) -> Iterator[Tensor]:
     rest = iter(tokens)
     while piece := list(islice(rest, PIECE)):
         yield torch.tensor(piece)
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"Stream.{old} is now Stream.{new}; the old name goes with the next release."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "check_place": "check_conversation_folder",
+    },
+)

@@ -20,7 +20,7 @@ from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
     WHY_NO_ENGINE,
-    Problem,
+    EngineCall,
     TensorField,
 )
 
@@ -32,7 +32,7 @@ MIN_VALUE_BLOCK = 16  # columns; below, the work that every block repeats outwei
 MIN_SPANS_PER_SEGMENT = 4
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the engine can serve, else the reason why not."""
     if device.type != "cpu":
         return f"it computes on the CPU, not on {device.type}"
@@ -40,14 +40,14 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Chunking:
     """How a sequence is cut into chunks, and how often a state is kept: what shapes alone decide."""
 
     chunk_tokens: int
     chunks_per_state: int
 
     @classmethod
-    def of(cls, steps: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> "Cut":
+    def of(cls, steps: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> "Chunking":
         tokens = max(1, (SMALL_KEY_CHUNK_STEPS if key_dim <= SMALL_KEY_DIM else CHUNK_STEPS) // steps)
         chunk = tokens * steps
         floats = key_dim * value_dim + chunk * (3 * key_dim + value_dim + 2 * chunk)
@@ -60,7 +60,7 @@ class Cut:
         return batch * -(-length // span) if cu_seqlens is None else length // span + cu_seqlens.shape[0] - 1
 
 
-def _division(cut: Cut, k: Tensor, v: Tensor, sequences: int, threads: int) -> tuple[int, int]:
+def _division(chunking: Chunking, k: Tensor, v: Tensor, sequences: int, threads: int) -> tuple[int, int]:
     """(blocks of V columns, segments of time) so that every thread has work; each costs some repeated work."""
     heads = sequences * v.shape[3]
     if heads >= threads:
@@ -68,7 +68,7 @@ def _division(cut: Cut, k: Tensor, v: Tensor, sequences: int, threads: int) -> t
     blocks = min(-(-threads // heads), max(1, v.shape[4] // MIN_VALUE_BLOCK))
     # A segment's summary costs about as much again as the segment, so that two of them gain nothing.
     segments = threads // (heads * blocks)
-    spans = k.shape[1] // (sequences * cut.chunk_tokens * cut.chunks_per_state)
+    spans = k.shape[1] // (sequences * chunking.chunk_tokens * chunking.chunks_per_state)
     segments = min(segments, spans // MIN_SPANS_PER_SEGMENT)
     return blocks, segments if segments >= 4 else 1
 
@@ -82,7 +82,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _problem(
+def _engine_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,13 +92,13 @@ def _problem(
     scale: float,
     qk_l2norm: bool,
     dtype: torch.dtype,
-    cut: Cut,
-) -> Problem:
+    chunking: Chunking,
+) -> EngineCall:
     batch, length, steps, value_heads, value_dim = v.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     threads = torch.get_num_threads()
-    blocks, segments = _division(cut, k, v, sequences, threads)
-    return Problem(
+    blocks, segments = _division(chunking, k, v, sequences, threads)
+    return EngineCall(
         batch=batch,
         length=length,
         steps=steps,
@@ -111,8 +111,8 @@ def _problem(
         scale=scale,
         norm_eps=NORM_EPS if qk_l2norm else 0.0,
         wide=dtype == torch.float64,
-        chunk_tokens=cut.chunk_tokens,
-        chunks_per_state=cut.chunks_per_state,
+        chunk_tokens=chunking.chunk_tokens,
+        chunks_per_state=chunking.chunks_per_state,
         value_blocks=blocks,
         segments=segments,
         threads=threads,
@@ -124,16 +124,16 @@ def _problem(
     )
 
 
-def token_problem(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, o: Tensor) -> Problem:
+def token_call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, o: Tensor) -> EngineCall:
     """One float32 token with `qk_l2norm`, its state moved on in place; shapes as in `delta_product_step`."""
-    scale, cut = k.shape[-1] ** -0.5, Cut(chunk_tokens=1, chunks_per_state=1)
+    scale, chunking = k.shape[-1] ** -0.5, Chunking(chunk_tokens=1, chunks_per_state=1)
     g = None if g is None else g.unsqueeze(1)
     q, k, v, beta, o = (x.unsqueeze(1) for x in (q, k, v, beta, o))
-    problem = _problem(q, k, v, beta, g, None, scale, True, torch.float32, cut)
-    problem.value_blocks = problem.segments = 1
-    problem.o = TensorField.of(o, per_step=False)
-    problem.initial_state = problem.final_state = pointer(state)
-    return problem
+    call = _engine_call(q, k, v, beta, g, None, scale, True, torch.float32, chunking)
+    call.value_blocks = call.segments = 1
+    call.o = TensorField.of(o, per_step=False)
+    call.initial_state = call.final_state = pointer(state)
+    return call
 
 
 @torch.library.custom_op("deltaproduct::cpu_forward", mutates_args=())
@@ -152,31 +152,31 @@ def cpu_forward(
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)  # a compiled graph has not, and C++ reads memory by these numbers
-    dtype, cut, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
+    dtype, chunking, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
     if cu_seqlens is None and not keep:  # nothing of the backward's, so that a few tokens can be a small chunk
-        cut = replace(cut, chunk_tokens=min(cut.chunk_tokens, v.shape[1]))
+        chunking = replace(chunking, chunk_tokens=min(chunking.chunk_tokens, v.shape[1]))
     q, k, v = aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     initial = None if initial_state is None else initial_state.to(dtype).contiguous()
-    problem = _problem(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
-    problem.o = TensorField.of(o, per_step=False)
-    problem.initial_state, problem.final_state = pointer(initial), pointer(final)
-    problem.states = pointer(states) if keep else None
-    ENGINE.forward(problem)
+    call = _engine_call(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, dtype, chunking)
+    call.o = TensorField.of(o, per_step=False)
+    call.initial_state, call.final_state = pointer(initial), pointer(final)
+    call.states = pointer(states) if keep else None
+    ENGINE.forward(call)
     return o, final, states
 
 
 def _results(
     empty: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
-) -> tuple[torch.dtype, Cut, Tensor, Tensor, Tensor]:
+) -> tuple[torch.dtype, Chunking, Tensor, Tensor, Tensor]:
     batch, length, steps, heads, value_dim = v.shape
     key_dim, dtype = k.shape[-1], compute_dtype(q, k, v, beta)
-    cut = Cut.of(steps, key_dim, value_dim, dtype)
+    chunking = Chunking.of(steps, key_dim, value_dim, dtype)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = cut.slots(batch, length, cu_seqlens) if keep else 0
+    slots = chunking.slots(batch, length, cu_seqlens) if keep else 0
     o = empty(v, batch, length, heads, value_dim)
     final = v.new_empty(sequences, heads, key_dim, value_dim, dtype=dtype)
-    return dtype, cut, o, final, empty(v, slots, heads, key_dim, value_dim, dtype=dtype)
+    return dtype, chunking, o, final, empty(v, slots, heads, key_dim, value_dim, dtype=dtype)
 
 
 def fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -204,11 +204,11 @@ def cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     dtype, heads, key_heads = backward_dtype(k, g, states.dtype), v.shape[3], k.shape[3]
-    cut = Cut.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
+    chunking = Chunking.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
     d_o, q_in, k_in, v_in = aligned(d_o), aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    problem = _problem(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, cut)
-    sequences, blocks = problem.sequences, problem.value_blocks
+    call = _engine_call(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, chunking)
+    sequences, blocks = call.sequences, call.value_blocks
 
     def parts(x: Tensor, at: int, each: int) -> Tensor:
         """Room for the gradient of x, whose heads are dimension `at`: `each` times the heads where items share one."""
@@ -222,15 +222,15 @@ def cpu_backward(
     d_v = ENGINE.empty(v, *v.shape)
     d_initial = torch.empty(sequences, heads, *states.shape[2:], dtype=dtype)
     d_final = None if d_final is None else d_final.to(dtype).contiguous()
-    problem.d_o, problem.d_q = TensorField.of(d_o, per_step=False), TensorField.of(d_q, per_step=False)
-    problem.d_k, problem.d_v = TensorField.of(d_k, per_step=True), TensorField.of(d_v, per_step=True)
-    problem.d_beta = TensorField.of(d_beta, per_step=True)
+    call.d_o, call.d_q = TensorField.of(d_o, per_step=False), TensorField.of(d_q, per_step=False)
+    call.d_k, call.d_v = TensorField.of(d_k, per_step=True), TensorField.of(d_v, per_step=True)
+    call.d_beta = TensorField.of(d_beta, per_step=True)
     if d_g is not None:
-        problem.d_g = TensorField.of(d_g, per_step=False)
+        call.d_g = TensorField.of(d_g, per_step=False)
     kept = states.to(dtype)
-    problem.states, problem.d_final_state = pointer(kept), pointer(d_final)
-    problem.d_initial_state = pointer(d_initial)
-    ENGINE.backward(problem)
+    call.states, call.d_final_state = pointer(kept), pointer(d_final)
+    call.d_initial_state = pointer(d_initial)
+    ENGINE.backward(call)
     return (
         _summed(d_q, q, 2),
         _summed(d_k, k, 3),

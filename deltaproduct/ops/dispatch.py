@@ -12,13 +12,13 @@ from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.ops import transforms, triton
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
 from deltaproduct.ops.cpu import cpu, cpu_step
-from deltaproduct.ops.cpu import obstacle as cpu_obstacle
+from deltaproduct.ops.cpu import unsupported_reason as cpu_unsupported_reason
 from deltaproduct.ops.differentiable import differentiable
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
+    check_inputs,
     check_query,
     check_state,
-    check_step_inputs,
     compute_dtype,
     expand_heads,
     l2_normalise,
@@ -30,15 +30,16 @@ from deltaproduct.ops.reference import reference, reference_states, token_step
 class Backend:
     """An implementation of the operator.
 
-    `obstacle(device, dtype)` and `size_obstacle(N, K)` are None if it can serve, else the reason why not.
+    `unsupported_reason(device, dtype)` and `unsupported_size_reason(N, K)` are None if it can serve, else why
+    not.
     """
 
     name: str
     summary: str
     run: Callable[..., tuple[Tensor, Tensor]]
     states: Callable[..., Tensor]
-    obstacle: Callable[[torch.device, torch.dtype], str | None]
-    size_obstacle: Callable[[int, int], str | None] = lambda steps, key_dim: None
+    unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
+    unsupported_size_reason: Callable[[int, int], str | None] = lambda steps, key_dim: None
     step: Callable[..., tuple[Tensor, Tensor]] | None = None  # one token; None: the reference's own loop body
     step_inplace: Callable[..., Tensor] | None = None  # the same, into the given state; returns the output
     normalises: bool = False  # `run` takes qk_l2norm as a last argument, and does it more cheaply than PyTorch
@@ -53,14 +54,16 @@ def _never(device: torch.device, dtype: torch.dtype) -> None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cpu", "native CPU engine", cpu, chunkwise_states, cpu_obstacle, step=cpu_step, normalises=True),
+        Backend(
+            "cpu", "native CPU engine", cpu, chunkwise_states, cpu_unsupported_reason, step=cpu_step, normalises=True
+        ),
         Backend(
             "triton",
             "GPU kernels",
             triton.fused,
             chunkwise_states,
-            triton.obstacle,
-            triton.size_obstacle,
+            triton.unsupported_reason,
+            triton.unsupported_size_reason,
             triton.decode,
             triton.decode_inplace,
             normalises=True,
@@ -70,8 +73,8 @@ BACKENDS: dict[str, Backend] = {
             "GPU kernels that keep all bits of every operand",
             triton.fused_precise,
             chunkwise_states,
-            triton.obstacle,
-            triton.size_obstacle,
+            triton.unsupported_reason,
+            triton.unsupported_size_reason,
             triton.decode,
             triton.decode_inplace,
             normalises=True,
@@ -101,22 +104,22 @@ def resolve_backend(
     """
     device = torch.device(device)
 
-    def obstacle_of(b: Backend) -> str | None:
-        return b.obstacle(device, dtype) or (b.size_obstacle(*size) if size else None)
+    def reason_against(b: Backend) -> str | None:
+        return b.unsupported_reason(device, dtype) or (b.unsupported_size_reason(*size) if size else None)
 
     if backend != "auto":
         if backend not in BACKENDS:
             near = did_you_mean(backend, ("auto", *BACKENDS))
             raise UsageError(f"There is no backend {backend!r}{near}; choose auto, {', '.join(BACKENDS)}.")
-        if obstacle := obstacle_of(BACKENDS[backend]):
-            raise UsageError(f"Backend {backend!r} cannot serve: {obstacle}.")
+        if reason := reason_against(BACKENDS[backend]):
+            raise UsageError(f"Backend {backend!r} cannot serve: {reason}.")
         return backend, "asked for by name"
     passed_over: list[tuple[str, str]] = []
     for name, b in BACKENDS.items():
-        obstacle = obstacle_of(b)
-        if obstacle is None:
+        reason = reason_against(b)
+        if reason is None:
             return name, "the fastest that can serve" + "".join(f"; not {other}: {why}" for other, why in passed_over)
-        passed_over.append((name, obstacle))
+        passed_over.append((name, reason))
     raise AssertionError("the reference serves everything")
 
 
@@ -188,7 +191,7 @@ def delta_product(
     Raises:
         UsageError: shapes, dtypes or devices disagree, or the named backend cannot serve.
     """
-    check_step_inputs(k, v, beta, g)
+    check_inputs(k, v, beta, g)
     check_query(q, k)
     if cu_seqlens is not None:
         transforms.check_values("cu_seqlens", cu_seqlens)
@@ -235,7 +238,7 @@ def delta_product_step(
             computed in, or one is to be overwritten inside of `torch.func` or with tangents.
     """
     k_t, v_t = k.unsqueeze(1), v.unsqueeze(1)
-    check_step_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
+    check_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
     check_query(q.unsqueeze(1), k_t)
     check_state(state, k_t, v_t, k.shape[0])
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
@@ -289,7 +292,7 @@ def delta_product_states(
     Returns:
         [B,P,HV,K,V], float32 (float64 if an input is), differentiable.
     """
-    check_step_inputs(k, v, beta, g)
+    check_inputs(k, v, beta, g)
     check_state(initial_state, k, v, k.shape[0])
     steps = k.shape[1] * k.shape[2]
     if isinstance(positions, Tensor):

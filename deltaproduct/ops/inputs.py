@@ -1,12 +1,14 @@
 """What every backend needs to know of its inputs: whether their shapes agree, and in which precision to work."""
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
+from deltaproduct.renamed import renamed_names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORM_EPS = 1e-6  # inside the square root, as in the published layers: x / √(Σx² + 1e-6)
@@ -50,7 +52,7 @@ def _named(names: str, x: Tensor) -> str:
     return f"[{names}] = {list(x.shape)}"
 
 
-def check_step_inputs(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> None:
+def check_inputs(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> None:
     """k [B,T,N,H,K], v [B,T,N,HV,V], beta [B,T,N,HV], g [B,T,HV] agree with one another; `UsageError` otherwise."""
     for name, x, rank in (("k", k, 5), ("v", v, 5), ("beta", beta, 4)) + ((("g", g, 3),) if g is not None else ()):
         if x.dtype not in DTYPES:
@@ -118,3 +120,7 @@ def pad_time(x: Tensor, length: int) -> Tensor:
     """Append zeros along dimension 1 until it is `length` long; x itself when it already is."""
     missing = length - x.shape[1]
     return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
+    __getattr__ = renamed_names(__name__, {"check_step_inputs": "check_inputs"})

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaproduct.ops import cpu, transforms
+from deltaproduct.ops.engine_program import Kind
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.native.library import Instruction
-from deltaproduct.ops.tape import Kind
 
 BLOCK = 256  # NORM_BLOCK of norm.h
 FEW = 1 << 15  # numbers; for fewer, a second thread takes longer to wake than to work
@@ -45,7 +45,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         x, weight = x.contiguous(), weight.contiguous()
         y = torch.empty_like(x)
-        _play(Kind.NORM, x, weight, eps, y=y)
+        _run(Kind.NORM, x, weight, eps, y=y)
         ctx.eps = eps
         return y
 
@@ -59,16 +59,16 @@ class _NativeRMSNorm(torch.autograd.Function):
         d_x = torch.empty_like(x)
         blocks = -(-x.numel() // (x.shape[-1] * BLOCK))
         d_weight = x.new_empty(blocks, x.shape[-1])
-        _play(Kind.NORM_BACKWARD, x, weight, ctx.eps, u=d_y.contiguous(), y=d_x, z=d_weight)
+        _run(Kind.NORM_BACKWARD, x, weight, ctx.eps, u=d_y.contiguous(), y=d_x, z=d_weight)
         return d_x, d_weight.sum(0), None
 
 
-def _play(kind: Kind, x: Tensor, weight: Tensor, eps: float, **others: Tensor) -> None:
+def _run(kind: Kind, x: Tensor, weight: Tensor, eps: float, **others: Tensor) -> None:
     columns = x.shape[-1]
     pointers = {name: tensor.data_ptr() for name, tensor in ({"x": x, "w": weight} | others).items()}
-    tape = (Instruction * 1)(Instruction(kind=kind, rows=x.numel() // columns, columns=columns, a=eps, **pointers))
+    program = (Instruction * 1)(Instruction(kind=kind, rows=x.numel() // columns, columns=columns, a=eps, **pointers))
     assert cpu.ENGINE is not None
-    cpu.ENGINE.play(tape, 1 if x.numel() < FEW else torch.get_num_threads())
+    cpu.ENGINE.run_program(program, 1 if x.numel() < FEW else torch.get_num_threads())
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -23,9 +23,9 @@ from deltaproduct.ops import transforms
 from deltaproduct.ops.chunks import Chunks, Inputs
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
+    check_inputs,
     check_query,
     check_state,
-    check_step_inputs,
     compute_dtype,
     pad_time,
 )
@@ -64,7 +64,7 @@ def gated_linear_attention(
     Raises:
         UsageError: shapes, dtypes or devices disagree, or both g and a are given.
     """
-    check_step_inputs(k.unsqueeze(2), v.unsqueeze(2), v[..., 0].unsqueeze(2), None)
+    check_inputs(k.unsqueeze(2), v.unsqueeze(2), v[..., 0].unsqueeze(2), None)
     check_query(q, k.unsqueeze(2))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)

@@ -135,16 +135,16 @@ def scan_forward(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)  # a compiled graph has not, and C++ reads memory by these numbers
     y, final, states = _results(cpu.ENGINE.empty, x, a, cu_seqlens, keep)
-    problem, _alive = _problem(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
+    call, _alive = _engine_call(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    problem.y = TensorField.of(y, per_step=False)
-    problem.initial_state, problem.final_state = cpu.pointer(initial_state), cpu.pointer(final)
-    problem.states = cpu.pointer(states) if keep else None
-    cpu.ENGINE.selective_scan(problem, reverse=False)
+    call.y = TensorField.of(y, per_step=False)
+    call.initial_state, call.final_state = cpu.pointer(initial_state), cpu.pointer(final)
+    call.states = cpu.pointer(states) if keep else None
+    cpu.ENGINE.selective_scan(call, reverse=False)
     return y, final, states
 
 
-def _problem(
+def _engine_call(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor | None, allow_neg_eigval: bool
 ) -> tuple[SelectiveScan, list[Tensor | None]]:
     """What both passes need, and the tensors that it points into."""
@@ -152,7 +152,7 @@ def _problem(
     x, dt, b, c = (cpu.aligned(each) for each in (x, dt, b, c))
     a = a.t().contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    problem = SelectiveScan(
+    call = SelectiveScan(
         batch=batch,
         length=length,
         channels=channels,
@@ -167,7 +167,7 @@ def _problem(
         c=TensorField.of(c, per_step=False),
         a=cpu.pointer(a),
     )
-    return problem, [x, dt, a, b, c, cu_seqlens]
+    return call, [x, dt, a, b, c, cu_seqlens]
 
 
 def _results(
@@ -202,18 +202,18 @@ def scan_backward(
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, a, b, c and the initial state."""
-    problem, _alive = _problem(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
+    call, _alive = _engine_call(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
     d_y, d_final = cpu.aligned(d_y), None if d_final is None else d_final.contiguous()
     blocks = -(-x.shape[2] // SCAN_CHANNELS)
     d_x, d_dt = cpu.ENGINE.empty(x, *x.shape), cpu.ENGINE.empty(x, *x.shape)
     d_b, d_c = cpu.ENGINE.empty(b, blocks, *b.shape), cpu.ENGINE.empty(c, blocks, *c.shape)
-    d_a, d_initial = (a.new_empty(problem.sequences, *a.shape) for _ in range(2))
-    problem.d_y = TensorField.of(d_y, per_step=False)
-    problem.d_x, problem.d_dt = TensorField.of(d_x, per_step=False), TensorField.of(d_dt, per_step=False)
-    problem.d_a, problem.d_b, problem.d_c = cpu.pointer(d_a), cpu.pointer(d_b), cpu.pointer(d_c)
-    problem.states, problem.d_final_state = cpu.pointer(states), cpu.pointer(d_final)
-    problem.d_initial_state = cpu.pointer(d_initial)
-    cpu.ENGINE.selective_scan(problem, reverse=True)
+    d_a, d_initial = (a.new_empty(call.sequences, *a.shape) for _ in range(2))
+    call.d_y = TensorField.of(d_y, per_step=False)
+    call.d_x, call.d_dt = TensorField.of(d_x, per_step=False), TensorField.of(d_dt, per_step=False)
+    call.d_a, call.d_b, call.d_c = cpu.pointer(d_a), cpu.pointer(d_b), cpu.pointer(d_c)
+    call.states, call.d_final_state = cpu.pointer(states), cpu.pointer(d_final)
+    call.d_initial_state = cpu.pointer(d_initial)
+    cpu.ENGINE.selective_scan(call, reverse=True)
     return d_x, d_dt, d_a.sum(0), d_b.sum(0), d_c.sum(0), d_initial
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, shortened
 from deltaproduct.plots.layout import Labels, circular_order, clear_arc, loop, origin_is_left
 from deltaproduct.plots.style import COLOURS, RC, pyplot, save
 from deltaproduct.tasks.automata import Automaton
@@ -112,8 +112,10 @@ class _Picture:
         self.size = MANY_SIZE if self.many else FEW_SIZE
         self.colours = {symbol: COLOURS[i % len(COLOURS)] for i, symbol in enumerate(symbols)}
         self.arrows = self._arrows()
-        self.names = [_cut(name, LONGEST_NAME) for name in automaton.states]
-        self.texts = [_cut(", ".join(automaton.alphabet[i] for i in a.symbols), LONGEST_LABEL) for a in self.arrows]
+        self.names = [shortened(name, LONGEST_NAME) for name in automaton.states]
+        self.texts = [
+            shortened(", ".join(automaton.alphabet[i] for i in a.symbols), LONGEST_LABEL) for a in self.arrows
+        ]
         self._place()
         self.figure = figure
         figure.set_size_inches(1, 1)  # an inch is a unit of the axes, here and when all is drawn
@@ -225,11 +227,11 @@ class _Picture:
         if self.many:
             for symbol in self.symbols:
                 low -= 0.2
-                name = _cut(self.automaton.alphabet[symbol], LONGEST_CAPTION)
+                name = shortened(self.automaton.alphabet[symbol], LONGEST_CAPTION)
                 self._text((middle, low), f"→ {name}", fontsize=10, color=self.colours[symbol])
         if len(self.symbols) < len(self.automaton.alphabet):
             *names, last = (self.automaton.alphabet[i] for i in self.symbols)
-            drawn = _cut(", ".join(names) + " and " * bool(names) + last, LONGEST_CAPTION)
+            drawn = shortened(", ".join(names) + " and " * bool(names) + last, LONGEST_CAPTION)
             text = f"Drawn: {drawn}, of {len(self.automaton.alphabet)} symbols"
             self._text((middle, low - 0.12), text, fontsize=9, va="top")
 
@@ -246,10 +248,6 @@ class _Picture:
     def _text(self, at: Any, text: str, **style: Any) -> None:
         style = {"fontsize": self.size.font, "ha": "center", "va": "center", "zorder": 4, **style}
         self.axes.text(*at, text, parse_math=False, **style)
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _width(text: str) -> float:

@@ -11,12 +11,14 @@ PANEL = (3.4, 2.7)  # inches
 PHASES = {"forward": "forward", "forward_backward": "forward and backward"}
 
 
-def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, path: Path) -> None:
-    """How many times as fast as a peer a backend is, against the Householder steps per token, a panel for each size.
+def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, other: str, path: Path) -> None:
+    """How many times as fast as another implementation a backend is, against the Householder steps per token.
+
+    There is a panel for each size.
 
     Args:
         shapes: the "shapes" of a report of `bench ops`, as plain data.
-        ours, peer: names of rows. Where one of them was not timed there is no point.
+        ours, other: names of rows. Where one of them was not timed there is no point.
     """
     panels: dict[str, dict[tuple[str, bool], dict[int, float]]] = {}
     for result in shapes:
@@ -24,7 +26,7 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, pa
         shape = result["shape"]
         size = re.sub(r" N\d+.*", "", result["label"])
         for phase in PHASES:
-            mine, theirs = (rows.get(name, {}).get(phase) for name in (ours, peer))
+            mine, theirs = (rows.get(name, {}).get(phase) for name in (ours, other))
             if mine and theirs:
                 curve = panels.setdefault(size, {}).setdefault((phase, shape["gate"]), {})
                 curve[shape["num_householder"]] = theirs["median_ms"] / mine["median_ms"]
@@ -52,7 +54,7 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, peer: str, pa
             axes.set_visible(False)
         figure.supxlabel("Householder steps per token", fontsize=RC["font.size"])
         for row in grid:
-            row[0].set_ylabel(f"× as fast as {peer}")
+            row[0].set_ylabel(f"× as fast as {other}")
         legend(grid)
         save(figure, path)
         plt.close(figure)

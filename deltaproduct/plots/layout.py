@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-FEW = 16  # nodes up to which crossings are counted; beyond, only the length of the lines
+MOST_COUNTED = 16  # nodes up to which crossings are counted; beyond, only the length of the lines
 MOST_TRIED = 30_000  # orders
 
 
@@ -48,7 +48,7 @@ def _cost(places: np.ndarray, n: int) -> float:
     """Of lines [E,2] between places on a circle: crossings, each worth more than any line's length, and lengths."""
     lines = np.sort(places, axis=1)
     length = float(np.sin(np.pi * (lines[:, 1] - lines[:, 0]) / n).sum())
-    if n > FEW:
+    if n > MOST_COUNTED:
         return length
     start, end = lines[:, 0], lines[:, 1]
     crossing = (start[:, None] < start) & (start < end[:, None]) & (end[:, None] < end)

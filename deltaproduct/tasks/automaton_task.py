@@ -15,8 +15,10 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, read_text
-from deltaproduct.tasks.automata import MAX_STATES, Automaton, from_regex, order_of_discovery
+from deltaproduct.tasks.automata import Automaton, order_of_discovery
+from deltaproduct.tasks.automaton_format import MAX_STATES
 from deltaproduct.tasks.dot import automaton_from_dot
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.tasks.task import Task
 
 ANSWERS = ("rejected", "accepted")

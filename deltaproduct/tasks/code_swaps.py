@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct.tasks.task import Task
-from deltaproduct.tasks.text import (
-    EventTask,
-    Story,
-    TextTask,
-    WordTokenizer,
-    check_count,
-    draw_pairs,
-    spelt,
-    unordered,
-)
+from deltaproduct.tasks.text import EventTask, Story, TextTask, WordTokenizer, check_count, draw_pairs, spelt, unordered
 
 VARIABLES = tuple("abcdefgh")
 _FLAGS = ("p", ",", "q", "=", "True", ",", "False", "\n")

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
 from deltaproduct.tasks.chomsky import (
     BITS,
     DIGITS,
@@ -22,7 +21,7 @@ from deltaproduct.tasks.chomsky import (
     uniform,
     uniform_up_to,
 )
-from deltaproduct.tasks.formal import OPERATORS
+from deltaproduct.tasks.regular import OPERATORS, check_arithmetic
 
 # Tokens of expressions modulo m: the digits, then these.
 MARKS = (*OPERATORS, "(", ")")
@@ -90,10 +89,7 @@ def mod_arithmetic_brackets_task(name: str, modulus: int = 5, operators: str = O
 
     Raises UsageError when m is not 2 … 10, or an operator is not one of + - *.
     """
-    if not 2 <= modulus <= 10:
-        raise UsageError(f"The modulus must be from 2 to 10, so that a number is one digit; not {modulus}.")
-    if not operators or set(operators) - set(OPERATORS):
-        raise UsageError(f"The operators must be some of {' '.join(OPERATORS)}, not {operators!r}.")
+    check_arithmetic(modulus, operators)
     digits = tuple(str(d) for d in range(modulus))
     draw = partial(mod_arithmetic_brackets, modulus=modulus, operators=operators)
     summary = f"the value modulo {modulus} of an expression in brackets with {' '.join(operators)}"

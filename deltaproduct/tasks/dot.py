@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import SINK, Automaton, check_table, new_name
+from deltaproduct.errors import UsageError, quoted
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_format import SINK, check_table, new_name
 from deltaproduct.tasks.dot_syntax import Graph, Grouped, Html, NoDot, graphs_of
-from deltaproduct.tasks.names import shortened
 
 DOT_EXAMPLE = (
     'digraph { begin [shape=point]; begin -> even; even [shape=doublecircle]; even -> even [label="0"]; '
@@ -73,12 +73,12 @@ def automaton_from_dot(text: str) -> Automaton:
     """
     try:
         return _automaton(text)
-    except _FormatError as e:
+    except _NoAutomaton as e:
         raise UsageError(f"{e} For example: {DOT_EXAMPLE}.") from e
 
 
 def _automaton(text: str) -> Automaton:
-    """Raises _FormatError for what an example helps with."""
+    """Raises _NoAutomaton for what an example helps with."""
     drawing = _Drawing()
     drawing.read(_parsed(text))
     drawing.count_edges()
@@ -92,16 +92,16 @@ def _automaton(text: str) -> Automaton:
             continue
         names = _symbols(label)
         if not names:
-            raise _FormatError(f"The edge from {shortened(begin)} to {shortened(end)} has no symbols as its label.")
+            raise _NoAutomaton(f"The edge from {quoted(begin)} to {quoted(end)} has no symbols as its label.")
         for symbol in names:
             symbols[symbol] = None
             if steps.setdefault((begin, symbol), end) != end:
-                raise UsageError(f"The automaton is not deterministic: from {shortened(begin)}, {shortened(symbol)} "
-                                 f"leads to {shortened(steps[begin, symbol])} and to {shortened(end)}.")  # fmt: skip
+                raise UsageError(f"The automaton is not deterministic: from {quoted(begin)}, {quoted(symbol)} "
+                                 f"leads to {quoted(steps[begin, symbol])} and to {quoted(end)}.")  # fmt: skip
     given = _symbols(drawing.alphabet)
     known = set(given)
     if given and (unknown := [symbol for symbol in symbols if symbol not in known]):
-        raise UsageError(f"The symbol {shortened(unknown[0])} is not in the alphabet that the graph gives.")
+        raise UsageError(f"The symbol {quoted(unknown[0])} is not in the alphabet that the graph gives.")
     alphabet = given or sorted(symbols)
     accepting = drawing.accepting(states)
     check_table(len(states), len(alphabet))
@@ -120,7 +120,7 @@ def _automaton(text: str) -> Automaton:
     )
 
 
-class _FormatError(Exception):
+class _NoAutomaton(Exception):
     """The text is DOT, and draws no automaton by these conventions."""
 
 
@@ -128,15 +128,15 @@ def _parsed(text: str) -> Graph:
     try:
         graphs = graphs_of(text)
     except NoDot as e:
-        raise _FormatError(f"This is not DOT: {e}.") from e
+        raise _NoAutomaton(f"This is not DOT: {e}.") from e
     except Grouped as e:
         raise UsageError("An edge of an automaton goes from one node to one other, not to a group of them.") from e
     if not graphs:
-        raise _FormatError("This is not DOT: nothing in it.")
+        raise _NoAutomaton("This is not DOT: nothing in it.")
     if len(graphs) > 1:
         raise UsageError(f"There are {len(graphs)} graphs in it; one automaton is one graph.")
     if not graphs[0].directed:
-        raise _FormatError("An automaton is a directed graph (digraph); this one is not.")
+        raise _NoAutomaton("An automaton is a directed graph (digraph); this one is not.")
     return graphs[0]
 
 
@@ -189,12 +189,12 @@ class _Drawing:
         """Whether a node is no state, but where the edge to the initial state comes from."""
         shape = self.nodes[name].get("shape", "ellipse").lower()
         if shape not in STATES | NO_STATES:
-            raise UsageError(f"The node {shortened(name)} has the shape {shortened(shape)}; states are circles or "
+            raise UsageError(f"The node {quoted(name)} has the shape {quoted(shape)}; states are circles or "
                              "doublecircles, and a point marks the start.")  # fmt: skip
         if shape in NO_STATES:
             if name in self.entered:
                 raise UsageError(
-                    f"An edge leads to the node {shortened(name)}, whose shape {shape!r} is that of no state."
+                    f"An edge leads to the node {quoted(name)}, whose shape {shape!r} is that of no state."
                 )
             return True
         return name in STARTS and self.labelled.get(name) is False and name not in self.entered
@@ -208,8 +208,8 @@ class _Drawing:
             ]
         outputs = {name: self.nodes[name].get("label", "").rpartition("|")[2].strip() for name in states}
         if unknown := [name for name in states if outputs[name].lower() not in OUTPUTS or shapes[name] not in RECORDS]:
-            raise _FormatError(
-                f"The state {shortened(unknown[0])} has no output that says whether it accepts: beside states that are "
+            raise _NoAutomaton(
+                f"The state {quoted(unknown[0])} has no output that says whether it accepts: beside states that are "
                 'records all must be such, with a label like "name|1" or "name|0".'
             )
         return [name for name in states if OUTPUTS[outputs[name].lower()]]
@@ -225,11 +225,11 @@ class _Drawing:
             known = [name for name in states if name.lower() in INITIAL] if len(states) > 1 else states
             found |= set(known)
         if not found:
-            raise _FormatError('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
+            raise _NoAutomaton('There is no initial state: an edge from a node of shape "point" or "none" marks it.')
         if len(found) > 1:
             some = sorted(found)[:MOST_NAMED]
             more = " and others" if len(found) > len(some) else ""
-            raise UsageError(f"There are {len(found)} initial states: {' and '.join(map(shortened, some))}{more}.")
+            raise UsageError(f"There are {len(found)} initial states: {' and '.join(map(quoted, some))}{more}.")
         return found.pop()
 
 
@@ -273,7 +273,7 @@ def _pieces(label: str) -> Iterator[str]:
             try:
                 yield json.loads(match[1])
             except ValueError as e:
-                raise UsageError(f"The label {shortened(label)} has a quoted symbol that is no JSON string.") from e
+                raise UsageError(f"The label {quoted(label)} has a quoted symbol that is no JSON string.") from e
             at = match.end()
             continue
         match = PIECE.match(label, at)

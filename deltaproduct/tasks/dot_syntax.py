@@ -61,14 +61,14 @@ class Graph(NamedTuple):
 
 def graphs_of(text: str) -> list[Graph]:
     """All graphs in a text. Raises NoDot, and Grouped."""
-    reader = _Reader(text)
+    reader = _DotReader(text)
     graphs = []
     while reader.kind != "end":
         graphs.append(reader.graph())
     return graphs
 
 
-class _Reader:
+class _DotReader:
     """One token is looked at; braces within the graph are counted and not recursed into."""
 
     def __init__(self, text: str):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.errors import UsageError, did_you_mean, quoted
 from deltaproduct.tasks import (
     automaton_task,
     chess_moves,
@@ -13,11 +13,11 @@ from deltaproduct.tasks import (
     context_free,
     context_sensitive,
     entities,
+    group_tasks,
     groups,
     recall,
     regular,
 )
-from deltaproduct.tasks.names import shortened
 from deltaproduct.tasks.task import Task
 
 
@@ -43,23 +43,23 @@ _LONG_BASE = rf"({_BASE})_({_INT})"
 _FORMAL: dict[str, Task] = {**regular.TASKS, **context_free.TASKS, **context_sensitive.TASKS}
 
 FAMILIES = (
-    Family("Sn", "S3", "all permutations of n points", rf"(S{_INT})", groups.group_task),
-    Family("An", "A5", "even permutations of n points", rf"(A{_INT})", groups.group_task),
-    Family("Zn", "Z60", "addition modulo n", rf"(Z{_INT})", groups.group_task),
-    Family("Dn", "D4", "symmetries of a regular n-gon (2n elements)", rf"(D{_INT})", groups.group_task),
-    Family("G_x_H", "S3_x_Z2", "direct product of two or more of these", rf"({_GROUP})", groups.group_task),
+    Family("Sn", "S3", "all permutations of n points", rf"(S{_INT})", group_tasks.group_task),
+    Family("An", "A5", "even permutations of n points", rf"(A{_INT})", group_tasks.group_task),
+    Family("Zn", "Z60", "addition modulo n", rf"(Z{_INT})", group_tasks.group_task),
+    Family("Dn", "D4", "symmetries of a regular n-gon (2n elements)", rf"(D{_INT})", group_tasks.group_task),
+    Family("G_x_H", "S3_x_Z2", "direct product of two or more of these", rf"({_GROUP})", group_tasks.group_task),
     Family("Sn_only_swaps", "S5_only_swaps", "inputs are the swaps and the identity",
-           rf"({_GROUP}_only_swaps)", groups.group_task),
+           rf"({_GROUP}_only_swaps)", group_tasks.group_task),
     Family("Sn_limit_to_k", "S5_limit_to_3", "inputs move at most k points",
-           rf"({_GROUP}_limit_to_{_INT})", groups.group_task),
+           rf"({_GROUP}_limit_to_{_INT})", group_tasks.group_task),
     Family("G_k_tokens", "S3_2_tokens", "each symbol k times, labels delayed by k-1",
-           rf"{_LONG_BASE}_tokens", groups.repeated_task),
+           rf"{_LONG_BASE}_tokens", group_tasks.repeated_task),
     Family("G_k_s_tokens", "S3_2_s_tokens", "k-1 fillers after each symbol; its label on the last, filler elsewhere",
-           rf"{_LONG_BASE}_s_tokens", groups.filler_task),
+           rf"{_LONG_BASE}_s_tokens", group_tasks.filler_task),
     Family("G_k_s_tokens_only_input", "S3_2_s_tokens_only_input", "the same input, a product as every label",
-           rf"{_LONG_BASE}_s_tokens_only_input", groups.filler_input_task),
+           rf"{_LONG_BASE}_s_tokens_only_input", group_tasks.filler_input_task),
     Family("Sn_hard", "S5_hard", "4 swaps in one token, then 3 identities, labels delayed by 3",
-           rf"({_GROUP})(?:_only_swaps)?_hard", groups.hard_task),
+           rf"({_GROUP})(?:_only_swaps)?_hard", group_tasks.hard_task),
     Family("regex:R", "regex:(ab)*", "state of a regular expression's automaton; regex_accept:R, acceptance",
            r"regex(_accept)?:(.+)", automaton_task.regex_task),
     Family("random_automaton:NxS:SEED", "random_automaton:6x3:0",
@@ -95,7 +95,7 @@ def get_task(name: str) -> Task:
     for family in FAMILIES:
         if match := re.fullmatch(family.regex, name, re.ASCII):
             return _kept(family, name, match.groups()) if family.kept else family.build(name, *match.groups())
-    raise UsageError(f"unknown task {shortened(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
+    raise UsageError(f"unknown task {quoted(name)}: {_suggestion(name)}`deltaproduct tasks list` shows them")
 
 
 @lru_cache(maxsize=64)

@@ -65,7 +65,7 @@ __getattr__, __dir__ = late(
             "transpositions",
         ),
         "theorems": ("Explanation", "ModelClass", "explain"),
-        "validate": ("Limits",),
+        "limits": ("Limits",),
         "verification": ("Verification", "load", "verify"),
     },
 )

@@ -52,7 +52,7 @@ NOISE = 1e-9  # of a key's largest entry: what float64 leaves of zeros
 VALUES = 8  # roundings of a value that is written, and of the norms before it, in units of float32's
 ROUNDS = 200  # after which a drift that still grows is taken to grow for ever
 CLEARED = 1e-3  # norm of a transition that leaves nothing
-LONGEST = 10**15  # tokens, beyond which nobody asks
+LARGEST_GUARANTEE = 10**15  # tokens, beyond which nobody asks
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v and β of a layer
 SLACK = 8  # roundings of the whole read-out, in units of a dtype's
@@ -190,10 +190,10 @@ def _guaranteed(heads: list[Head]) -> int | None:
         # holds nothing reads nothing, and half of that.
         return all((off := head.distance(tokens)) == 0 or off < head.tolerated for head in heads)
 
-    if fine(LONGEST) and all(head.bound is not None or head.drift == 0 for head in heads):
+    if fine(LARGEST_GUARANTEE) and all(head.bound is not None or head.drift == 0 for head in heads):
         return None
     low, high = 0, 1
-    while high < LONGEST and fine(high):
+    while high < LARGEST_GUARANTEE and fine(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -9,14 +9,11 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_folder, read_json
-from deltaproduct.layers.states import device_of
 from deltaproduct.memory import check_memory
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, evaluating
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import lively_symbols, run_automaton
 from deltaproduct.theory.compiler import AUTOMATON, CERTIFICATE, Compiled
-
-PIECE_TOKENS = 1 << 15  # that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,6 @@ def draw_words(automaton: Automaton, words: int, length: int, seed: int) -> np.n
     return drawn
 
 
-@torch.no_grad()
 def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) -> Verification:
     """Run the model on random words, streamed in pieces with the carried state, and compare every label.
 
@@ -91,23 +87,19 @@ def verify(compiled: Compiled, *, length: int, words: int = 4, seed: int = 0) ->
     # Symbols, states and one copy of either in the order of time, of 8 bytes.
     check_memory(f"Verifying {words:,} words of {length:,} symbols", 24 * words * length, "length or words")
     model, automaton = compiled.model, compiled.automaton
-    device = device_of(model)
-    symbols = draw_words(automaton, words, length, seed)
-    want = run_automaton(automaton, torch.from_numpy(symbols))
-    bos = torch.full((words, 1), len(automaton.alphabet))
-    _, state = model(bos.to(device))
+    symbols = torch.from_numpy(draw_words(automaton, words, length, seed))
+    want = run_automaton(automaton, symbols)[..., None]
     wrong, first_wrong, margin = 0, None, float("inf")
-    size = max(1, PIECE_TOKENS // words)
-    for begin in range(0, length, size):
-        tokens, labels = torch.from_numpy(symbols[:, begin : begin + size]), want[:, begin : begin + size, None]
-        logits, state = model(tokens.to(device), state)
-        logits = logits.cpu()
-        right = logits.gather(-1, labels)[..., 0]
-        others = logits.scatter(-1, labels, -torch.inf).amax(-1)
-        off = ~(right > others)  # and where a logit is no number
-        margin = min(margin, float((right - others).min()))
-        if off.any():
-            wrong += int(off.sum())
-            here = begin + int(off.any(0).nonzero()[0]) + 1
-            first_wrong = here if first_wrong is None else first_wrong
+    with evaluating(model):
+        (bos,) = model.run_in_pieces(torch.full((words, 1), len(automaton.alphabet)))
+        for begin, logits, _ in model.run_in_pieces(symbols, bos.state):
+            scores, labels = logits.cpu(), want[:, begin : begin + logits.shape[1]]
+            right = scores.gather(-1, labels)[..., 0]
+            others = scores.scatter(-1, labels, -torch.inf).amax(-1)
+            off = ~(right > others)  # and where a logit is no number
+            margin = min(margin, float((right - others).min()))
+            if off.any():
+                wrong += int(off.sum())
+                here = begin + int(off.any(0).nonzero()[0]) + 1
+                first_wrong = here if first_wrong is None else first_wrong
     return Verification(words, length, wrong, first_wrong, None if model.config.num_labels == 1 else margin)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltaproduct.errors import UsageError
 from deltaproduct.machine import choose_device
-from deltaproduct.ops.spans import Spans
+from deltaproduct.ops.context_parallel import ContextParallel
 
 PARALLEL = ("ddp", "fsdp")
 LOOPBACK = "127.0.0.1"
@@ -38,25 +38,25 @@ class Ranks:
     Attributes:
         rank, size: which process of how many.
         device: where it computes.
-        spans: the ranks that each sequence is divided over; None where each rank has whole sequences.
+        context_parallel: the ranks that each sequence is divided over; None where each rank has whole sequences.
     """
 
     rank: int
     size: int
     device: torch.device
-    spans: Spans | None = None
+    context_parallel: ContextParallel | None = None
 
     @classmethod
     @contextmanager
-    def started(cls, device: str = "auto", *, spans: int = 1) -> Iterator["Ranks"]:
+    def started(cls, device: str = "auto", *, context_parallel: int = 1) -> Iterator["Ranks"]:
         """What `torchrun` says this process is, for the time of a `with`; alone where nobody says anything.
 
         Args:
             device: "auto", "cpu" or "cuda"; on a machine with several GPUs each process takes its own.
-            spans: ranks that divide each sequence among them.
+            context_parallel: ranks that divide each sequence among them.
 
         Raises:
-            UsageError: there is no such device, or `spans` does not divide the number of processes.
+            UsageError: there is no such device, or `context_parallel` does not divide the number of processes.
         """
         where = choose_device(device)
         begun = "RANK" in os.environ and not dist.is_initialized()  # or by another launcher, whose processes they are
@@ -65,9 +65,11 @@ class Ranks:
             torch.cuda.set_device(where)
         with _group("nccl" if where.type == "cuda" else "gloo") if begun else nullcontext():
             rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            if spans < 1 or size % spans:
-                raise UsageError(f"spans must divide the number of processes, {size}; {spans} does not.")
-            yield cls(rank, size, where, _spans(size, spans))
+            if context_parallel < 1 or size % context_parallel:
+                raise UsageError(
+                    f"context_parallel must divide the number of processes, {size}; {context_parallel} does not."
+                )
+            yield cls(rank, size, where, _context_parallel(size, context_parallel))
 
     @property
     def first(self) -> bool:
@@ -87,15 +89,17 @@ class Ranks:
     @property
     def per_sequence(self) -> int:
         """Ranks that each sequence is divided over."""
-        return 1 if self.spans is None else self.spans.size
+        return 1 if self.context_parallel is None else self.context_parallel.size
 
     def my_span(self, x: Tensor) -> Tensor:
         """This rank's tokens of sequences x [b,T]; `UsageError` unless they can be divided evenly."""
-        if self.spans is None:
+        if self.context_parallel is None:
             return x
-        if x.shape[1] % self.spans.size:
-            raise UsageError(f"A context of {x.shape[1]} tokens cannot be divided evenly over {self.spans.size} ranks.")
-        return x.chunk(self.spans.size, 1)[self.spans.rank]
+        if x.shape[1] % self.per_sequence:
+            raise UsageError(
+                f"A context of {x.shape[1]} tokens cannot be divided evenly over {self.per_sequence} ranks."
+            )
+        return x.chunk(self.per_sequence, 1)[self.context_parallel.rank]
 
     def wrap(self, module: nn.Module, parallel: str, *, blocks: Iterable[nn.Module], precision: str) -> nn.Module:
         """The module with gradients that are averaged over all ranks.
@@ -210,9 +214,9 @@ def _listening(port: int) -> int:
         return s.detach()
 
 
-def _spans(size: int, per_sequence: int) -> Spans | None:
+def _context_parallel(size: int, per_sequence: int) -> ContextParallel | None:
     """The group of neighbours that this rank divides sequences with. Every rank has to make every group."""
     if per_sequence == 1:
         return None
     groups = [dist.new_group(range(at, at + per_sequence)) for at in range(0, size, per_sequence)]
-    return Spans(groups[dist.get_rank() // per_sequence])
+    return ContextParallel(groups[dist.get_rank() // per_sequence])

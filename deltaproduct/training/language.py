@@ -70,7 +70,7 @@ def train_language(
     resume: bool = False,
     backend: str = "auto",
     parallel: str = "ddp",
-    recompute: bool = False,
+    gradient_checkpointing: bool = False,
     compile: bool = False,
     log_every: int = 10,
     checkpoint_every: int = 100,
@@ -86,7 +86,7 @@ def train_language(
     Args:
         resume: continue what `out` holds; an empty folder is simply begun.
         parallel: "ddp" or "fsdp"; see `Ranks.wrap`.
-        recompute: keep only the blocks' inputs for the backward pass, and run the blocks a second time in it.
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and run the blocks again in it.
         compile: have torch.compile compile every block.
         log_every, checkpoint_every: steps between metric lines, and between checkpoints with the validation loss.
         allow_pickled_optimizer: resume also from what an earlier version saved; see `load_shards`.
@@ -98,9 +98,15 @@ def train_language(
     """
     settings = config.training
     _check(config, corpus, ranks)
-    check_language_run(config, ranks.device, processes=ranks.size, sharded=parallel == "fsdp", recompute=recompute)
-    model = new_model(config).to(ranks.device).use_backend(backend).divide_over(ranks.spans)
-    model.recompute = recompute
+    check_language_run(
+        config,
+        ranks.device,
+        processes=ranks.size,
+        sharded=parallel == "fsdp",
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    model = new_model(config).to(ranks.device).use_backend(backend).use_context_parallel(ranks.context_parallel)
+    model.gradient_checkpointing = gradient_checkpointing
     if compile:
         for block in model.blocks:
             block.compile()
@@ -264,8 +270,10 @@ def _check(config: LanguageRun, corpus: Corpus, ranks: Ranks) -> None:
             f"{share} sequences (batch_size / grad_accumulation) cannot be dealt out evenly to {ranks.data_size} "
             "ranks: each needs the same number of them, and at least one."
         )
-    if ranks.spans is not None and settings.packed:
-        raise UsageError("Packed documents cannot be divided over processes; take plain windows or --spans 1.")
+    if ranks.context_parallel is not None and settings.packed:
+        raise UsageError(
+            "Packed documents cannot be divided over processes; take plain windows or --context-parallel 1."
+        )
     if settings.context % ranks.per_sequence:
         raise UsageError(f"A context of {settings.context} cannot be divided evenly over {ranks.per_sequence} ranks.")
 

@@ -21,30 +21,43 @@ def check_run(config: RunConfig, device: torch.device) -> None:
 
 
 def check_language_run(
-    config: LanguageRun, device: torch.device, *, processes: int = 1, sharded: bool = False, recompute: bool = False
+    config: LanguageRun,
+    device: torch.device,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> None:
     """`UsageError` if this process's share of training on a corpus cannot fit.
 
     Args:
         processes: that the tokens of a step are dealt out to.
         sharded: whether the optimiser's numbers are dealt out too.
-        recompute: whether blocks keep nothing but their inputs.
+        gradient_checkpointing: whether blocks keep nothing but their inputs.
     """
     settings = config.training
     tokens = settings.batch_size // settings.grad_accumulation * settings.context // processes
     per_parameter = max(FLOAT, TRAINED // processes) if sharded else TRAINED
     advice = "batch_size or context, or raise grad_accumulation"
-    _check(config.model, settings, tokens, device, advice=advice, per_parameter=per_parameter, recompute=recompute)
+    _check(
+        config.model,
+        settings,
+        tokens,
+        device,
+        advice=advice,
+        per_parameter=per_parameter,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def _check(
     model: ModelConfig, settings: OptimiserConfig, tokens: int, device: torch.device, *, advice: str,
-    per_parameter: int = TRAINED, recompute: bool = False,
+    per_parameter: int = TRAINED, gradient_checkpointing: bool = False,
 ) -> None:  # fmt: skip
     if device.type != "cpu":
         check_model(model)  # it is built here first
     alone = model_bytes(model, per_parameter=per_parameter)
     check_memory("Training the model", alone, SIZES, device=device)
     short = 2 if settings.precision == "bfloat16" else FLOAT
-    step = tokens * activation_bytes(model, recompute=recompute, per_float=short)
+    step = tokens * activation_bytes(model, gradient_checkpointing=gradient_checkpointing, per_float=short)
     check_memory(f"A step of {tokens:,} tokens", alone + step, f"{advice}, or the model's sizes", device=device)

@@ -16,7 +16,7 @@ from deltaproduct.analysis import compare_with_group, extract, vocabulary
 from deltaproduct.analysis.moore import probing_words
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths
-from deltaproduct.experiments.s3 import s3
+from deltaproduct.experiments.word_problems import s3
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton

@@ -1,12 +1,12 @@
-"""Reports that several tests look at, and backends and peers put in for one test."""
+"""Reports that several tests look at, and backends and implementations put in for one test."""
 
 import dataclasses
 
 import pytest
 from cases import S3
 
-from deltaproduct.benchmarks import PEERS, bench_ops, bench_step, bench_train, roofline
-from deltaproduct.benchmarks.peers import Peer
+from deltaproduct.benchmarks import IMPLEMENTATIONS, bench_generate, bench_ops, bench_train, roofline
+from deltaproduct.benchmarks.implementations import Implementation
 from deltaproduct.ops import BACKENDS
 
 
@@ -21,11 +21,11 @@ def add_backend(monkeypatch):
 
 
 @pytest.fixture
-def add_peer(monkeypatch):
-    """The same among the peers."""
+def add_implementation(monkeypatch):
+    """The same among the other implementations."""
 
     def add(name, run, **fields):
-        monkeypatch.setitem(PEERS, name, Peer(name, "for a test", lambda: run, **fields))
+        monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(name, "for a test", lambda: run, **fields))
 
     return add
 
@@ -36,8 +36,8 @@ def quick():
 
 
 @pytest.fixture(scope="session")
-def quick_step():
-    return bench_step(quick=True, device="cpu", repeats=3)
+def quick_generate():
+    return bench_generate(quick=True, device="cpu", repeats=3)
 
 
 @pytest.fixture(scope="session")

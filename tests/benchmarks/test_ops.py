@@ -8,9 +8,18 @@ import pytest
 import torch
 from cases import CPU, TINY, not_a_number, off_in_one_gradient, off_in_the_output, rows_of, shown
 
-from deltaproduct.benchmarks import DEFAULT_SHAPES, OpShape, bench_ops, bench_scaling, ops, problem, roofline, row_names
+from deltaproduct.benchmarks import (
+    DEFAULT_SHAPES,
+    OpShape,
+    bench_ops,
+    bench_scaling,
+    ops,
+    roofline,
+    row_names,
+    workload,
+)
 from deltaproduct.benchmarks.render import _number
-from deltaproduct.benchmarks.settings import Settings
+from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import MIN_RUNS, Timing, interleaved, peak_extra_bytes
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS, resolve_backend
@@ -77,11 +86,11 @@ def test_values_of_another_width_than_keys():
     assert {row.status for row in report.shapes[0].rows} == {"timed"}
 
 
-def test_against_a_peer():
+def test_against_another_implementation():
     report = bench_ops([TINY], against="textbook_loop", device="cpu", repeats=1)
     ours, theirs = report.shapes[0].rows
     assert ours.backend == resolve_backend()[0] and theirs.backend == "textbook_loop"
-    with pytest.raises(UsageError, match="no peer 'nonesuch'"):
+    with pytest.raises(UsageError, match="no implementation 'nonesuch'"):
         bench_ops([TINY], against="nonesuch", device="cpu")
     with pytest.raises(UsageError, match="leave out --backends"):
         bench_ops([TINY], against="textbook_loop", backends=["chunkwise"], device="cpu")
@@ -90,8 +99,8 @@ def test_against_a_peer():
 
 
 def test_hard_inputs_are_almost_parallel():
-    settings = Settings.of(device="cpu", hard=True)
-    x = problem.Problem(OpShape(1, 64, 1, 64, 2), settings).x
+    settings = BenchmarkSettings.of(device="cpu", hard=True)
+    x = workload.Workload(OpShape(1, 64, 1, 64, 2), settings).x
     k = x["k"].detach().flatten(0, -2)
     cosines = (k @ k.mT)[~torch.eye(len(k), dtype=bool)]
     assert cosines.mean() == pytest.approx(0.99, abs=2e-3) and cosines.min() > 0.97
@@ -100,7 +109,7 @@ def test_hard_inputs_are_almost_parallel():
     assert report.hard and rows_of(report)["chunkwise"].error < 1e-4
 
 
-def test_a_peer_without_a_backward_is_timed_forwards(add_peer):
+def test_another_implementation_without_a_backward_is_timed_forwards(add_implementation):
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, beta):
@@ -110,7 +119,7 @@ def test_a_peer_without_a_backward_is_timed_forwards(add_peer):
         def backward(ctx, d):
             raise RuntimeError("not on this GPU")
 
-    add_peer("fake", lambda q, k, v, beta: NoBackward.apply(q, k, v, beta))
+    add_implementation("fake", lambda q, k, v, beta: NoBackward.apply(q, k, v, beta))
     report = bench_ops([TINY], backends=["chunkwise", "fake"], device="cpu", repeats=1)
     row = rows_of(report)["fake"]
     assert row.status == "timed" and row.no_backward == "RuntimeError: not on this GPU"
@@ -125,7 +134,7 @@ def test_on_a_gpu_bytes_are_held_against_a_copy(monkeypatch):
     monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 20)
     copy = roofline.MemoryCopy(CPU)
     assert copy.gb_per_second(Timing(0.5, 0.4, 0.6, 3)) == pytest.approx(2 * 2**20 / 0.5e-3 / 1e9)
-    settings = Settings.of(device="cpu", repeats=1)
+    settings = BenchmarkSettings.of(device="cpu", repeats=1)
     product = roofline.MatrixProduct(CPU)
     result = ops._bench_shape(TINY, ["chunkwise"], settings, product, copy, lambda line: None)
     row = result.rows[0]
@@ -183,7 +192,9 @@ def test_a_wrong_backend_is_not_scaled(add_backend):
 
 
 def test_large_shapes_are_checked_on_a_prefix(monkeypatch):
-    monkeypatch.setitem(problem.CHECK_BYTES, "cpu", 3 * 8 * 2 * 2 * 1 * 4 * 4)  # float64 states of three tokens of TINY
+    monkeypatch.setitem(
+        workload.CHECK_BYTES, "cpu", 3 * 8 * 2 * 2 * 1 * 4 * 4
+    )  # float64 states of three tokens of TINY
     report = bench_ops([TINY], backends=["chunkwise"], device="cpu", repeats=1)
     assert report.shapes[0].checked_length == 3 and rows_of(report)["chunkwise"].status == "timed"
     assert rows_of(report)["chunkwise"].speedup == {}  # there is no other row to compare with
@@ -238,7 +249,7 @@ def test_peak_memory_is_that_of_the_allocator():
 
 def test_peak_memory_sees_inside_custom_operators():
     """The chunked backend is one opaque operator; its temporaries count, as do the reference's kept states."""
-    case = problem.Problem(OpShape(2, 64, 2, 16, 2), Settings.of(device="cpu"))
+    case = workload.Workload(OpShape(2, 64, 2, 16, 2), BenchmarkSettings.of(device="cpu"))
     gradients = sum(y.numel() * 4 for y in case.x.values())
     assert peak_extra_bytes(case.work("chunkwise"), CPU) > gradients
     states = 64 * 2 * 2 * 2 * 16 * 16 * 4  # T·N states of B·H·K·V floats, kept for the loop's backward

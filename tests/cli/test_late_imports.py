@@ -62,7 +62,7 @@ def test_help_and_misspelt_words_import_no_pytorch():
 
 
 def test_only_the_command_that_is_asked_for_is_imported():
-    shared = {"main", "mistakes", "flags", "outputs"}
+    shared = {"main", "mistakes", "flags", "outputs", "renamed"}
     for name in ("train", "lm generate"):
         _, modules = after([*name.split(), "--stpes", "5"])
         ours = {m.removeprefix("deltaproduct.cli.") for m in modules if m.startswith("deltaproduct.cli.")}

@@ -48,8 +48,8 @@ def figures(capsys, *arguments) -> dict:
 
 def test_writes_what_the_stream_writes(capsys, run_folder):
     stream = Stream(build(), Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=4))
-    stream.read([256, *"Wie schön".encode()])
-    want = list(stream.write(30, stop=[256]))
+    stream.prefill([256, *"Wie schön".encode()])
+    want = list(stream.generate(30, stop=[256]))
     sampling = ["--temperature", "0.8", "--top-k", "50", "--top-p", "0.9", "--seed", "4", "--max-tokens", "30"]
     for source in (run_folder, run_folder / "checkpoint"):
         found = figures(capsys, source, "--prompt", "Wie schön", *sampling)
@@ -65,14 +65,14 @@ def test_writes_what_the_stream_writes(capsys, run_folder):
 def test_text_appears_as_it_comes(run_folder, monkeypatch):
     """Each token's text is printed before the next token is drawn."""
     events = []
-    model_writes = Stream.write
+    model_writes = Stream.generate
 
     def write(self, tokens, stop=()):
         for token in model_writes(self, tokens, stop):
             events.append("token")
             yield token
 
-    monkeypatch.setattr(Stream, "write", write)
+    monkeypatch.setattr(Stream, "generate", write)
     monkeypatch.setattr("builtins.print", lambda *_, **options: events.append(options.get("flush")))
     LmGenerate(source=run_folder, max_tokens=3).run()
     assert events[:6] == ["token", True] * 3
@@ -146,9 +146,9 @@ def test_an_interrupted_conversation_is_saved(run_folder, tmp_path, monkeypatch)
     saved = Stream.load(tmp_path / "saved", build())
     assert saved.position == 14  # 11 of the prompt and three more
     whole = Stream(build(), Sampling())
-    whole.read([256, *"Wie schön".encode()])
-    list(whole.write(3))
-    assert torch.equal(saved.logits, whole.logits) and list(saved.write(5)) == list(whole.write(5))
+    whole.prefill([256, *"Wie schön".encode()])
+    list(whole.generate(3))
+    assert torch.equal(saved.logits, whole.logits) and list(saved.generate(5)) == list(whole.generate(5))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=ascii)

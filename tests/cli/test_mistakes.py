@@ -49,7 +49,7 @@ def refused(capsys, *arguments):
         ("doctor now", "doctor does not know what to do with now; for help: deltaproduct doctor --help"),
         ("lm", "lm needs a command: prepare, train, evaluate, generate, export, convert; for help: deltaproduct lm "
          "--help"),
-        ("bench --quick ops", "--quick belongs behind a command: ops, scaling, decode, step, train; for help: "
+        ("bench --quick ops", "--quick belongs behind a command: ops, scaling, generate, train; for help: "
          "deltaproduct bench --help"),
     ],
 )  # fmt: skip
@@ -119,7 +119,7 @@ def test_lists_with_empty_parts_or_spaces_are_refused(capsys, tmp_path, argument
 
 def test_every_list_flag_refuses_them(capsys):
     for arguments in (["evaluate", "r", "--lengths"], ["evaluate", "r", "--length-range"],
-                      ["bench", "scaling", "--lengths"], ["bench", "decode", "--batches"],
+                      ["bench", "scaling", "--lengths"], ["bench", "ops", "--step", "--batches"],
                       ["reproduce", "s3", "--list", "--lengths"], ["reproduce", "s3", "--list", "--only"]):  # fmt: skip
         assert "a comma of '4,,8' has nothing beside it; 4,8 may be meant" in refused(capsys, *arguments, "4,,8")
 

@@ -68,7 +68,7 @@ def test_names_from_files_are_escaped_where_they_are_printed(capsys, tmp_path):
         "transitions": [["\u202eq", "a", "p\x9b"], ["\u202eq", "\x1b[2J", "\u202eq"],
                         ["p\x9b", "a", "\u202eq"], ["p\x9b", "\x1b[2J", "p\x9b"]],
     }  # fmt: skip
-    from deltaproduct.tasks.automata import JSON_EXAMPLE
+    from deltaproduct.tasks.automaton_format import JSON_EXAMPLE
 
     example = json.loads(JSON_EXAMPLE)
     if isinstance(example["transitions"], dict):

@@ -28,11 +28,13 @@ from deltaproduct.corpus import (
     encode,
     load_tokenizer,
     shakespeare,
-    sources,
     writer,
 )
+from deltaproduct.corpus.file_sources import TextSource
 from deltaproduct.corpus.sidecar import SIDECAR, sealed, token_dtype
-from deltaproduct.corpus.sources import StdlibSource, TextSource, make_source
+from deltaproduct.corpus.source import is_held_out
+from deltaproduct.corpus.sources import make_source
+from deltaproduct.corpus.stdlib import StdlibSource
 from deltaproduct.corpus.tokenizer import DOCUMENT, ByteTokenizer, make_tokenizer, train_bpe
 from deltaproduct.corpus.windows import permuted
 from deltaproduct.corpus.writer import prepare
@@ -163,8 +165,8 @@ def test_every_document_is_in_one_split_as_it_was(files, tmp_path, small_batches
         assert split.document_offsets.dtype == np.int64
         assert split.document_offsets.tolist() == [*starts, split.num_tokens]
         found[name] = documents(split, corpus)
-    assert found["train"] == [text for text in TEXTS if not sources.is_held_out(text, 0.2)]
-    assert found["validation"] == [text for text in TEXTS if sources.is_held_out(text, 0.2)]
+    assert found["train"] == [text for text in TEXTS if not is_held_out(text, 0.2)]
+    assert found["validation"] == [text for text in TEXTS if is_held_out(text, 0.2)]
     shards = sorted((tmp_path / "out").glob("train-*.bin"))
     assert len(shards) > 3 and {path.stat().st_size for path in shards[:-1]} == {333 * 2}
 
@@ -304,7 +306,7 @@ def test_whole_modules_of_the_standard_library_are_held_out(tmp_path):
 
 def test_the_share_that_is_held_out_by_hash(tmp_path):
     # Of 10,000 documents, 1 % is 100 with a standard deviation of 10: four of them either way.
-    held = [text for i in range(10_000) if sources.is_held_out(text := f"document {i}", 0.01)]
+    held = [text for i in range(10_000) if is_held_out(text := f"document {i}", 0.01)]
     assert 60 <= len(held) <= 140
     (tmp_path / "a.txt").write_text(held[0])
     (tmp_path / "b.txt").write_text(held[0])  # a copy is on the same side

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from deltaproduct.cli.lm_prepare import LmPrepare
-from deltaproduct.corpus import Corpus, sources, writer
-from deltaproduct.corpus.sources import TAIL_SHARE, StdlibSource, TextSource, make_source
+from deltaproduct.corpus import Corpus, writer
+from deltaproduct.corpus.file_sources import TextSource
+from deltaproduct.corpus.source import TAIL_SHARE, is_held_out
+from deltaproduct.corpus.sources import make_source
+from deltaproduct.corpus.stdlib import StdlibSource
 from deltaproduct.corpus.tokenizer import train_bpe
 from deltaproduct.corpus.writer import prepare
 from deltaproduct.errors import UsageError
@@ -76,7 +79,7 @@ def test_few_files_have_both_splits_whatever_is_in_them(count, share, tmp_path):
     train, validation = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "validation")
     assert train and validation
     whole = [path.read_text() for path in sorted((tmp_path / "texts").glob("[0-9]*"))]
-    keyed = [text for text in whole if sources.is_held_out(text, 0.01 if share is None else share)]
+    keyed = [text for text in whole if is_held_out(text, 0.01 if share is None else share)]
     if keyed and len(keyed) < count:
         assert (train, validation) == ([text for text in whole if text not in keyed], keyed)
     else:
@@ -314,13 +317,13 @@ from pathlib import Path
 from deltaproduct.cli.main import main
 from deltaproduct.corpus import encode, writer
 encode.BATCH_CHARACTERS, writer.JOURNAL_SECONDS = 300, 0.0
-shown = writer.Progress
+shown = writer.PreparationProgress
 def progress(doing, done, total, tokens):
     if tokens > 4000 and not Path("told").exists():
         Path("told").touch()
         import time; time.sleep(60)
     return shown(doing, done, total, tokens)
-writer.Progress = progress
+writer.PreparationProgress = progress
 main(sys.argv[1:])
 """
 

@@ -6,9 +6,9 @@ import torch
 from deltaproduct import evaluation
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length, evaluate_lengths, scores
-from deltaproduct.evaluation import lengths as module
 from deltaproduct.experiments.recipes import state_tracking_model
 from deltaproduct.models import SequenceModel
+from deltaproduct.models import sequence_model as module
 from deltaproduct.tasks import get_task
 
 

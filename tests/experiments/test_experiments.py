@@ -13,12 +13,12 @@ from rich.console import Console
 from deltaproduct import progress
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import LengthResult
-from deltaproduct.experiments.formal import formal_job
-from deltaproduct.experiments.job import Asked, accuracy_curve, run_job
+from deltaproduct.experiments.formal_languages import formal_job
 from deltaproduct.experiments.recipes import label
 from deltaproduct.experiments.registry import EXPERIMENTS, get_experiment
 from deltaproduct.experiments.runner import run_jobs
-from deltaproduct.experiments.s3 import s3
+from deltaproduct.experiments.task_job import EvaluationSpec, accuracy_curve
+from deltaproduct.experiments.word_problems import s3
 from deltaproduct.models import SequenceModel
 from deltaproduct.progress import board
 from deltaproduct.tasks import get_task
@@ -36,8 +36,9 @@ def tiny(job, **changes):
     training = replace(
         job.config.training, **({"steps": 2, "lengths": (6,), "batch_sizes": (2,), "stage_steps": ()} | changes)
     )
-    asked = replace(job.asked, sequences=3) if job.asked.length_range else Asked((4, 9), sequences=3)
-    return replace(job, config=replace(job.config, model=model, training=training), asked=asked)
+    spec = job.evaluation
+    spec = replace(spec, sequences=3) if spec.length_range else EvaluationSpec((4, 9), sequences=3)
+    return replace(job, config=replace(job.config, model=model, training=training), evaluation=spec)
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -51,8 +52,8 @@ def test_every_experiment_is_a_list_of_runs_that_could_begin(name, scale):
         assert job.name.endswith(f"-seed{training.seed}") and "/" not in job.name
         assert label(job.config.model) in job.label
         shortest = training.min_length or min(training.lengths)
-        assert shortest >= task.min_length and (job.asked.length_range or job.asked.lengths)
-        assert training.lengths[-1] <= min(job.asked.length_range or job.asked.lengths)
+        assert shortest >= task.min_length and (job.evaluation.length_range or job.evaluation.lengths)
+        assert training.lengths[-1] <= min(job.evaluation.length_range or job.evaluation.lengths)
         rate = 1.0 if name in OWN_RATES else training.lr
         budgets[task.name].add(replace(training, seed=0, lr=rate))
     # All models of one task have one schedule and one number of sequences.
@@ -83,7 +84,7 @@ def test_only_and_list(capsys, tmp_path):
 
 def test_a_range_of_lengths_is_measured_and_scaled(tmp_path):
     job = tiny(formal_job("parity", "deltanet-neg", "cpu", 3))
-    result = run_job(job, tmp_path)
+    result = job.run(tmp_path)
     assert result["scaled_accuracy"] == pytest.approx(2 * result["accuracy"] - 1)
     assert result["asked"] == {"lengths": [], "length_range": [40, 256], "sequences": 3}
     assert result["label"] == "DeltaNet[-1,1]" and result["task"] == "parity" and result["seed"] == 3
@@ -93,13 +94,13 @@ def test_a_range_of_lengths_is_measured_and_scaled(tmp_path):
 
 def test_what_is_asked_anew_is_measured_anew_and_not_trained_again(tmp_path):
     job = tiny(s3("cpu", [0])[0])
-    run_job(job, tmp_path)
+    job.run(tmp_path)
     checkpoint = tmp_path / "runs" / job.name / "checkpoint" / "model.safetensors"
     before = checkpoint.stat().st_mtime_ns
-    again = run_job(replace(job, asked=Asked((5,), sequences=2)), tmp_path)
+    again = replace(job, evaluation=EvaluationSpec((5,), sequences=2)).run(tmp_path)
     assert set(again["accuracy"]) == {"5"} and checkpoint.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match="lengths"):
-        Asked((5,), length_range=(3, 9))
+        EvaluationSpec((5,), length_range=(3, 9))
 
 
 def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import Asked, Job, finished_result, run_job
 from deltaproduct.experiments.recipes import state_tracking_model
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.files import seal_folder
 from deltaproduct.tasks import get_task
 from deltaproduct.training import RunConfig, TrainConfig
@@ -15,8 +15,8 @@ from deltaproduct.training import RunConfig, TrainConfig
 MODEL = state_tracking_model(get_task("S3"), hidden_size=16, num_heads=2, head_dim=4)
 CONFIG = RunConfig(TrainConfig(task="S3", steps=1, lengths=(4,), batch_sizes=(4,), warmup_steps=1), MODEL)
 JOBS = {
-    "lengths": Job("tiny", "tiny", CONFIG, Asked((4, 8), sequences=2)),
-    "range": Job("range", "range", CONFIG, Asked(length_range=(4, 8), sequences=2)),
+    "lengths": TaskJob("tiny", "tiny", CONFIG, EvaluationSpec((4, 8), sequences=2)),
+    "range": TaskJob("range", "range", CONFIG, EvaluationSpec(length_range=(4, 8), sequences=2)),
 }
 
 
@@ -24,7 +24,7 @@ JOBS = {
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("measured")
     for job in JOBS.values():
-        run_job(job, out)
+        job.run(out)
     return out
 
 
@@ -53,11 +53,11 @@ def test_a_result_that_is_none_of_its_run(measured, tmp_path, which, change, mat
     path = folder / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UsageError, match=r"result\.json") as changed:  # by the run's manifest
-        finished_result(job, out)
+        job.finished(out)
     assert "does not match its recorded size and sha256" in str(changed.value)
     seal_folder(folder, ["config.json", "run.json", "metrics.jsonl", "result.json"])
     with pytest.raises(UsageError, match=rf"result\.json is damaged: {match}.* Remove it") as refused:
-        finished_result(job, out)
+        job.finished(out)
     assert "\n" not in str(refused.value)
 
 
@@ -67,12 +67,12 @@ def test_a_result_of_another_shape(measured, tmp_path, text):
     (out / "runs" / "tiny" / "result.json").write_text(text)
     seal_folder(out / "runs" / "tiny", ["config.json", "run.json", "metrics.jsonl", "result.json"])
     with pytest.raises(UsageError, match=r"result\.json is (damaged|not valid JSON)"):
-        finished_result(job, out)
+        job.finished(out)
 
 
 @pytest.mark.parametrize("which", JOBS)
 def test_what_was_measured_is_read_and_what_was_not_is_measured(measured, which):
     job = JOBS[which]
-    assert finished_result(job, measured)["name"] == job.name
-    other = Job(job.name, job.label, job.config, Asked((4,), sequences=1))
-    assert finished_result(other, measured) is None
+    assert job.finished(measured)["name"] == job.name
+    other = TaskJob(job.name, job.label, job.config, EvaluationSpec((4,), sequences=1))
+    assert other.finished(measured) is None

@@ -20,11 +20,12 @@ REPRODUCE = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from runs import run_config
-    from deltaproduct.experiments.job import Asked, Job
     from deltaproduct.experiments.runner import run_jobs
+    from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 
     if __name__ == "__main__":
-        jobs = [Job(f"seed{i}", "a", run_config(steps=1_000_000, seed=i), Asked((4,), sequences=2)) for i in range(2)]
+        spec = EvaluationSpec((4,), sequences=2)
+        jobs = [TaskJob(f"seed{i}", "a", run_config(steps=1_000_000, seed=i), spec) for i in range(2)]
         try:
             run_jobs(jobs, Path(sys.argv[2]), experiment="x", workers=2, show=False)
         except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from deltaproduct.benchmarks import OpShape
 from deltaproduct.benchmarks.render import render
-from deltaproduct.experiments.s3 import s3
+from deltaproduct.experiments.word_problems import s3
 from deltaproduct.ops.reference import reference
 
 CPU = torch.device("cpu")

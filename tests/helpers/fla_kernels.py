@@ -75,7 +75,7 @@ def compare_operators() -> dict[str, float]:
     from fla.ops.delta_rule import fused_recurrent_delta_rule
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    from deltaproduct.ops import compat
+    from deltaproduct.ops import fla_api
 
     tokens, heads, value_heads, size = 20, 2, 4, 16
     q = torch.randn(1, tokens, heads, size)
@@ -91,10 +91,10 @@ def compare_operators() -> dict[str, float]:
            "allow_neg_eigval": True, "state_v_first": True}  # fmt: skip
     plain = {"q": q, "k": k, "v": v[:, :, :heads].contiguous(), "beta": beta[:, :, :heads].contiguous()}
     calls = {
-        "delta rule": (fused_recurrent_delta_rule, compat.fused_recurrent_delta_rule, plain),
-        "gated delta rule": (fused_recurrent_gated_delta_rule, compat.fused_recurrent_gated_delta_rule,
+        "delta rule": (fused_recurrent_delta_rule, fla_api.fused_recurrent_delta_rule, plain),
+        "gated delta rule": (fused_recurrent_gated_delta_rule, fla_api.fused_recurrent_gated_delta_rule,
                              {"q": q, "k": k, "v": v, "beta": beta} | gated),
-        "gates in the kernel": (fused_recurrent_gated_delta_rule, compat.fused_recurrent_gated_delta_rule,
+        "gates in the kernel": (fused_recurrent_gated_delta_rule, fla_api.fused_recurrent_gated_delta_rule,
                                 {"q": q, "k": k, "v": v, "beta": beta} | raw),
     }  # fmt: skip
     found = {}

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import Asked, Job, run_job
 from deltaproduct.experiments.recipes import state_tracking_model
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.files import MANIFEST
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
@@ -227,13 +227,13 @@ def build_compiled(root: Path) -> None:
 
 
 def build_experiment(root: Path) -> None:
-    run_job(job(), root / "out")
+    job().run(root / "out")
 
 
-def job() -> Job:
+def job() -> TaskJob:
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(4,), warmup_steps=1)
     model = state_tracking_model(get_task("S3"), hidden_size=16, num_heads=2, head_dim=4)
-    return Job("tiny", "tiny", RunConfig(training, model), Asked((4, 8), sequences=2))
+    return TaskJob("tiny", "tiny", RunConfig(training, model), EvaluationSpec((4, 8), sequences=2))
 
 
 def build_automata(root: Path) -> None:
@@ -322,7 +322,7 @@ def ask_verify(root: Path) -> Outcome:
 
 def ask_job(root: Path) -> Outcome:
     def result() -> Any:
-        found = run_job(job(), root / "out")
+        found = job().run(root / "out")
         return json.dumps({k: v for k, v in found.items() if k != "wall_seconds"}, sort_keys=True)
 
     return call(result)

@@ -15,8 +15,8 @@ import pytest
 from commands import run as command
 
 from deltaproduct.errors import UsageError
-from deltaproduct.experiments.job import Asked, Job, run_job
 from deltaproduct.experiments.runner import run_jobs
+from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.launchers import LAUNCHERS, default_workers, get_launcher, parse_options
 from deltaproduct.launchers.launcher import carry_out, opened
 from deltaproduct.models import ModelConfig
@@ -134,7 +134,7 @@ def test_an_error_that_cannot_be_read_elsewhere_still_says_what_it_was():
 def tiny(seed):
     model = ModelConfig.build(hidden_size=8, num_heads=1, head_dim=4, vocab_size=7, num_labels=6)
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(8,), seed=seed)
-    return Job(f"run-{seed}", "tiny", RunConfig(training=training, model=model), Asked((8,), sequences=4))
+    return TaskJob(f"run-{seed}", "tiny", RunConfig(training=training, model=model), EvaluationSpec((8,), sequences=4))
 
 
 def numbers(results):
@@ -146,8 +146,8 @@ def test_a_stopped_sweep_continues_and_gives_the_same_numbers(launch, tmp_path, 
     launch(name, tmp_path)
     monkeypatch.chdir(tmp_path)
     jobs, sweep = [tiny(0), tiny(1)], Path("sweep")  # relative: another folder in a process that lies elsewhere
-    here = [run_job(job, tmp_path / "here", threads=1) for job in jobs]
-    run_job(jobs[0], sweep, threads=1)
+    here = [job.run(tmp_path / "here", threads=1) for job in jobs]
+    jobs[0].run(sweep, threads=1)
     result = sweep / "runs" / "run-0" / "result.json"
     before = result.stat().st_mtime_ns
     go = partial(run_jobs, jobs, sweep, experiment="t", launcher=name, launcher_options=HERE[name], show=False)

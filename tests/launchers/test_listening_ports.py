@@ -52,7 +52,7 @@ def rank_of_two(rank: int, port: int, answer: Any) -> None:
                    "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}  # fmt: skip
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME"):
         os.environ.pop(name, None)
-    with Ranks.started("cpu", spans=2) as ranks:
+    with Ranks.started("cpu", context_parallel=2) as ranks:
         assert float(ranks.summed(torch.ones(()))) == 2
         answer.send((listening([os.getpid()]), elsewhere([os.getpid()]), os.environ["GLOO_SOCKET_IFNAME"]))
         ranks.wait()

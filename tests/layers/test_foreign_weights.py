@@ -177,9 +177,9 @@ def test_conversations_with_offloaded_and_quantised_models(tmp_path):
     want = plain(torch.tensor([[1, 2, 3]]))[0][0, -1]
     accelerate.cpu_offload(plain, execution_device="cpu")
     stream = Stream(plain)
-    stream.read([1, 2, 3])
+    stream.prefill([1, 2, 3])
     assert torch.equal(stream.logits, want)
-    assert len(list(stream.write(3))) == 3
+    assert len(list(stream.generate(3))) == 3
     with pytest.raises(UsageError, match="quantised or offloaded"):
         stream.save(tmp_path / "conversation")
     assert not (tmp_path / "conversation").exists()

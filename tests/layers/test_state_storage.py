@@ -115,7 +115,7 @@ def saved_bytes(state) -> int:
 def test_a_long_prompt_leaves_a_conversation_of_the_size_that_it_reports():
     model = language_model()
     stream = Stream(model)
-    stream.read(torch.arange(4096) % 9)
+    stream.prefill(torch.arange(4096) % 9)
     assert not stream.is_native  # where states are the mixers' own
     assert_owned(stream.state)
     needed = sum(s.numel() * s.element_size() for s in tensors(stream.state))

@@ -18,7 +18,7 @@ from torch import nn
 from deltaproduct.cli.lm_export import LmExport
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel, export
-from deltaproduct.models.export import FORMATS, Step, export_step, largest_difference, trace
+from deltaproduct.models.export import FORMATS, DecodingStep, export_step, largest_difference, trace
 from deltaproduct.ops import cpu, dispatch
 
 V = 11
@@ -74,7 +74,7 @@ def assert_program_is_the_model(run, model: SequenceModel, batch_size: int) -> N
     """`run` goes on from its own state; the model reads all tokens in one pass, as it would without any step."""
     tokens = torch.randint(V, (batch_size, STEPS), generator=torch.Generator().manual_seed(2))
     want, _ = model(tokens)
-    state, logits = Step(model).initial(batch_size), []
+    state, logits = DecodingStep(model).initial(batch_size), []
     for column in tokens.T:
         now, *state = run(column.contiguous(), *state)
         assert all(x.is_contiguous() for x in state)  # or compiled code would misread it
@@ -95,7 +95,7 @@ def needed(to: str) -> None:
 def test_the_traced_step_is_the_model():
     """The graph that both formats are made from."""
     model = build(num_householder=3, use_forget_gate=True, tie_word_embeddings=True)
-    run = trace(Step(model)).module()
+    run = trace(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 
@@ -103,7 +103,7 @@ def test_the_traced_step_is_the_model():
 def test_a_state_that_begins_with_one_tensor_twice():
     """An LSTM's hidden and cell; traced as one input, they would never part."""
     model = build(mixer="lstm")
-    assert_program_is_the_model(trace(Step(model)).module(), model, 3)
+    assert_program_is_the_model(trace(DecodingStep(model)).module(), model, 3)
 
 
 def check_exported(out: Path, model: SequenceModel, to: str) -> None:
@@ -113,7 +113,7 @@ def check_exported(out: Path, model: SequenceModel, to: str) -> None:
     run = FORMATS[to].open(out / FORMATS[to].file)
     for batch_size in (1, 2, 5):
         assert_program_is_the_model(run, model, batch_size)
-    assert largest_difference(Step(model), run) <= 1e-5
+    assert largest_difference(DecodingStep(model), run) <= 1e-5
     check_description(json.loads((out / "step.json").read_text()), model)
     check_usage(out, model)
 
@@ -203,7 +203,7 @@ def test_each_exported(changes, to, tmp_path):
 
 def test_a_state_that_does_not_begin_with_zeros():
     """sLSTM's empty memory is a very small logarithm."""
-    step = Step(build(mixer="slstm"))
+    step = DecodingStep(build(mixer="slstm"))
     said = {entry["name"]: entry["initial"] for entry in export.describe(step)["inputs"][1:]}
     assert said["0.stabiliser"] == "initial_state.safetensors" and said["0.cell"] == "zeros"
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_is_one_line(mixer, reason, tmp_path, capfd):
 
 def test_eager_decoding_still_uses_the_engine(monkeypatch):
     """And an export does not: what it traces is the reference's own loop body."""
-    if reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     model, calls = build(), []
     engine = dispatch.BACKENDS["cpu"].step
@@ -232,7 +232,7 @@ def test_eager_decoding_still_uses_the_engine(monkeypatch):
         _, state = model(torch.tensor([[1]]))
         model(torch.tensor([[2]]), state)
     assert len(calls) == 2
-    trace(Step(model))
+    trace(DecodingStep(model))
     assert len(calls) == 2
     with torch.no_grad():
         model(torch.tensor([[3]]), state)
@@ -242,7 +242,7 @@ def test_eager_decoding_still_uses_the_engine(monkeypatch):
 class Spoiled(nn.Module):
     """A step that is not quite the model's."""
 
-    def __init__(self, step: Step, spoil):
+    def __init__(self, step: DecodingStep, spoil):
         super().__init__()
         self.step, self.spoil = step, spoil
 
@@ -261,7 +261,7 @@ SPOILS = {
 @pytest.mark.parametrize("name", SPOILS)
 def test_a_program_that_differs_is_not_written(name, tmp_path, monkeypatch):
     spoil, word = SPOILS[name]
-    step = Step(build())
+    step = DecodingStep(build())
     format = replace(FORMATS["onnx"], write=lambda step, path: path.touch(), open=lambda path: Spoiled(step, spoil))
     monkeypatch.setitem(FORMATS, "onnx", format)
     with pytest.raises(UsageError, match=word):

@@ -11,7 +11,7 @@ from test_export import V, assert_program_is_the_model, build, needed
 
 from deltaproduct.layers import MIXERS
 from deltaproduct.layers.options import option_names
-from deltaproduct.models.export import FORMATS, Step, describe, export_step, trace
+from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace
 
 WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in option_names(mixer.options)]
 # Beside the configurations of test_export.py, which have a convolution of width 4 and one layer.
@@ -34,7 +34,7 @@ ODD = {
 EXPORTED = ("deltanet", "gated_deltanet", "mamba2", "dense_linear_rnn", "slstm")  # with a convolution of width 1
 
 
-def described_ports(step: Step) -> list[str]:
+def described_ports(step: DecodingStep) -> list[str]:
     said = describe(step)
     inputs, outputs = ([entry["name"] for entry in said[side]] for side in ("inputs", "outputs"))
     assert outputs == ["logits", *(f"next.{name}" for name in inputs[1:])]
@@ -46,7 +46,7 @@ def described_ports(step: Step) -> list[str]:
 def test_a_step_has_no_empty_tensors(mixer):
     """Neither goes in nor comes out, and the step is the model's."""
     model = build(mixer=mixer, conv_size=1, num_hidden_layers=2)
-    step = Step(model)
+    step = DecodingStep(model)
     assert described_ports(step) == step.names and not any("history" in name for name in step.names)
     state, carried = step.initial(3), None
     assert all(x.numel() for x in state)
@@ -57,13 +57,13 @@ def test_a_step_has_no_empty_tensors(mixer):
 
 
 def test_histories_of_width_one_and_two_side_by_side():
-    step = Step(build(**ODD["width 2 beside width 1"]))
+    step = DecodingStep(build(**ODD["width 2 beside width 1"]))
     assert step.names == ["0.recurrent", "1.recurrent", "1.q_history", "1.k_history", "1.v_history"]
 
 
 def test_the_traced_step_of_an_empty_history():
     model = build(**ODD["width 1"])
-    run = trace(Step(model)).module()
+    run = trace(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 

@@ -130,7 +130,7 @@ def test_pickled_weights_are_written_anew_by_what_the_line_says(tmp_path):
 def test_other_kinds(tmp_path):
     model = build()
     stream = Stream(model)
-    stream.read([1, 2])
+    stream.prefill([1, 2])
     stream.save(tmp_path / "conversation")
     refusal(tmp_path / "conversation", "--load-state")
     for name, file, values, match in (

@@ -18,7 +18,7 @@ from deltaproduct.ops import cpu
 
 V, B, D = 7, 2, 12
 native = pytest.mark.skipif(
-    cpu.obstacle(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
+    cpu.unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
 )
 
 
@@ -191,7 +191,7 @@ def test_a_model_refuses_the_states_of_others(name):
             call()
         one_line(refused)
     with torch.enable_grad():
-        model.recompute = True
+        model.gradient_checkpointing = True
         with pytest.raises(UsageError, match=match):
             model(tokens, state)
 
@@ -224,7 +224,7 @@ def test_none_in_a_layers_place_starts_that_layer_afresh():
 def test_a_saved_conversation_with_other_tensors_is_refused(tmp_path):
     model = model_of()
     stream = Stream(model)
-    stream.read([1, 2, 3])
+    stream.prefill([1, 2, 3])
     stream.save(tmp_path / "saved")
     tensors, said = (
         load_file(tmp_path / "saved" / "stream.safetensors"),

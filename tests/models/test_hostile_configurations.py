@@ -100,7 +100,7 @@ def test_options_that_a_mixer_has_not_in_json(saved, mixer, match):
 
 
 def test_options_beside_a_mixer_of_the_new_layout_are_refused():
-    values = ModelConfig(5, 5, mixer="lstm").to_dict()
+    values = ModelConfig.build(5, 5, mixer="lstm").to_dict()
     refused(lambda: ModelConfig.from_dict(values | {"num_heads": 2}), "no field 'num_heads' beside its mixer; options")
     refused(lambda: ModelConfig.from_dict(values | {"hiden_size": 2}), "did you mean 'hidden_size'")
     refused(lambda: ModelConfig.from_dict(values | {"layer_overrides": {}}), "no field 'layer_overrides'")
@@ -289,7 +289,7 @@ def said(tmp_path_factory):
     torch.manual_seed(0)
     model = SequenceModel(ModelConfig.build(**TINY)).eval()
     stream = Stream(model, Sampling(seed=1))
-    stream.read([1, 2, 3])
+    stream.prefill([1, 2, 3])
     folder = tmp_path_factory.mktemp("said") / "said"
     stream.save(folder)
     return model, folder, (folder / "stream.json").read_text(), load_file(folder / "stream.safetensors")

@@ -398,7 +398,7 @@ def test_recomputing_blocks_in_the_backward_pass_changes_no_bit(mixer):
     model = build({"mixer": mixer, "num_hidden_layers": 2})
     x = tokens(2, 9)
     gradients, blocks_run = [], []
-    for model.recompute in (False, True):
+    for model.gradient_checkpointing in (False, True):
         runs = []
         hook = model.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         model.zero_grad()

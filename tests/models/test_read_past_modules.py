@@ -26,7 +26,7 @@ pytestmark = pytest.mark.neighbours
 
 V = 11
 native = pytest.mark.skipif(
-    cpu.obstacle(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
+    cpu.unsupported_reason(torch.device("cpu"), torch.float32) is not None, reason="there is no native engine here"
 )
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 NEAR = 8 * 2**-24 * 2 * (24**0.5 + 8 * 2)  # 2.0e-5
@@ -258,10 +258,10 @@ def test_a_conversation_is_what_the_model_computes(name):
     model, _ = changed(name)
     stream, want = Stream(model), token_by_token(model, TOKENS)[0]
     assert not stream.is_native
-    stream.read(TOKENS[:5])
+    stream.prefill(TOKENS[:5])
     assert_near(stream.logits, want[4])
     for i in (5, 6, 7):
-        stream.read(TOKENS[i : i + 1])
+        stream.prefill(TOKENS[i : i + 1])
         assert_near(stream.logits, want[i])
 
 
@@ -274,7 +274,7 @@ def test_what_comes_after_the_reading_is_noticed(name):
     decoder, stream = Decoder(model), Stream(model)
     for token in TOKENS[:3]:
         decoder(torch.tensor([token]))
-        stream.read([token])
+        stream.prefill([token])
     assert stream.is_native
     torch.manual_seed(1)
     UNUSUAL[name][1](model)
@@ -282,10 +282,10 @@ def test_what_comes_after_the_reading_is_noticed(name):
         decoder(torch.tensor([TOKENS[3]]))
     want, _ = token_by_token(model, TOKENS[3:], decoder.state)
     for token, logits in zip(TOKENS[3:5], want, strict=False):
-        stream.read([token])
+        stream.prefill([token])
         assert_near(stream.logits, logits)
     assert not stream.is_native and stream.position == 5
-    stream.read(TOKENS[5:])  # in one piece
+    stream.prefill(TOKENS[5:])  # in one piece
     assert_near(stream.logits, want[-1])
 
 
@@ -293,10 +293,10 @@ def test_what_comes_after_the_reading_is_noticed(name):
 def test_a_prompt_after_a_change_is_noticed_as_well():
     model = build()
     stream = Stream(model)
-    stream.read(TOKENS[:3])
+    stream.prefill(TOKENS[:3])
     state = stream.state
     UNUSUAL["hook on the model"][1](model)
-    stream.read(TOKENS[3:])
+    stream.prefill(TOKENS[3:])
     assert not stream.is_native
     assert_near(stream.logits, token_by_token(model, TOKENS[3:], state)[0][-1])
 
@@ -462,7 +462,7 @@ def test_with_peft():
     with pytest.raises(UsageError, match=r"q_proj|head"):
         Decoder(model)
     stream = Stream(model)
-    stream.read(TOKENS)
+    stream.prefill(TOKENS)
     assert_near(stream.logits, want[-1])
     inputs, targets = torch.tensor([TOKENS[:-1]]), torch.tensor([TOKENS[1:]])
     loss = LanguageLoss(model)(inputs, targets)
@@ -483,5 +483,5 @@ def test_with_accelerate():
     hooks.add_hook_to_module(model.blocks[0].mlp.up_proj, Larger())
     stream, want = Stream(model), token_by_token(model, TOKENS)[0]
     assert not stream.is_native
-    stream.read(TOKENS)
+    stream.prefill(TOKENS)
     assert_near(stream.logits, want[-1])

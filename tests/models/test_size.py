@@ -155,8 +155,8 @@ def test_a_language_run_at_the_border_of_memory(monkeypatch):
     there(monkeypatch, weights * TRAINED + size.BLOCK + 512 * token - 1)
     one_line(lambda: check_language_run(config, CPU), "512 tokens", "context")
     check_language_run(config, CPU, processes=2)
-    check_language_run(config, CPU, recompute=True)
-    assert activation_bytes(model, recompute=True) < token
+    check_language_run(config, CPU, gradient_checkpointing=True)
+    assert activation_bytes(model, gradient_checkpointing=True) < token
 
 
 HOSTILE = [

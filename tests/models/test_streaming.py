@@ -18,9 +18,10 @@ import torch
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS
 from deltaproduct.models import ModelConfig, SequenceModel, streaming
+from deltaproduct.models.decoding import ModelDecoder
 from deltaproduct.models.sampling import Sampling, draw, probabilities
 from deltaproduct.models.states import named_tensors
-from deltaproduct.models.streaming import ModelDecoder, Stream
+from deltaproduct.models.streaming import Stream
 from deltaproduct.ops import cpu
 
 V = 13
@@ -33,7 +34,7 @@ def way(request, monkeypatch):
     """Both ways of decoding: the native engine, and the model itself."""
     if request.param == "model":
         monkeypatch.setattr(streaming, "decoder_for", ModelDecoder)
-    elif reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    elif reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     return request.param
 
@@ -67,9 +68,9 @@ def one_pass(model: SequenceModel, tokens: list[int]) -> torch.Tensor:
 
 def read_and_write(stream: Stream, read: list[int], write: int) -> tuple[list[int], torch.Tensor]:
     """The tokens, and the logits before the first, after the first, … and after the last written one."""
-    stream.read(read)
+    stream.prefill(read)
     logits, written = [stream.logits], []
-    for token in stream.write(write):
+    for token in stream.generate(write):
         written.append(token)
         logits.append(stream.logits)
     assert len(written) == write and stream.position == len(read) + write
@@ -101,7 +102,7 @@ def test_every_mixer_in_pieces_is_one_pass(changes, short_pieces):
 
 
 def test_both_ways_write_the_same(monkeypatch):
-    if reason := cpu.obstacle(torch.device("cpu"), torch.float32):
+    if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     model, texts = build(), []
     for decoder in (streaming.decoder_for, ModelDecoder):
@@ -116,9 +117,9 @@ def test_a_prompt_may_be_anything_that_yields_tokens(short_pieces):
     for parts in ([tokens], [torch.tensor(tokens)], [iter(tokens)], [tokens[:1], tokens[1:22], [], tokens[22:]]):
         stream = Stream(model, Sampling(seed=3))
         for part in parts:
-            stream.read(part)
+            stream.prefill(part)
         assert stream.position == 50
-        texts.append(list(stream.write(30)))
+        texts.append(list(stream.generate(30)))
     assert all(text == texts[0] for text in texts)
 
 
@@ -126,38 +127,38 @@ def test_whoever_leaves_the_loop_goes_on_from_there(way):
     model = build()
     whole, stream = Stream(model, Sampling(seed=5)), Stream(model, Sampling(seed=5))
     for s in (whole, stream):
-        s.read(prompt(10))
-    want = list(whole.write(20))
-    got = list(islice(stream.write(20), 3))
+        s.prefill(prompt(10))
+    want = list(whole.generate(20))
+    got = list(islice(stream.generate(20), 3))
     assert stream.position == 13
-    got += list(stream.write(17))
+    got += list(stream.generate(17))
     assert got == want and torch.equal(stream.logits, whole.logits)
 
 
 def test_a_stop_token_is_neither_written_nor_read():
     model = build()
     stream, again = Stream(model, GREEDY), Stream(model, GREEDY)
-    stream.read(prompt(10))
-    text = list(stream.write(50))
+    stream.prefill(prompt(10))
+    text = list(stream.generate(50))
     stop = next(token for token in text if token != text[0])
-    again.read(prompt(10))
+    again.prefill(prompt(10))
     before = text[: text.index(stop)]
-    assert list(again.write(50, stop=[stop])) == before and again.position == 10 + len(before)
-    assert list(again.write(50, stop=[stop])) == []  # it is still what comes next
-    assert list(again.write(len(text) - len(before))) == text[len(before) :]
+    assert list(again.generate(50, stop=[stop])) == before and again.position == 10 + len(before)
+    assert list(again.generate(50, stop=[stop])) == []  # it is still what comes next
+    assert list(again.generate(len(text) - len(before))) == text[len(before) :]
 
 
 @pytest.mark.parametrize("changes", [{"mixer": name} for name in MIXERS] + [HYBRID], ids=[*MIXERS, "hybrid"])
 def test_a_saved_conversation_goes_on_exactly(changes, tmp_path):
     model, sampling = build(**changes), Sampling(temperature=0.9, top_k=9, top_p=0.95, seed=11)
     stream = Stream(model, sampling)
-    stream.read(prompt(20))
-    list(stream.write(10))
+    stream.prefill(prompt(20))
+    list(stream.generate(10))
     stream.save(tmp_path / "saved")
-    want, end = list(stream.write(25)), stream.logits
+    want, end = list(stream.generate(25)), stream.logits
     loaded = Stream.load(tmp_path / "saved", model)
     assert loaded.position == 30 and loaded.sampling == sampling
-    assert list(loaded.write(25)) == want and torch.equal(loaded.logits, end)
+    assert list(loaded.generate(25)) == want and torch.equal(loaded.logits, end)
     for name, x in named_tensors(loaded.state).items():
         assert torch.equal(x, named_tensors(stream.state)[name]), name
     loaded.save(tmp_path / "saved")  # in place of the first
@@ -170,7 +171,7 @@ def test_a_save_is_as_large_as_the_state(tmp_path):
     sizes = []
     for length in (3, 3000):
         stream = Stream(model)
-        stream.read(prompt(length))
+        stream.prefill(prompt(length))
         stream.save(tmp_path / "saved")
         sizes.append((tmp_path / "saved" / streaming.TENSORS).stat().st_size)
     assert sizes[0] == sizes[1] and 0 <= sizes[0] - 4 * model.state_size <= 8192
@@ -181,11 +182,11 @@ def test_resample_keeps_the_random_numbers_unless_the_seed_changes():
 
     def text(*changes: Sampling) -> list[int]:
         stream = Stream(model, Sampling(seed=1))
-        stream.read(prompt(5))
-        list(stream.write(4))
+        stream.prefill(prompt(5))
+        list(stream.generate(4))
         for change in changes:
             stream.resample(change)
-        return list(stream.write(20))
+        return list(stream.generate(20))
 
     assert text() == text(Sampling(seed=1)) == text(GREEDY_SEED_1, Sampling(seed=1))
     assert text() != text(Sampling(seed=2))
@@ -211,11 +212,11 @@ def test_ten_thousand_tokens_take_no_memory(decoder, monkeypatch):
     monkeypatch.setattr(streaming, "decoder_for", decoder)
     model = build(head_dim=16, num_hidden_layers=1)
     stream = Stream(model, Sampling(seed=0))
-    stream.read(prompt(2000))
-    for _ in stream.write(500):  # until everything has been allocated once
+    stream.prefill(prompt(2000))
+    for _ in stream.generate(500):  # until everything has been allocated once
         pass
     size, before, written = state_bytes(stream), resident(), 0
-    for _ in stream.write(10_000):
+    for _ in stream.generate(10_000):
         written += 1
     assert written == 10_000 and stream.position == 12_500
     assert state_bytes(stream) == size == 4 * model.state_size > 3_900
@@ -302,7 +303,7 @@ def test_refused_reading_and_writing(tmp_path):
         Stream(SequenceModel(ModelConfig.build(vocab_size=4, num_labels=3)))
     stream = Stream(build())
     with pytest.raises(UsageError, match="document token"):
-        stream.write(3)
+        stream.generate(3)
     with pytest.raises(UsageError, match="no conversation to save"):
         stream.save(tmp_path / "nothing")
     assert stream.state is None and not (tmp_path / "nothing").exists()
@@ -313,18 +314,18 @@ def test_refused_reading_and_writing(tmp_path):
         (torch.zeros(1, 2).int(), "ints"),
     ):
         with pytest.raises(UsageError, match=word):
-            stream.read(wrong)
+            stream.prefill(wrong)
     assert stream.position == 0
-    stream.read([1])
+    stream.prefill([1])
     with pytest.raises(UsageError, match="0 or more"):
-        stream.write(-1)
-    assert list(stream.write(0)) == []
+        stream.generate(-1)
+    assert list(stream.generate(0)) == []
 
 
 def test_refused_saves(tmp_path):
     model = build()
     stream = Stream(model)
-    stream.read([1, 2])
+    stream.prefill([1, 2])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("x")
@@ -354,3 +355,14 @@ def test_refused_saves(tmp_path):
     (saved / streaming.STREAM).write_text(json.dumps(values | {"position": 7}))
     with pytest.raises(UsageError, match="corrupt"):
         Stream.load(saved, model)
+
+
+def test_a_stream_reads_and_writes_under_its_old_names():
+    model = build()
+    old, new = Stream(model), Stream(model)
+    with pytest.warns(DeprecationWarning, match=r"Stream.read is now Stream.prefill; the old name goes") as caught:
+        old.read(prompt(10))
+    new.prefill(prompt(10))
+    with pytest.warns(DeprecationWarning, match=r"Stream.write is now Stream.generate"):
+        written = old.write(5)
+    assert list(written) == list(new.generate(5)) and caught[0].filename == __file__

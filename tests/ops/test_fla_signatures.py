@@ -1,4 +1,4 @@
-"""What flash-linear-attention's releases take: `ops.compat` honours it, refuses it in one line, or says it is unused.
+"""What flash-linear-attention's releases take: `ops.fla_api` honours it, refuses it in one line, or says it is unused.
 
 `RELEASES` was read out of the releases 0.1 to 0.6.0 (`ast` over the functions that `fla.ops` exports for the delta
 rules and Gated DeltaProduct). A row is the first release with these arguments, and the arguments in order; `**` stands
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.ops import compat
+from deltaproduct.ops import fla_api
 
 pytestmark = pytest.mark.neighbours
 
@@ -93,7 +93,7 @@ def newest(name: str) -> str:
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_the_signature_is_the_newest(name):
-    parameters = inspect.signature(getattr(compat, name)).parameters.values()
+    parameters = inspect.signature(getattr(fla_api, name)).parameters.values()
     ours = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
     want, further = arguments(name, newest(name))
     assert list(ours.items()) == list(want.items())
@@ -101,9 +101,9 @@ def test_the_signature_is_the_newest(name):
 
 
 def test_every_function_is_here():
-    assert set(compat.__all__) == {*RELEASES, *ALIASES}
+    assert set(fla_api.__all__) == {*RELEASES, *ALIASES}
     for alias, name in ALIASES.items():
-        assert getattr(compat, alias) is getattr(compat, name)
+        assert getattr(fla_api, alias) is getattr(fla_api, name)
 
 
 def test_the_table_is_what_the_installed_release_has():
@@ -211,7 +211,7 @@ def test_every_release_with_its_defaults(name, since, by):
     given = {key: None if default is REQUIRED else default for key, default in named.items()} | tensors(name)
     if further:
         given |= {"chunk_size": 64, "use_gate_in_kernel": False} if by == "name" else {}
-    function = getattr(compat, name)
+    function = getattr(fla_api, name)
 
     def call() -> Any:
         with warnings.catch_warnings():
@@ -270,12 +270,12 @@ EVERY = [(name, key) for name, rows in RELEASES.items() for key in dict.fromkeys
 @pytest.fixture(autouse=True)
 def warn_again():
     """Warnings come once in a process."""
-    compat._warn_once.cache_clear()
+    fla_api._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "key"), EVERY)
 def test_every_argument(name, key):
-    function, given = getattr(compat, name), tensors(name, packed=key == "cu_seqlens")
+    function, given = getattr(fla_api, name), tensors(name, packed=key == "cu_seqlens")
     if key in REFUSED:
         value, message = REFUSED[key]
         with pytest.raises(UsageError, match=message) as error:
@@ -302,29 +302,29 @@ def test_every_argument(name, key):
 def test_what_the_originals_ignore_is_named_once(name, key):
     given = tensors(ALIASES.get(name, name))
     with pytest.warns(UserWarning, match=f"{key} changes nothing in this library's operators") as caught:
-        got = getattr(compat, name)(**given, **{key: FURTHER[key]})
+        got = getattr(fla_api, name)(**given, **{key: FURTHER[key]})
     assert len(caught) == 1
     assert_means(name, got, given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        getattr(compat, name)(**given, **{key: FURTHER[key]})
+        getattr(fla_api, name)(**given, **{key: FURTHER[key]})
 
 
 def test_gates_without_their_switch_are_named():
     """The originals leave A_log aside where use_gate_in_kernel is not set."""
     given = tensors("chunk_gated_delta_rule")
     with pytest.warns(UserWarning, match="A_log changes nothing"):
-        got = compat.chunk_gated_delta_rule(**given, A_log=torch.zeros(H))
+        got = fla_api.chunk_gated_delta_rule(**given, A_log=torch.zeros(H))
     assert_means("chunk_gated_delta_rule", got, given)
 
 
 def test_the_older_name_of_the_layout_warns_and_is_not_given_twice():
     given = tensors("chunk_gated_delta_rule")
     with pytest.warns(DeprecationWarning, match="has been renamed to state_v_first"):
-        compat.chunk_gated_delta_rule(**given, transpose_state_layout=True)
+        fla_api.chunk_gated_delta_rule(**given, transpose_state_layout=True)
     for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
         with pytest.raises(UsageError, match="give only one of them"):
-            getattr(compat, name)(**given, state_v_first=True, transpose_state_layout=True)
+            getattr(fla_api, name)(**given, state_v_first=True, transpose_state_layout=True)
 
 
 # Positional arguments in every release's order. Two orders that the types cannot tell apart are refused.
@@ -360,7 +360,7 @@ def test_positional_arguments_in_the_order_of_every_release(name, since):
     given |= {"head_first": False} if "head_first" in named else {}
     if given.get("state_v_first") or given.get("transpose_state_layout"):
         given["initial_state"] = given["initial_state"].mT
-    function = getattr(compat, name)
+    function = getattr(fla_api, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if (name, since) in ALIKE:
@@ -381,7 +381,7 @@ def test_a_call_cut_off_anywhere():
     warnings.simplefilter("ignore", DeprecationWarning)  # pytest restores the filters
     for name, since in ROWS:
         named, _ = arguments(name, since)
-        function = getattr(compat, name)
+        function = getattr(fla_api, name)
         given = tensors(name)
         given |= {"initial_state": FULL["initial_state"][:B], "output_final_state": True, "scale": 0.3}
         given = {key: given.get(key, default) for key, default in named.items()}
@@ -396,30 +396,30 @@ def test_a_call_cut_off_anywhere():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda x: compat.chunk_delta_rule(*x, None, None, False, 1), "fit the order of no release"),
-        (lambda x: compat.chunk_delta_rule(*x, None, None, False, True, ENDS), "fit the order of no release"),
-        (lambda x: compat.chunk_delta_rule(*x, None, None, False, None, True), "head_first has been removed"),
-        (lambda x: compat.chunk_delta_rule(*x, offsets=torch.tensor(ENDS)), "offsets is not supported"),
-        (lambda x: compat.chunk_delta_rule(*x, use_gate_in_kernel=True), "use_gate_in_kernel is not supported"),
-        (lambda x: compat.chunk_delta_rule(*x, g=x[3]), "g is not supported"),
-        (lambda x: compat.chunk_delta_rule(*x, chunk_size=48), "chunk_size must be one of 16, 32, 64, not 48"),
-        (lambda x: compat.chunk_gdn(*x, x[3], chunk_size=48), "chunk_size must be one of 16, 32, 64, not 48"),
-        (lambda x: compat.chunk_gdn(*x, x[3], use_exp2=True), "use_exp2 is not supported"),
-        (lambda x: compat.chunk_gdn(*x, x[3], gk=x[0]), "gk is not supported"),
-        (lambda x: compat.chunk_gdn(*x, x[3], ssm_state_indices=x[0]), "ssm_state_indices is not supported"),
-        (lambda x: compat.chunk_gdn(*x, x[3], output_h=True), "output_h is not supported"),
-        (lambda x: compat.chunk_gdn(*x, x[3], lower_bound=-5), "lower_bound is not supported"),
-        (lambda x: compat.fused_recurrent_gdn(*x[:3], x[3], x[2]), "fit the order of more than one release"),
+        (lambda x: fla_api.chunk_delta_rule(*x, None, None, False, 1), "fit the order of no release"),
+        (lambda x: fla_api.chunk_delta_rule(*x, None, None, False, True, ENDS), "fit the order of no release"),
+        (lambda x: fla_api.chunk_delta_rule(*x, None, None, False, None, True), "head_first has been removed"),
+        (lambda x: fla_api.chunk_delta_rule(*x, offsets=torch.tensor(ENDS)), "offsets is not supported"),
+        (lambda x: fla_api.chunk_delta_rule(*x, use_gate_in_kernel=True), "use_gate_in_kernel is not supported"),
+        (lambda x: fla_api.chunk_delta_rule(*x, g=x[3]), "g is not supported"),
+        (lambda x: fla_api.chunk_delta_rule(*x, chunk_size=48), "chunk_size must be one of 16, 32, 64, not 48"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], chunk_size=48), "chunk_size must be one of 16, 32, 64, not 48"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], use_exp2=True), "use_exp2 is not supported"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], gk=x[0]), "gk is not supported"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], ssm_state_indices=x[0]), "ssm_state_indices is not supported"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], output_h=True), "output_h is not supported"),
+        (lambda x: fla_api.chunk_gdn(*x, x[3], lower_bound=-5), "lower_bound is not supported"),
+        (lambda x: fla_api.fused_recurrent_gdn(*x[:3], x[3], x[2]), "fit the order of more than one release"),
         (
-            lambda x: compat.fused_recurrent_gdn(*x, use_exp2=True, use_gate_in_kernel=True, A_log=torch.zeros(H)),
+            lambda x: fla_api.fused_recurrent_gdn(*x, use_exp2=True, use_gate_in_kernel=True, A_log=torch.zeros(H)),
             "use_exp2=True says how to read a given g",
         ),
         (
-            lambda x: compat.fused_recurrent_gdn(*x, use_gate_in_kernel=True, A_log=torch.zeros(1)),
+            lambda x: fla_api.fused_recurrent_gdn(*x, use_gate_in_kernel=True, A_log=torch.zeros(1)),
             r"A_log is \[1\] and should be \[HV\] = \[2\]",
         ),
-        (lambda x: compat.fused_chunk_delta_rule(*x), "has been removed; use chunk_delta_rule"),
-        (lambda x: compat.fused_chunk_delta_rule(), "has been removed; use chunk_delta_rule"),
+        (lambda x: fla_api.fused_chunk_delta_rule(*x), "has been removed; use chunk_delta_rule"),
+        (lambda x: fla_api.fused_chunk_delta_rule(), "has been removed; use chunk_delta_rule"),
     ],
 )
 def test_refusals_in_one_line(call, match):
@@ -433,7 +433,7 @@ def test_naive_functions_answer_in_float32():
     """As the originals do, whatever they are given."""
     given = {name: x.bfloat16() for name, x in tensors("chunk_gated_delta_rule").items()}
     for name in ("naive_recurrent_gated_delta_rule", "naive_chunk_gated_delta_rule"):
-        o, state = getattr(compat, name)(**given, output_final_state=True)
+        o, state = getattr(fla_api, name)(**given, output_final_state=True)
         assert o.dtype == state.dtype == torch.float32
         want = meaning({key: x.double() for key, x in given.items()})[0]
         # 6 steps in float32 (u = 6e-8) of norm at most 9, relative to the largest entry
@@ -443,8 +443,10 @@ def test_naive_functions_answer_in_float32():
 def test_gradients_pass_through_the_older_order():
     given = tensors("chunk_delta_rule")
     leaves = [given[x].requires_grad_() for x in ("q", "k", "v", "beta")]
-    older = torch.autograd.grad(compat.chunk_delta_rule(*leaves, None, None, False, None, False, True)[0].sum(), leaves)
-    newer = torch.autograd.grad(compat.chunk_delta_rule(*leaves, use_qk_l2norm_in_kernel=True)[0].sum(), leaves)
+    older = torch.autograd.grad(
+        fla_api.chunk_delta_rule(*leaves, None, None, False, None, False, True)[0].sum(), leaves
+    )
+    newer = torch.autograd.grad(fla_api.chunk_delta_rule(*leaves, use_qk_l2norm_in_kernel=True)[0].sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(older, newer, strict=True))
     assert not torch.equal(F.normalize(leaves[1], dim=-1), leaves[1])  # so that normalising shows
 
@@ -454,7 +456,7 @@ def test_one_graph_with_what_is_unused_and_an_older_order():
     leaves = [given[x] for x in ("q", "k", "v", "beta")]
 
     def older(*x: Tensor) -> Tensor:
-        return compat.chunk_delta_rule(*x, None, None, False, None, False, True, use_cache=True)[0]
+        return fla_api.chunk_delta_rule(*x, None, None, False, None, False, True, use_cache=True)[0]
 
     compiled = torch.compile(older, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*leaves), compat.chunk_delta_rule(*leaves, use_qk_l2norm_in_kernel=True)[0])
+    torch.testing.assert_close(compiled(*leaves), fla_api.chunk_delta_rule(*leaves, use_qk_l2norm_in_kernel=True)[0])

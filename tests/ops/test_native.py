@@ -349,7 +349,7 @@ def test_more_threads_than_heads(V, threads):
 def test_work_is_divided_only_where_heads_are_fewer_than_threads():
     for V, threads, heads in [(16, 16, 1), (70, 16, 1), (256, 4, 1), (64, 8, 2), (64, 2, 2), (8, 3, 1)]:
         k, v = torch.empty(1, 16384, 1, 1, 16), torch.empty(1, 16384, 1, heads, V)
-        blocks, segments = cpu._division(cpu.Cut.of(1, 16, V, torch.float32), k, v, 1, threads)
+        blocks, segments = cpu._division(cpu.Chunking.of(1, 16, V, torch.float32), k, v, 1, threads)
         assert (blocks, segments) == (1, 1) if heads >= threads else blocks * segments > 1 or V < 32
         assert blocks * 16 <= max(V, 16) and blocks * segments * heads <= 2 * threads
 
@@ -390,8 +390,8 @@ def test_states_are_kept_for_training_only(p, monkeypatch, poisoned):
     with torch.no_grad():
         delta_product(**leaves(x), **options(p), backend="cpu")
     delta_product(**leaves(x), **options(p), backend="cpu")
-    cut = cpu.Cut.of(p.N, p.K, p.V, torch.float64)
-    span = cut.chunk_tokens * cut.chunks_per_state
+    chunking = cpu.Chunking.of(p.N, p.K, p.V, torch.float64)
+    span = chunking.chunk_tokens * chunking.chunks_per_state
     slots = p.B * -(-p.T // span) if p.cu is None else p.T // span + len(p.cu) - 1
     assert [len(a) for a in kept] == [0, 0, slots] and kept[2].shape[1:] == (p.HV, p.K, p.V)
     assert kept[2].isfinite().all()  # those that no sequence fills, too

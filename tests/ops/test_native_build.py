@@ -179,9 +179,9 @@ def test_a_library_of_something_else_is_reported(monkeypatch):
 @here
 def test_a_library_of_another_version_is_reported(monkeypatch):
     class Longer(ctypes.Structure):
-        _fields_ = (("problem", library.Problem), ("new", ctypes.c_int64))
+        _fields_ = (("call", library.EngineCall), ("new", ctypes.c_int64))
 
-    monkeypatch.setattr(library, "Problem", Longer)
+    monkeypatch.setattr(library, "EngineCall", Longer)
     monkeypatch.setenv("DELTAPRODUCT_ENGINE", str(ENGINE.path))
     engine, why = library._load()
     assert engine is None and f"{ENGINE.path} belongs to another version of this package" in why

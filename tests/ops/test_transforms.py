@@ -581,8 +581,8 @@ HELD = {
     "ops/inverse.py: _Inverse": test_the_others,
     "ops/selective_scan.py: 'deltaproduct::selective_scan_forward'": test_the_others,
     "ops/selective_scan.py: 'deltaproduct::selective_scan_backward'": test_the_others,
-    "ops/spans.py: _Gather": "test_spans.py",
-    "ops/spans.py: _Scatter": "test_spans.py",
+    "ops/context_parallel.py: _Gather": "test_context_parallel.py",
+    "ops/context_parallel.py: _Scatter": "test_context_parallel.py",
     "training/loss.py: _SummedCrossEntropy": test_the_loss_without_logits,
 }
 

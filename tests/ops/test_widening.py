@@ -13,10 +13,10 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import cpu, delta_product, delta_product_states, delta_product_step
+from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.norm import rms_norm
 from deltaproduct.ops.scan import diagonal_scan, gated_linear_attention
 from deltaproduct.ops.selective_scan import selective_scan
-from deltaproduct.ops.tape import Tape
 
 pytestmark = pytest.mark.numerical
 
@@ -67,9 +67,9 @@ def test_bfloat16_parameters_are_widened_first(name):
         assert (a.float() - b).abs().max() <= 2**-8 * b.abs().max()
 
 
-@pytest.mark.skipif(cpu.ENGINE is None, reason="there is no tape without the engine")
+@pytest.mark.skipif(cpu.ENGINE is None, reason="no program runs without the engine")
 def test_a_tape_takes_no_bfloat16():
     """Its gate is −exp(A_log) · softplus(…) of float32 numbers alone."""
-    tape = Tape(1)
+    program = EngineProgram(1)
     with pytest.raises(UsageError, match="float32"):
-        tape.gate(tape.buffer(1, 2), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2))
+        program.gate(program.buffer(1, 2), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2))

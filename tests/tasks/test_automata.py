@@ -9,7 +9,8 @@ import pytest
 from automaton_cases import PARITY, library, random_automaton
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -8,7 +8,8 @@ from commands import run
 
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks import get_task
-from deltaproduct.tasks.automata import JSON_EXAMPLE, Automaton
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.automaton_format import JSON_EXAMPLE
 from deltaproduct.tasks.dot import DOT_EXAMPLE, automaton_from_dot
 from deltaproduct.theory.verification import load
 

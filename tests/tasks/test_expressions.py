@@ -11,9 +11,10 @@ import pytest
 from commands import run
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks import automata, expressions, get_task
-from deltaproduct.tasks.automata import from_regex
-from deltaproduct.tasks.expressions import Derivatives, NoExpression, language_of, symbols_of, tokens_of
+from deltaproduct.tasks import derivatives, get_task, regex_automaton
+from deltaproduct.tasks.derivatives import Derivatives, first_difference
+from deltaproduct.tasks.expressions import NoExpression, language_of, symbols_of, tokens_of
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.theory.verification import load
 
 pytest.importorskip("automata")
@@ -155,10 +156,10 @@ def test_derivatives_are_the_language(seed):
 
 def test_a_wrong_answer_of_the_library_is_not_taken(monkeypatch):
     """If it is asked for a{0} or a quantifier as it stands, or answers with anything else."""
-    monkeypatch.setattr(automata, "for_library", lambda language, names: "({}){{0}}".format(names["a"]))
+    monkeypatch.setattr(regex_automaton, "for_library", lambda language, names: "({}){{0}}".format(names["a"]))
     with pytest.raises(UsageError, match=r"automata-lib reads 'a\{0\}' wrongly, for instance for the word 'a'"):
         from_regex("a{0}")
-    monkeypatch.setattr(automata, "for_library", lambda language, names: "{0}{0}{1}*".format(*names.values()))
+    monkeypatch.setattr(regex_automaton, "for_library", lambda language, names: "{0}{0}{1}*".format(*names.values()))
     with pytest.raises(UsageError, match="for the word 'aabbb'"):
         from_regex("aab{0,2}")
 
@@ -168,7 +169,7 @@ def test_every_word_is_compared_and_no_more_than_is_needed():
     language = language_of(tokens_of("a{300}"), "a")
     ends = {"right": 300, "wrong": 301}
     for name, at in ends.items():
-        word = expressions.first_difference(language, "a", 0, lambda q, _: min(q + 1, 302), lambda q, at=at: q == at)
+        word = first_difference(language, "a", 0, lambda q, _: min(q + 1, 302), lambda q, at=at: q == at)
         assert word == (None if name == "right" else "a" * 300)
 
 
@@ -180,8 +181,8 @@ def test_the_comparison_ends(monkeypatch):
             super().__init__()
             seen.append(self)
 
-    monkeypatch.setattr(expressions, "Derivatives", Counted)
-    monkeypatch.setattr(expressions, "MAX_COMPARED", 500)
+    monkeypatch.setattr(derivatives, "Derivatives", Counted)
+    monkeypatch.setattr(derivatives, "MAX_COMPARED", 500)
     automaton = from_regex("(a|b)*a(a|b){7}")
     assert len(automaton.states) == 256 and 500 < seen[0].work < 1500  # the last step may go past it, by one state
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from deltaproduct import memory
-from deltaproduct.errors import UsageError
-from deltaproduct.tasks import automata, automaton_task, get_task
-from deltaproduct.tasks.automata import Automaton, coarsest, from_regex
+from deltaproduct.errors import QUOTED, UsageError, quoted
+from deltaproduct.tasks import automata, automaton_format, automaton_task, get_task, minimization, regex_automaton
+from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import lively_symbols, random_automaton, states_within_reach
 from deltaproduct.tasks.dot import automaton_from_dot, automaton_to_dot
-from deltaproduct.tasks.names import SHOWN, shortened
+from deltaproduct.tasks.minimization import coarsest
+from deltaproduct.tasks.regex_automaton import from_regex
 
 
 def ring(n, step=1):
@@ -49,8 +50,8 @@ def refused(call, *words, most=None):
 @pytest.fixture
 def small_budgets(monkeypatch):
     """A thousandth of the limits, so that what goes beyond them does so at once."""
-    monkeypatch.setattr(automata, "MAX_SUBSETS", 100)
-    monkeypatch.setattr(automata, "MAX_VISITED", 20_000)
+    monkeypatch.setattr(regex_automaton, "MAX_SUBSETS", 100)
+    monkeypatch.setattr(regex_automaton, "MAX_VISITED", 20_000)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,9 @@ def test_subsets_end_at_a_count(regex, limit, small_budgets):
 def test_the_issues_expressions_are_refused_with_the_real_limits():
     pytest.importorskip("automata")
     refused(lambda: from_regex("(a{1,999}){1,999}"), "998,001", "10,000")
-    assert automata.MAX_SUBSETS >= 10 * automata.MAX_STATES  # what is merged later may be more than what is left
+    assert (
+        regex_automaton.MAX_SUBSETS >= 10 * automaton_format.MAX_STATES
+    )  # what is merged later may be more than what is left
     with pytest.raises(UsageError, match="too large"):
         from_regex("(a|b)*a(a|b){20}")
 
@@ -86,7 +89,7 @@ def test_a_long_name_is_shown_in_short():
     name = "S3_x_" * 5_000 + "S3"
     assert len(refused(lambda: get_task(name), "more than 10^18 elements")) < 300
     assert len(refused(lambda: get_task("q" * 100_000), "100,000 characters")) < 300
-    assert shortened("a\x1b[2J") == repr("a\x1b[2J") and len(shortened("x" * 10**6)) < SHOWN + 30
+    assert quoted("a\x1b[2J") == repr("a\x1b[2J") and len(quoted("x" * 10**6)) < QUOTED + 30
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def by_rounds(table, block):
 
 @pytest.mark.parametrize("rounds", [0, 1, 32])
 def test_the_coarsest_partition_is_that_of_rounds(rounds, monkeypatch):
-    monkeypatch.setattr(automata, "ROUNDS", rounds + 1)
+    monkeypatch.setattr(minimization, "ROUNDS", rounds + 1)
     rng = random.Random(rounds)
     for case in range(200):
         n, s = rng.randint(1, 14), rng.randint(1, 3)
@@ -171,7 +174,7 @@ def test_a_chain_is_minimised_without_as_many_rounds_as_states(monkeypatch):
     rounds = []
     column_stack = np.column_stack
     monkeypatch.setattr(np, "column_stack", lambda parts: rounds.append(1) or column_stack(parts))
-    assert chain.minimal() == chain and len(rounds) <= automata.ROUNDS
+    assert chain.minimal() == chain and len(rounds) <= minimization.ROUNDS
 
 
 def test_a_monoid_is_what_it_was():
@@ -274,8 +277,9 @@ def test_samples_that_cannot_fit_are_refused_before_they_are_drawn(monkeypatch):
 # --- Ctrl-C
 
 ENDLESS = {
-    "subsets": "from deltaproduct.tasks import automata; automata.MAX_VISITED = automata.MAX_SUBSETS = 10**12\n"
-    "automata.MAX_TRANSITIONS = 10**12\nstart(); automata.from_regex('(a|b)*a(a|b){40}')",
+    "subsets": "from deltaproduct.tasks import regex_automaton as regex\n"
+    "regex.MAX_VISITED = regex.MAX_SUBSETS = regex.MAX_TRANSITIONS = 10**12\n"
+    "start(); regex.from_regex('(a|b)*a(a|b){40}')",
     "monoid": "from deltaproduct.tasks import automata; automata.MAX_ELEMENTS = 10**12\n"
     "automata.MAX_IMAGES = automata.MAX_COMPOSED = 10**18\n"
     "a = automata.Automaton(('a', 'b', 'c'), tuple(map(str, range(12))), 0, (0,), tuple(\n"

@@ -12,7 +12,8 @@ from sympy.combinatorics.named_groups import AlternatingGroup, CyclicGroup, Dihe
 
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks import Task, get_task, list_tasks
-from deltaproduct.tasks.groups import MAX_ELEMENTS, Group, GroupTask, build_group, running_product
+from deltaproduct.tasks.group_tasks import GroupTask
+from deltaproduct.tasks.groups import MAX_ELEMENTS, Group, build_group, running_product
 
 PLAIN = ["S2", "S3", "S4", "S5", "A3", "A4", "A5", "Z2", "Z7", "Z60", "D3", "D4", "D7"]
 PRODUCTS = ["S3_x_Z2", "Z2_x_Z3", "D4_x_A4", "Z2_x_S3_x_Z3"]

@@ -12,7 +12,7 @@ import torch
 from automaton_cases import from_maps
 
 from deltaproduct.ops.inputs import l2_normalise
-from deltaproduct.tasks.formal import modular_arithmetic
+from deltaproduct.tasks.regular import modular_arithmetic
 from deltaproduct.theory.certificate import _normalised, _rounded, certificates, certify
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.exploration import explore

@@ -12,7 +12,8 @@ from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import Decoder, SequenceModel
 from deltaproduct.ops import BACKENDS, cpu
 from deltaproduct.tasks import get_task
-from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.representations import representations, simplex
 
@@ -68,7 +69,7 @@ def test_every_backend_gives_the_same_labels(name):
     tokens, labels, mask = task.sample(2, 300, generator=torch.Generator().manual_seed(0))
     device = torch.device("cpu")
     for backend in BACKENDS.values():
-        if backend.obstacle(device, torch.float32) is None:
+        if backend.unsupported_reason(device, torch.float32) is None:
             with torch.no_grad():
                 logits, _ = model.use_backend(backend.name)(tokens)
             assert torch.equal(logits.argmax(-1)[mask], labels[mask]), backend.name
@@ -194,7 +195,7 @@ def test_every_backend_carries_out_a_cascade():
     model, rng = compile_automaton(automaton).model, random.Random(0)
     words = [[rng.randrange(3) for _ in range(200)] for _ in range(2)]
     for backend in BACKENDS.values():
-        if backend.obstacle(torch.device("cpu"), torch.float32) is None:
+        if backend.unsupported_reason(torch.device("cpu"), torch.float32) is None:
             assert wrong_labels(model.use_backend(backend.name), automaton, words) == 0, backend.name
 
 

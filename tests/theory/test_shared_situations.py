@@ -11,7 +11,8 @@ from automaton_cases import PARITY
 from commands import run
 from test_theory_acceptance import assert_agrees_with_library
 
-from deltaproduct.tasks.automata import Automaton, from_regex
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.theory.certificate import certificates, certify
 from deltaproduct.theory.compiler import compile_automaton
 from deltaproduct.theory.exploration import explore

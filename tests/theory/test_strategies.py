@@ -63,7 +63,7 @@ def test_backends_dtypes_and_the_disk_agree(name, strategy, tmp_path):
     tokens, labels, mask = get_task(name).sample(2, 200, generator=torch.Generator().manual_seed(0))
     for backend in BACKENDS.values():
         for dtype in (torch.float32, torch.float64):
-            if backend.obstacle(torch.device("cpu"), dtype) is None:
+            if backend.unsupported_reason(torch.device("cpu"), dtype) is None:
                 model = SequenceModel.from_pretrained(tmp_path / "model").to(dtype).use_backend(backend.name)
                 with torch.no_grad():
                     logits, _ = model(tokens)

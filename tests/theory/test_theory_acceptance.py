@@ -13,8 +13,9 @@ from automaton_cases import library, random_automaton, wrong_labels
 from compiled_sizes import most_steps
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import Automaton, from_regex
-from deltaproduct.tasks.formal import modular_arithmetic
+from deltaproduct.tasks.automata import Automaton
+from deltaproduct.tasks.regex_automaton import from_regex
+from deltaproduct.tasks.regular import modular_arithmetic
 from deltaproduct.theory.certificate import certificates
 from deltaproduct.theory.compiler import Compiled, compile_automaton, compile_group
 from deltaproduct.theory.verification import draw_words, verify

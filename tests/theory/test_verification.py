@@ -9,7 +9,7 @@ from commands import run
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import SequenceModel, sequence_model
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.automaton_task import run_automaton
@@ -36,7 +36,7 @@ def test_every_second_word_stays_alive():
 def test_a_right_model_is_found_right_in_pieces(monkeypatch):
     compiled = compile_automaton(AB)
     whole = verify(compiled, length=300, words=4)
-    monkeypatch.setattr(verification, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(sequence_model, "PIECE_TOKENS", 100)
     pieces = verify(compiled, length=300, words=4)
     assert whole.wrong == pieces.wrong == 0 and whole.first_wrong is None
     assert whole.margin == pytest.approx(pieces.margin, rel=1e-3) and whole.margin > 1
@@ -59,7 +59,7 @@ def test_the_first_wrong_symbol_is_counted_from_the_words_start(monkeypatch):
         states[1, [76, 90]] = (states[1, [76, 90]] + 1) % 3
         return states
 
-    monkeypatch.setattr(verification, "PIECE_TOKENS", 40)  # 20 symbols of each of two words
+    monkeypatch.setattr(sequence_model, "PIECE_TOKENS", 40)  # 20 symbols of each of two words
     monkeypatch.setattr(verification, "run_automaton", off_by_two)
     found = verify(compile_group("Z3"), length=100, words=2)
     assert (found.wrong, found.first_wrong) == (2, 77)

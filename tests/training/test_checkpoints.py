@@ -745,8 +745,8 @@ def test_its_own_model_class_takes_them(name, monkeypatch):
         pytest.skip("flash-linear-attention is not installed")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # as conftest.py has imported Triton
-    if obstacle := importable("fla.models"):
-        pytest.skip(obstacle)
+    if reason := importable("fla.models"):
+        pytest.skip(reason)
     import fla.models
 
     case = CASES[name]

@@ -19,7 +19,7 @@ from deltaproduct.corpus import Corpus, PackedDocuments, load_tokenizer
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.ops.spans import Spans
+from deltaproduct.ops.context_parallel import ContextParallel
 from deltaproduct.training import language
 from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
@@ -41,10 +41,10 @@ def settings(corpus: Corpus, changed: dict | None = None) -> LanguageRun:
     return LanguageRun(LanguageConfig(**(values | (changed or {}))), MODEL)
 
 
-def run(folder: Path, out: Path, changed: dict | None = None, spans: int = 1, **options) -> list[float]:
+def run(folder: Path, out: Path, changed: dict | None = None, context_parallel: int = 1, **options) -> list[float]:
     """The losses of all steps of a run, on however many ranks this is called on."""
     corpus = Corpus.open(folder)
-    with Ranks.started("cpu", spans=spans) as ranks:
+    with Ranks.started("cpu", context_parallel=context_parallel) as ranks:
         train_language(settings(corpus, changed), corpus, out, ranks, log_every=1, show=False, **options)
     return [line["loss"] for line in metrics(out)]
 
@@ -71,7 +71,7 @@ def test_a_run_learns_and_its_folder_has_all_that_generating_needs(corpus, tmp_p
 
 def test_several_ways_to_the_same_losses_on_one_process(corpus, tmp_path):
     whole = run(corpus.folder, tmp_path / "whole")
-    options = {"micro": ({"grad_accumulation": 2}, {}), "again": ({}, {"recompute": True}),
+    options = {"micro": ({"grad_accumulation": 2}, {}), "again": ({}, {"gradient_checkpointing": True}),
                "other": ({}, {"backend": "chunkwise"})}  # fmt: skip
     for name, (changed, option) in options.items():
         assert run(corpus.folder, tmp_path / name, changed, **option) == pytest.approx(whole, abs=1e-5), name
@@ -81,12 +81,16 @@ def test_several_ways_to_the_same_losses_on_one_process(corpus, tmp_path):
 
 
 def several(folder: Path, out: Path, way: str) -> list[float] | None:
-    spans, options = {"ddp": (1, {}), "fsdp": (1, {"parallel": "fsdp", "recompute": True}), "spans": (2, {})}[way]
-    found = run(folder, out, {"grad_accumulation": 2}, spans=spans, **options)
+    context_parallel, options = {
+        "ddp": (1, {}),
+        "fsdp": (1, {"parallel": "fsdp", "gradient_checkpointing": True}),
+        "context_parallel": (2, {}),
+    }[way]
+    found = run(folder, out, {"grad_accumulation": 2}, context_parallel=context_parallel, **options)
     return found if torch.distributed.get_rank() == 0 else None
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "spans"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "context_parallel"])
 def test_two_processes_have_the_losses_of_one(corpus, tmp_path, way):
     one = run(corpus.folder, tmp_path / "one")
     two, _ = on_ranks(2, several, corpus.folder, tmp_path / "two", way)
@@ -163,7 +167,7 @@ def refusal(corpus: Corpus, out: Path, changed: dict | None = None, ranks: Ranks
     return str(error.value)
 
 
-class FourSpans(Spans):
+class FourRanks(ContextParallel):
     def __init__(self):
         self.rank, self.size = 0, 4
 
@@ -177,8 +181,12 @@ class FourSpans(Spans):
         ({}, {"size": 8}, "4 sequences .* cannot be dealt out evenly to 8 ranks"),
         ({"grad_accumulation": 2}, {"size": 4}, "2 sequences"),
         ({"grad_accumulation": 3}, {}, "does not divide batch_size=4"),
-        ({"context": 30}, {"size": 4, "spans": FourSpans()}, "context of 30 cannot be divided evenly over 4"),
-        ({"packed": True}, {"size": 4, "spans": FourSpans()}, "Packed documents cannot be divided"),
+        (
+            {"context": 30},
+            {"size": 4, "context_parallel": FourRanks()},
+            "context of 30 cannot be divided evenly over 4",
+        ),
+        ({"packed": True}, {"size": 4, "context_parallel": FourRanks()}, "Packed documents cannot be divided"),
         ({"max_rise": -1.0}, {}, "max_rise must be 0 or more"),
     ],
 )

@@ -18,8 +18,13 @@ from deltaproduct.ops.inputs import check_cu_seqlens
 PACKING = ("position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+def packing_of(*values: Any) -> dict[str, Any]:
+    """The arguments `PACKING` of a forward pass, in that order, by name."""
+    return dict(zip(PACKING, values, strict=True))
+
+
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """Where the sequences of a call's [B,T] tokens lie.
 
     Attributes:
@@ -58,12 +63,12 @@ class Layout:
 
 def read_layout(
     x: Tensor, attention_mask: Tensor | None, cache: DeltaProductCache | None, packing: Mapping[str, Any]
-) -> Layout:
+) -> SequenceLayout:
     """The layout of a call.
 
     Args:
         x: [B,T] or [B,T,D], the tokens or their embeddings.
-        attention_mask: as `real_tokens` takes it.
+        attention_mask: as `padding_mask` takes it.
         cache: of the tokens before these.
         packing: any of `PACKING`, each of which says by itself where packed sequences begin: positions that do not
             increase, another seq_idx, or the ends of cu_seqlens and cu_seq_lens_q and _k.
@@ -73,7 +78,7 @@ def read_layout(
     """
     batch, tokens = x.shape[:2]
     seen = 0 if cache is None or cache.state is None else cache.tokens_seen
-    mask = real_tokens(attention_mask, x, seen)
+    mask = padding_mask(attention_mask, x, seen)
     ends = _ends({name: packing.get(name) for name in PACKING}, x)
     if ends is not None and mask is not None:
         raise UsageError(
@@ -92,7 +97,7 @@ def read_layout(
     if seen and positions is not None:
         _check_goes_on(positions, mask, attention_mask, seen)
     if not by_column or tokens == 1:  # one token is one sequence
-        return Layout(mask, ends, None if ends is None else _marks(ends, tokens))
+        return SequenceLayout(mask, ends, None if ends is None else _marks(ends, tokens))
 
     real = torch.ones(batch, tokens, dtype=torch.bool, device=x.device) if mask is None else mask
     row, column = real.nonzero(as_tuple=True)  # [N]
@@ -112,7 +117,7 @@ def read_layout(
             )
     if ends is None:
         if torch.equal(begins, first):
-            return Layout(mask)
+            return SequenceLayout(mask)
         if seen:
             raise UsageError(
                 f"{name} begins a new sequence inside these tokens, but past_key_values goes on with sequences of "
@@ -122,10 +127,10 @@ def read_layout(
         ends = torch.cat((start, start.new_tensor([len(row)])))
     starts = torch.zeros_like(real)
     starts[row, column] = begins
-    return Layout(mask, ends, starts)
+    return SequenceLayout(mask, ends, starts)
 
 
-def real_tokens(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> Tensor | None:
+def padding_mask(attention_mask: Tensor | None, x: Tensor, tokens_seen: int) -> Tensor | None:
     """The part of a mask that is about x [B,T] or [B,T,D], as bools [B,T], True at real tokens; None if all are."""
     if attention_mask is None:
         return None
@@ -165,7 +170,7 @@ def check_other_arguments(given: Mapping[str, Any], forward: Callable[..., Any],
         if name in _REFUSED:
             harmless, why = _REFUSED[name]
             if not harmless(value):
-                raise UsageError(f"{name}={_short(value)} cannot be given to this model: {why}.")
+                raise UsageError(f"{name}={_value_or_shape(value)} cannot be given to this model: {why}.")
         elif name == "cache_position":
             at = int(torch.as_tensor(value).flatten()[0])
             if at != tokens_seen:
@@ -194,7 +199,7 @@ _REFUSED = {
 }
 
 
-def _short(value: Any) -> str:
+def _value_or_shape(value: Any) -> str:
     return f"{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_whole, updated_folder, whole_folder
 from deltaproduct.models.folders import CONFIG
-from deltaproduct.models.hf.listed import check_folder
+from deltaproduct.models.hf.manifest import check_against_manifest
 from deltaproduct.models.saving import check_is_its_configuration, own_class, shares_memory, without_sharing
 from deltaproduct.models.size import check_model, check_stored, stored_shapes
 
@@ -146,7 +146,7 @@ class CheckpointedModel(PreTrainedModel):
     @classmethod
     def _load(cls, name_or_path: Any, *args: Any, ignore_mismatched_sizes: bool, **kwargs: Any) -> tuple[Any, Any]:
         """`from_pretrained` of a folder that nobody writes meanwhile, with transformers' account of the weights."""
-        check_folder(name_or_path, kwargs.get("subfolder"))
+        check_against_manifest(name_or_path, kwargs.get("subfolder"))
         check_size(cls, name_or_path, ignore_mismatched_sizes, kwargs)
         try:
             model, info = super().from_pretrained(

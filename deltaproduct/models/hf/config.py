@@ -8,7 +8,7 @@ from transformers.utils import CONFIG_NAME
 
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models.config import MODEL_FIELDS, ModelConfig, every_option, is_earlier, own_values
-from deltaproduct.models.hf.listed import check_folder
+from deltaproduct.models.hf.manifest import check_against_manifest
 from deltaproduct.models.sequence_model import MODEL_TYPE
 
 OWN = (*MODEL_FIELDS, "mixer")  # beside vocab_size and num_labels
@@ -141,7 +141,9 @@ class DeltaProductConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """What `from_pretrained` reads; `UsageError` if a folder's manifest says that it was changed."""
         name = kwargs.get("_configuration_file") or CONFIG_NAME
-        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder"), is_read=lambda file: file == name)
+        check_against_manifest(
+            pretrained_model_name_or_path, kwargs.get("subfolder"), is_read=lambda file: file == name
+        )
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -152,7 +154,7 @@ class DeltaProductConfig(PreTrainedConfig):
         if kind != MODEL_TYPE:
             raise UsageError(f"This checkpoint is of model type {kind!r}, not {MODEL_TYPE!r}.")
         if place := kwargs.get("name_or_path"):  # AutoConfig has read the file by itself and says where
-            check_folder(place, is_read=lambda file: file == CONFIG_NAME)
+            check_against_manifest(place, is_read=lambda file: file == CONFIG_NAME)
         config_dict = _in_this_layout(config_dict)
         also_unused = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models import sequence_model
 from deltaproduct.models.config import every_option
-from deltaproduct.models.hf.arguments import check_other_arguments, read_layout
+from deltaproduct.models.hf.arguments import check_other_arguments, packing_of, read_layout
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
 from deltaproduct.models.hf.config import DeltaProductConfig
@@ -51,9 +51,10 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         """with_head: a model that has the parts already; `UsageError` if anything else is given."""
         if unknown:
             name = min(unknown)
+            near = did_you_mean(name, (*config.to_dict(), *every_option()))
             raise UsageError(
-                f"{type(self).__name__} has no argument {name!r}{did_you_mean(name, (*config.to_dict(), *every_option()))}; fields of its "
-                "configuration are given to DeltaProductConfig."
+                f"{type(self).__name__} has no argument {name!r}{near}; fields of its configuration are given to "
+                "DeltaProductConfig."
             )
         super().__init__(config)
         self.__dict__["with_head"] = with_head  # which is no module of this one
@@ -167,10 +168,9 @@ class DeltaProductModel(DeltaProductPreTrainedModel):
             kwargs["output_attentions"] = self.config.output_attentions
         called = self if self.with_head is None else self.with_head
         check_other_arguments(kwargs | {"token_type_ids": token_type_ids}, called.forward, seen)
-        packing = {
-            "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
-            "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
-        }  # fmt: skip
+        packing = packing_of(
+            position_ids, seq_idx, cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        )
         layout = read_layout(x, attention_mask, cache, packing)
         layers_of = tuple((type(block.mixer), block.mixer.state_size) for block in self.blocks)
         if cache is not None:
@@ -296,10 +296,9 @@ class DeltaProductForCausalLM(DeltaProductPreTrainedModel, GenerationMixin):
             raise UsageError(
                 "A loss needs the logits of all positions: leave out logits_to_keep where there are labels."
             )
-        packing = {
-            "position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q,
-            "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
-        }  # fmt: skip
+        packing = packing_of(
+            position_ids, seq_idx, cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        )
         count, tokens = kwargs.get("num_items_in_batch"), input_ids if inputs_embeds is None else inputs_embeds
         for name, value in (("labels", labels), ("shift_labels", loss_options.get("shift_labels"))):
             if value is not None and tokens is not None and value.shape != tokens.shape[:2]:

@@ -34,7 +34,7 @@ struct Adjoint {
 // −dE = −Pᵀ dO − W̃ dS, then −dV = (I + L)⁻ᵀ (−dE), in the first rows of x; dO (none: null) is in the rows below.
 template <class T>
 void find_d_values(
-    const Problem& p, const Sizes<T>& z, const Chunk<T>& c, const T* d_o, const T* d_state, int vectors, int64_t ldv,
+    const EngineCall& p, const Sizes<T>& z, const Chunk<T>& c, const T* d_o, const T* d_state, int vectors, int64_t ldv,
     T* x) {
     const auto write = times(c.write, z.ldk, d_state, ldv, AllTerms{z.key});
     if (d_o) {
@@ -63,7 +63,7 @@ void advance_adjoint(
 }
 
 template <class T>
-void read_d_o(const Problem& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, T* to) {
+void read_d_o(const EngineCall& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, T* to) {
     read_rows(p.d_o, item.sequence.batch, c.token, item.head, item.column, c.tokens, 1, z.value, to, z.ldv, T(p.scale));
 }
 
@@ -71,7 +71,7 @@ void read_d_o(const Problem& p, const Item& item, const Sizes<T>& z, const Chunk
 // (ops/README.md).
 template <class T>
 void write_d_gates(
-    const Problem& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, const Adjoint<T>& d, double whole) {
+    const EngineCall& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, const Adjoint<T>& d, double whole) {
     const int n = int(p.steps);
     double spans[MAX_CHUNK_TOKENS + 1];  // columns: the chunk's start, then its tokens; summed over rows s ≥ t
     spans[0] = whole;
@@ -97,7 +97,7 @@ void write_d_gates(
 
 template <class T>
 void backward_chunk(
-    const Problem& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, Adjoint<T>& d, T* d_state) {
+    const EngineCall& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, Adjoint<T>& d, T* d_state) {
     constexpr int W = width<T>;
     const int n = int(p.steps);
     const int64_t batch = item.sequence.batch;
@@ -158,7 +158,7 @@ void backward_chunk(
 }
 
 template <class T>
-void backward(const Problem& p, int64_t number, const void* segment_states) {
+void backward(const EngineCall& p, int64_t number, const void* segment_states) {
     const Item item(p, number);
     const Sizes<T> z(p, item.columns);
     const int64_t each = p.chunks_per_state;

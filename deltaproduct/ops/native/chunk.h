@@ -22,7 +22,7 @@ struct Item {
     int64_t column, columns;
     int64_t segment, first_span, last_span;  // in spans of chunks_per_state chunks from the sequence's start
 
-    Item(const Problem& p, int64_t item) {
+    Item(const EngineCall& p, int64_t item) {
         const int64_t block = item % p.value_blocks;
         item /= p.value_blocks;
         head = item % p.value_heads;
@@ -51,7 +51,7 @@ struct Sizes {
     int key_vectors, value_vectors, step_vectors;
     int64_t ldk, ldv, lds;  // between rows of K, of V and of steps
 
-    Sizes(const Problem& p, int64_t columns) {
+    Sizes(const EngineCall& p, int64_t columns) {
         constexpr int W = width<T>;
         key = int(p.key_dim);
         value = int(columns);
@@ -140,7 +140,7 @@ DP_INLINE void zero_rows(T* x, int64_t ld, int from, int to) {
 
 // The state of an item between local memory (rows ldv apart) and a contiguous tensor [..., HV, K, V]; null is zero.
 template <class T>
-void read_state(const Problem& p, const Item& item, const Sizes<T>& z, const void* states, int64_t index, T* to) {
+void read_state(const EngineCall& p, const Item& item, const Sizes<T>& z, const void* states, int64_t index, T* to) {
     memset(to, 0, sizeof(T) * z.state());
     if (!states) return;
     const T* from =
@@ -149,7 +149,7 @@ void read_state(const Problem& p, const Item& item, const Sizes<T>& z, const voi
 }
 
 template <class T>
-void write_state(const Problem& p, const Item& item, const Sizes<T>& z, const T* from, void* states, int64_t index) {
+void write_state(const EngineCall& p, const Item& item, const Sizes<T>& z, const T* from, void* states, int64_t index) {
     T* to = static_cast<T*>(states) + (index * p.value_heads + item.head) * p.key_dim * p.value_dim + item.column;
     for (int i = 0; i < z.key; ++i) memcpy(to + i * p.value_dim, from + i * z.ldv, sizeof(T) * z.value);
 }
@@ -176,7 +176,7 @@ void scale_state(const Sizes<T>& z, int vectors, int64_t ld, T factor, T* state)
 // Decays within a chunk, as products of the tokens' gates. Products in double keep each to a rounding of the type that
 // is computed in, and unlike differences of sums they need no care where a gate is −∞.
 template <class T>
-void read_gates(const Problem& p, const Item& item, const Sizes<T>& z, Chunk<T>& c) {
+void read_gates(const EngineCall& p, const Item& item, const Sizes<T>& z, Chunk<T>& c) {
     const int n = int(p.steps);
     double gate[MAX_CHUNK_TOKENS];
     read_rows(p.g, item.sequence.batch, c.token, item.head, 0, c.tokens, 1, 1, gate, 1);
@@ -203,7 +203,7 @@ void read_gates(const Problem& p, const Item& item, const Sizes<T>& z, Chunk<T>&
 
 // Rows of interactions (times decay) up to the diagonal, zero beyond it: L strictly, P with a token's own steps.
 template <class T>
-void finish_pairs(const Problem& p, const Sizes<T>& z, const Chunk<T>& c, T* pairs) {
+void finish_pairs(const EngineCall& p, const Sizes<T>& z, const Chunk<T>& c, T* pairs) {
     const int n = int(p.steps);
     with_count(z.step_vectors, [&](auto vectors) {
         const auto finish = [&](T* row, int token, int keep) {
@@ -335,7 +335,7 @@ void denormalise_rows(int rows, int vectors, const T* x, const T* norms, int64_t
 // Everything about a chunk that no state enters.
 template <class T>
 void read_chunk(
-    const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, const Room<T>& room, Chunk<T>& c) {
+    const EngineCall& p, const Item& item, const Sizes<T>& z, int64_t token, const Room<T>& room, Chunk<T>& c) {
     const int n = int(p.steps);
     c.token = token;
     c.tokens = at_most(item.sequence.last - token, p.chunk_tokens);
@@ -369,7 +369,7 @@ void read_chunk(
 
 // Plan to fetch what the chunk at `token` reads first.
 template <class T>
-void fetch_inputs(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
+void fetch_inputs(const EngineCall& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
     if (token < item.sequence.first || token >= item.sequence.last) return;
     const int n = int(p.steps), tokens = at_most(item.sequence.last - token, p.chunk_tokens);
     const int64_t batch = item.sequence.batch;
@@ -380,7 +380,7 @@ void fetch_inputs(const Problem& p, const Item& item, const Sizes<T>& z, int64_t
 
 // Plan to fetch what the chunk at `token` reads and writes in the second half of its backward.
 template <class T>
-void fetch_results(const Problem& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
+void fetch_results(const EngineCall& p, const Item& item, const Sizes<T>& z, int64_t token, Ahead& ahead) {
     const int n = int(p.steps), tokens = at_most(item.sequence.last - token, p.chunk_tokens);
     const int64_t batch = item.sequence.batch;
     add_rows(ahead, false, p.d_o, batch, token, item.head, item.column, tokens, 1, z.value);

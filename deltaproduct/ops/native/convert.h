@@ -1,7 +1,7 @@
 // Rows of tensors in and out of the type that is computed in.
 #pragma once
 
-#include "problem.h"
+#include "interface.h"
 #include "simd.h"
 
 namespace deltaproduct {

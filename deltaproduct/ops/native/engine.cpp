@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "problem.h"
+#include "interface.h"
 
 namespace deltaproduct {
 namespace {
@@ -102,7 +102,7 @@ struct Scratch {
 thread_local Scratch own_scratch;
 
 // The states at the starts (backward: gradients at the ends) of all segments, [segments,sequences,HV,K,V].
-std::vector<char> segment_states(const Problem& p, const Kernels& kernels, bool reverse) {
+std::vector<char> segment_states(const EngineCall& p, const Kernels& kernels, bool reverse) {
     const int64_t size = p.wide ? sizeof(double) : sizeof(float), heads = p.sequences * p.value_heads;
     const int64_t state = p.key_dim * p.value_dim * size, items = p.segments * heads * p.value_blocks;
     const int64_t square = p.key_dim * p.key_dim * size;
@@ -129,7 +129,7 @@ std::vector<char> segment_states(const Problem& p, const Kernels& kernels, bool 
     return states;
 }
 
-int run(const Problem& p, bool reverse) {
+int run(const EngineCall& p, bool reverse) {
     const Kernels& kernels = *chosen.load();
     try {
         const int64_t items = p.segments * p.sequences * p.value_heads * p.value_blocks;
@@ -147,13 +147,13 @@ int run(const Problem& p, bool reverse) {
     }
 }
 
-// A tape being played. Every thread goes through all instructions and takes units of each while there are any; one
+// A program being run. Every thread goes through all instructions and takes units of each while there are any; one
 // that needs earlier results waits until their last unit is done, whoever does it.
-struct Player {
+struct ProgramRun {
     struct Progress {
         std::atomic<int64_t> next{0}, done{0};
     };
-    const Instruction* tape;
+    const Instruction* program;
     const int64_t count;
     const Kernels& kernels;
     std::vector<Progress> progress;
@@ -162,13 +162,13 @@ struct Player {
     void run() {
         int64_t finished = 0;  // so many from the beginning are known to be
         for (int64_t n = 0; n < count; ++n) {
-            const Instruction& instruction = tape[n];
+            const Instruction& instruction = program[n];
             for (; finished < instruction.after; ++finished) wait_for(finished);
             const Units units = kernels.units(instruction);
             for (int64_t from; (from = progress[n].next.fetch_add(units.grain)) < units.count;) {
                 const int64_t to = from + units.grain < units.count ? from + units.grain : units.count;
                 try {
-                    kernels.play(instruction, from, to);
+                    kernels.run_units(instruction, from, to);
                 } catch (const std::bad_alloc&) {
                     out_of_memory = true;
                 }
@@ -178,19 +178,19 @@ struct Player {
         for (; finished < count; ++finished) wait_for(finished);
     }
     void wait_for(int64_t n) {
-        const int64_t all = kernels.units(tape[n]).count;
+        const int64_t all = kernels.units(program[n]).count;
         for (int spins = 0; progress[n].done.load(std::memory_order_acquire) < all;)
             if (++spins > SPINS) std::this_thread::yield();
     }
-    static void run_one(void* player) { static_cast<Player*>(player)->run(); }
+    static void run_one(void* program_run) { static_cast<ProgramRun*>(program_run)->run(); }
     static constexpr int SPINS = 1 << 12;
 };
 
-int play(const Instruction* tape, int64_t count, int64_t threads) {
+int run_program(const Instruction* program, int64_t count, int64_t threads) {
     try {
-        Player player{tape, count, *chosen.load(), std::vector<Player::Progress>(count)};
-        on_threads(threads, Player::run_one, &player);
-        return player.out_of_memory ? 1 : 0;
+        ProgramRun program_run{program, count, *chosen.load(), std::vector<ProgramRun::Progress>(count)};
+        on_threads(threads, ProgramRun::run_one, &program_run);
+        return program_run.out_of_memory ? 1 : 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -229,7 +229,7 @@ void* scratch(int64_t bytes) {
 
 extern "C" {
 
-API int64_t deltaproduct_problem_bytes() { return sizeof(deltaproduct::Problem); }
+API int64_t deltaproduct_problem_bytes() { return sizeof(deltaproduct::EngineCall); }
 API int64_t deltaproduct_instruction_bytes() { return sizeof(deltaproduct::Instruction); }
 API int64_t deltaproduct_selective_scan_bytes() { return sizeof(deltaproduct::SelectiveScan); }
 
@@ -264,10 +264,10 @@ API void deltaproduct_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-API int deltaproduct_forward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, false); }
-API int deltaproduct_backward(const deltaproduct::Problem* p) { return deltaproduct::run(*p, true); }
-API int deltaproduct_play(const deltaproduct::Instruction* tape, int64_t count, int64_t threads) {
-    return deltaproduct::play(tape, count, threads);
+API int deltaproduct_forward(const deltaproduct::EngineCall* p) { return deltaproduct::run(*p, false); }
+API int deltaproduct_backward(const deltaproduct::EngineCall* p) { return deltaproduct::run(*p, true); }
+API int deltaproduct_play(const deltaproduct::Instruction* program, int64_t count, int64_t threads) {
+    return deltaproduct::run_program(program, count, threads);
 }
 API int deltaproduct_selective_scan(const deltaproduct::SelectiveScan* p, int32_t reverse) {
     return deltaproduct::selective_scan(*p, reverse != 0);

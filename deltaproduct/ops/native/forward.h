@@ -25,7 +25,7 @@ void advance(const Sizes<T>& z, const Chunk<T>& c, const T* error, int64_t lde, 
 // All of a chunk for so many vectors of columns, from column `first` on, of which `state` begins with the first.
 template <class T>
 void run_columns(
-    const Problem& p, const Sizes<T>& z, const Chunk<T>& c, int first, int vectors, T* state, int64_t lds, T* out) {
+    const EngineCall& p, const Sizes<T>& z, const Chunk<T>& c, int first, int vectors, T* state, int64_t lds, T* out) {
     T* error = c.error + first;
     find_errors(z, c, state, lds, vectors, error, z.ldv);
     const auto own_and_earlier = [&](int, int end) { return Terms{0, end * int(p.steps)}; };
@@ -40,7 +40,7 @@ void run_columns(
 // columns at a time, which stay in the nearest cache while they are read, used and moved on. A token costs little more
 // than that.
 template <class T>
-void run_in_place(const Problem& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, T* out) {
+void run_in_place(const EngineCall& p, const Item& item, const Sizes<T>& z, const Chunk<T>& c, T* out) {
     constexpr int AT_ONCE = 4;
     const int64_t ld = p.value_dim, offset = (item.number * p.value_heads + item.head) * p.key_dim * ld + item.column;
     const T* from = p.initial_state ? static_cast<const T*>(p.initial_state) + offset : nullptr;
@@ -58,7 +58,7 @@ void run_in_place(const Problem& p, const Item& item, const Sizes<T>& z, const C
 }
 
 template <class T>
-void forward(const Problem& p, int64_t number, const void* segment_states) {
+void forward(const EngineCall& p, int64_t number, const void* segment_states) {
     const Item item(p, number);
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;

@@ -3,21 +3,21 @@
 
 #include "segments.h"
 #include "selective_scan.h"
-#include "tape.h"
+#include "program.h"
 
 namespace deltaproduct {
 namespace DP_ARCH {
 
-void any_forward(const Problem& p, int64_t item, const void* states) {
+void any_forward(const EngineCall& p, int64_t item, const void* states) {
     p.wide ? forward<double>(p, item, states) : forward<float>(p, item, states);
 }
-void any_backward(const Problem& p, int64_t item, const void* states) {
+void any_backward(const EngineCall& p, int64_t item, const void* states) {
     p.wide ? backward<double>(p, item, states) : backward<float>(p, item, states);
 }
-void any_summary(const Problem& p, int64_t item, bool reverse, void* a, void* b) {
+void any_summary(const EngineCall& p, int64_t item, bool reverse, void* a, void* b) {
     p.wide ? summary<double>(p, item, reverse, a, b) : summary<float>(p, item, reverse, a, b);
 }
-void any_compose(const Problem& p, const void* a, const void* b, const void* state, void* out) {
+void any_compose(const EngineCall& p, const void* a, const void* b, const void* state, void* out) {
     p.wide ? compose<double>(p, a, b, state, out) : compose<float>(p, a, b, state, out);
 }
 
@@ -31,7 +31,7 @@ void any_selective_scan(const SelectiveScan& p, int64_t item, bool reverse) {
 #define DP_TEXT(x) #x
 #define DP_NAME(x) DP_TEXT(x)
 constexpr Kernels table = {
-    DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose, units_of, play_units, any_selective_scan};
+    DP_NAME(DP_ARCH), any_forward, any_backward, any_summary, any_compose, units_of, run_units, any_selective_scan};
 
 }  // namespace DP_ARCH
 }  // namespace deltaproduct

@@ -18,13 +18,13 @@ from deltaproduct.errors import UsageError
 NOT_BUILT = "not_built.txt"  # setup.py's reason for building nothing
 KERNELS_VARIABLE = "DELTAPRODUCT_KERNELS"
 NAME = "_engine"  # setup.py builds deltaproduct/ops/native/_engine.<platform's suffix>
-MAX_CHUNKS_PER_STATE, SCAN_TOKENS, SCAN_CHANNELS = 8, 16, 64  # as in problem.h
+MAX_CHUNKS_PER_STATE, SCAN_TOKENS, SCAN_CHANNELS = 8, 16, 64  # as in interface.h
 LARGE = 4 << 20  # bytes
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class TensorField(ctypes.Structure):
-    """`Tensor` of problem.h."""
+    """`Tensor` of interface.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -49,8 +49,8 @@ _TENSORS = ("q", "k", "v", "beta", "g", "o", "d_o", "d_q", "d_k", "d_v", "d_beta
 _STATES = ("initial_state", "final_state", "states", "d_final_state", "d_initial_state")
 
 
-class Problem(ctypes.Structure):
-    """`Problem` of problem.h."""
+class EngineCall(ctypes.Structure):
+    """`EngineCall` of interface.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -64,20 +64,20 @@ class Problem(ctypes.Structure):
 
 
 class Instruction(ctypes.Structure):
-    """`Instruction` of problem.h."""
+    """`Instruction` of interface.h."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
         ("activation", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("after", "batch", "rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("w", "x", "u", "y", "z")),
-        ("problem", ctypes.POINTER(Problem)),
+        ("call", ctypes.POINTER(EngineCall)),
         ("a", ctypes.c_double),
     )
 
 
 class SelectiveScan(ctypes.Structure):
-    """`SelectiveScan` of problem.h."""
+    """`SelectiveScan` of interface.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "state_size", "sequences")),
@@ -97,7 +97,7 @@ class Engine:
         self._library = ctypes.CDLL(str(path))
         for name in ("deltaproduct_kernels", "deltaproduct_kernels_here"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        mirrors = {"problem": Problem, "instruction": Instruction, "selective_scan": SelectiveScan}
+        mirrors = {"problem": EngineCall, "instruction": Instruction, "selective_scan": SelectiveScan}
         for name in mirrors:
             getattr(self._library, f"deltaproduct_{name}_bytes").restype = ctypes.c_int64
         self._library.deltaproduct_use_openmp.argtypes = [ctypes.c_void_p]
@@ -140,18 +140,18 @@ class Engine:
             self._library.deltaproduct_large_pages(x.data_ptr(), x.nbytes)
         return x
 
-    def forward(self, problem: Problem) -> None:
-        self._call(self._library.deltaproduct_forward, ctypes.byref(problem))
+    def forward(self, call: EngineCall) -> None:
+        self._call(self._library.deltaproduct_forward, ctypes.byref(call))
 
-    def backward(self, problem: Problem) -> None:
-        self._call(self._library.deltaproduct_backward, ctypes.byref(problem))
+    def backward(self, call: EngineCall) -> None:
+        self._call(self._library.deltaproduct_backward, ctypes.byref(call))
 
-    def selective_scan(self, problem: SelectiveScan, *, reverse: bool) -> None:
+    def selective_scan(self, call: SelectiveScan, *, reverse: bool) -> None:
         """The forward pass, or with `reverse` the backward."""
-        self._call(self._library.deltaproduct_selective_scan, ctypes.byref(problem), ctypes.c_int32(reverse))
+        self._call(self._library.deltaproduct_selective_scan, ctypes.byref(call), ctypes.c_int32(reverse))
 
-    def play(self, tape: "ctypes.Array[Instruction]", threads: int) -> None:
-        self._call(self._library.deltaproduct_play, tape, len(tape), threads)
+    def run_program(self, program: "ctypes.Array[Instruction]", threads: int) -> None:
+        self._call(self._library.deltaproduct_play, program, len(program), threads)
 
     @staticmethod
     def _call(function: Any, *arguments: Any) -> None:

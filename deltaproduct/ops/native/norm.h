@@ -57,7 +57,7 @@ inline float norm_factor(const Instruction& i, const float* x) {
 }
 
 // Rows [from, to) of y = x / √(mean x² + a) · w, each of so many columns
-inline void play_norm(const Instruction& i, int64_t from, int64_t to) {
+inline void run_norm(const Instruction& i, int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
         const float* x = i.x + row * i.columns;
         float* y = i.y + row * i.columns;
@@ -69,7 +69,7 @@ inline void play_norm(const Instruction& i, int64_t from, int64_t to) {
 
 // With d the gradient of the rows' result: blocks [from, to) of rows of the gradient y of x, and each block's part of
 // the weight's, z [blocks, columns]
-inline void play_norm_backward(const Instruction& i, int64_t from, int64_t to) {
+inline void run_norm_backward(const Instruction& i, int64_t from, int64_t to) {
     for (int64_t block = from; block < to; ++block) {
         float* d_w = i.z + block * i.columns;
         along_row(i.columns, [&](int64_t j, auto lanes) { put(d_w + j, take<lanes>(i.w + j) * 0); });

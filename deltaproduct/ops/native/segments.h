@@ -9,7 +9,7 @@ namespace DP_ARCH {
 // A segment as one step, S ↦ A S + B: A is the segment run on the identity without values, B on zero with them. In
 // reverse, dS ↦ A dS + B, where A is the transpose of the other.
 template <class T>
-void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* b_out) {
+void summary(const EngineCall& p, int64_t number, bool reverse, void* a_out, void* b_out) {
     const Item item(p, number);
     const Sizes<T> z(p, item.columns);
     Chunk<T> c;
@@ -60,7 +60,7 @@ void summary(const Problem& p, int64_t number, bool reverse, void* a_out, void* 
 
 // out = a state + b
 template <class T>
-void compose(const Problem& p, const void* a_in, const void* b_in, const void* state_in, void* out_in) {
+void compose(const EngineCall& p, const void* a_in, const void* b_in, const void* state_in, void* out_in) {
     const T *a = static_cast<const T*>(a_in), *b = static_cast<const T*>(b_in),
             *state = static_cast<const T*>(state_in);
     for (int64_t i = 0; i < p.key_dim; ++i) {

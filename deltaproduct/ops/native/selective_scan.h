@@ -5,7 +5,7 @@
 // is added up by the caller. Blocks and chunks do not depend on the threads, and so no bit of any result does.
 #pragma once
 
-#include "problem.h"
+#include "interface.h"
 #include "simd.h"
 
 namespace deltaproduct {

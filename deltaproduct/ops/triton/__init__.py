@@ -12,7 +12,7 @@ MAX_STEPS, MAX_KEY_DIM = 32, 256  # of what a chunk's accumulators leave room fo
 OLDEST = (8, 0)  # compute capability: bfloat16 on tensor cores
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the kernels can serve, else the reason why not. Triton's interpreter, for tests, needs no GPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted:
@@ -27,7 +27,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return "it computes in float32, not in float64" if dtype == torch.float64 else None
 
 
-def size_obstacle(steps: int, key_dim: int) -> str | None:
+def unsupported_size_reason(steps: int, key_dim: int) -> str | None:
     """The same, by N and K."""
     if steps > MAX_STEPS:
         return f"it takes at most {MAX_STEPS} Householder steps per token, not {steps}"
