@@ -23,7 +23,7 @@ from deltaproduct.layers import MIXERS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
-from deltaproduct.training.loop import sample_batch
+from deltaproduct.training.objectives.task import sample_batch
 
 YARDSTICK = "deltanet"
 CHECKED_BATCH = 2  # sequences, of full length, that correctness is checked on

@@ -22,7 +22,8 @@ from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
 from deltaproduct.training.checkpoint import Progress
-from deltaproduct.training.loop import masked_loss, new_model, new_optimizer, sample_batch, train_step
+from deltaproduct.training.loop import OneProcess, new_model, new_optimizer, train_step
+from deltaproduct.training.objectives.task import Curriculum, TaskObjective, masked_loss, sample_batch
 
 QUICK_BATCH, QUICK_LENGTH = 8, 16
 SAMPLING = ("", "sampling")
@@ -154,19 +155,19 @@ class Training:
         self, config: RunConfig, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.settings, self.device = config.training, device
-        self.task = get_task(self.settings.task)
+        self.objective, self.ranks = TaskObjective(self.settings), OneProcess(device)
         self.model = new_model(config).to(device, dtype).use_backend(backend).train()
         self.optimizer = new_optimizer(self.model, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(0)
-        self.progress = Progress(stage=len(self.settings.lengths) - 1)
-        batch = sample_batch(self.task, self.settings, 0, self.progress.stage)
+        self.progress = Progress(Curriculum(stage=len(self.settings.lengths) - 1))
+        batch = sample_batch(self.objective.task, self.settings, 0, self.progress.kept.stage)
         self.tokens, self.labels, self.mask = (x.to(device) for x in batch)
         self.loss: Tensor | None = None
 
     def step(self) -> object:
         """The loop's own step, on the next batch."""
-        result = train_step(self.model, self.optimizer, self.task, self.settings, self.progress, self.device)
+        result = train_step(self.objective, self.model, self.optimizer, self.progress, self.ranks)
         self.progress.step += 1
         return result
 

@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.training.config import RunConfig, TrainConfig
+from deltaproduct.training.config import Run, TrainConfig
 from deltaproduct.training.folder_kinds import CONFIG, why_not
 
 _OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
@@ -50,10 +50,10 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         if self.resume:
             if not (self.out / CONFIG).is_file():
                 raise UsageError(_nothing_to_resume(self.out))
-            self._check_unchanged(RunConfig.from_dict(read_json(self.out / CONFIG)))
+            self._check_unchanged(Run.from_dict(read_json(self.out / CONFIG)))
         task = get_task(self.task)
         model = ModelConfig(vocab_size=task.vocab_size, num_labels=task.num_labels, **values_of(self, ModelConfig))
-        config = RunConfig(TrainConfig(**values_of(self, TrainConfig)), model)
+        config = Run(TrainConfig(**values_of(self, TrainConfig)), model)
         train(
             config,
             self.out,
@@ -69,7 +69,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         last = json.dumps(last_metrics(self.out / METRICS) or {})
         say(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
 
-    def _check_unchanged(self, stored: RunConfig) -> None:
+    def _check_unchanged(self, stored: Run[TrainConfig]) -> None:
         """`UsageError` where a flag asks for something else than the run that is to be continued."""
         from deltaproduct.training.run_folder import check_steps
 
@@ -100,7 +100,7 @@ def defaults(arguments: Sequence[str]) -> Train | None:
         return None
     if found := why_not(Path(out), "task run"):
         raise UsageError(found)
-    stored = RunConfig.from_dict(read_json(path))
+    stored = Run.from_dict(read_json(path))
     model = {k: v for k, v in vars(stored.model).items() if k not in _OF_THE_TASK}
     return Train(out=Path(out), resume=True, **vars(stored.training), **model)
 
