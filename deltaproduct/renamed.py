@@ -37,9 +37,13 @@ MOVED = {
     "deltaproduct.experiments.table_chomsky": "deltaproduct.experiments.formal_languages",
     "deltaproduct.tasks.corpus": "deltaproduct.corpus",
     "deltaproduct.tasks.formal": "deltaproduct.tasks.regular",
+    "deltaproduct.theory.constructions.plan": "deltaproduct.theory.limits",
     "deltaproduct.theory.validate": "deltaproduct.theory.limits",
+    "deltaproduct.training.distributed_checkpoint": "deltaproduct.training.checkpoint",
+    "deltaproduct.training.language": "deltaproduct.training.objectives.language",
     "deltaproduct.training.log": "deltaproduct.training.metrics",
-    "deltaproduct.training.shards": "deltaproduct.training.distributed_checkpoint",
+    "deltaproduct.training.memory": "deltaproduct.training.loop",
+    "deltaproduct.training.shards": "deltaproduct.training.checkpoint",
 }
 
 

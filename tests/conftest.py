@@ -20,13 +20,56 @@ THREADS = int(os.environ.get("DELTAPRODUCT_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 
+# Why a test is marked slow(kind): what it does that `make test` has no time for.
+KINDS = {
+    "processes": "starts other Python processes, and waits for what they import",
+    "ranks": "trains on several processes that talk to each other",
+    "kills": "kills or interrupts what runs, and goes on",
+    "readers": "reads what another process is writing",
+    "launchers": "starts a launcher's jobs, on this machine or on a SLURM of ours",
+    "ray": "starts Ray",
+    "graphs": "has PyTorch trace programs into graphs",
+    "inductor": "has a C++ compiler compile such graphs",
+    "kernels": "compiles Triton's kernels for a GPU",
+    "interpreter": "runs Triton's interpreter for longer than the others",
+    "export": "exports models",
+    "native build": "builds or installs the package",
+    "harness": "reads all tasks of lm-eval",
+    "fuzz": "runs the program on damaged and hostile files of every kind",
+    "exhaustive": "is what faster tests are, with more cases or larger ones, or trains until a task is learned",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "of the chosen tests every Nth, from the Kth on, and all of those that are marked numerical('whole')"
     parser.addoption("--sample", metavar="K/N", help=help)
+    help = "of the slow tests those that are marked ci: some of each kind"
+    parser.addoption("--each-kind", action="store_true", help=help)
+
+
+def kinds_of(item: pytest.Item) -> set[str]:
+    """Why it is slow; nothing for a test that is not."""
+    kinds = [mark.args for mark in item.iter_markers("slow")]
+    if any(len(args) != 1 or args[0] not in KINDS for args in kinds):
+        raise pytest.UsageError(f"{item.nodeid}: slow(kind) takes one of {', '.join(map(repr, KINDS))}")
+    return {args[0] for args in kinds}
+
+
+def is_representative(item: pytest.Item) -> bool:
+    """Whether it is marked `ci`, or `ci("id", …)` with the id of its own parameters."""
+    return any(
+        not mark.args or item.nodeid.endswith(tuple(f"[{id}]" for id in mark.args)) for mark in item.iter_markers("ci")
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kinds = [kinds_of(item) for item in items]
+    if config.getoption("--each-kind"):
+        chosen = [bool(found) and is_representative(item) for item, found in zip(items, kinds)]
+        if missing := KINDS.keys() - set().union(*(found for found, yes in zip(kinds, chosen) if yes)):
+            raise pytest.UsageError(f"No test is marked both ci and slow of these kinds: {', '.join(sorted(missing))}")
+        items[:] = [item for item, yes in zip(items, chosen) if yes]
     if sample := config.getoption("--sample"):
         first, every = map(int, sample.split("/"))
         whole = [(mark := item.get_closest_marker("numerical")) is not None and "whole" in mark.args for item in items]

@@ -9,7 +9,7 @@ from deltaproduct.experiments.word_problems import s3
 from deltaproduct.tasks import get_task
 from deltaproduct.training import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow("exhaustive"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

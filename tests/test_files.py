@@ -78,6 +78,8 @@ WRITER = """
 """
 
 
+@pytest.mark.slow("readers")
+@pytest.mark.ci("replaced-exchanged")
 @pytest.mark.parametrize(("how", "step"), [("replaced", "exchanged"), ("replaced", "renamed"), ("updated", "")])
 def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_never_an_error(tmp_path, how, step):
     write(tmp_path / "x", "0" * 1000, how=BOTH[how])
@@ -93,6 +95,7 @@ def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_never_an_error(tmp
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow("readers")
 @pytest.mark.skipif(sys.platform != "linux", reason="exchanging names in one step is Linux's")
 def test_where_names_can_be_exchanged_the_folder_is_there_at_every_moment(tmp_path):
     """For programs that know nothing of `read_folder`, such as transformers."""
@@ -168,6 +171,7 @@ HOLDER = """
 """
 
 
+@pytest.mark.slow("processes")
 def test_a_second_writer_is_refused_by_name_and_the_first_is_not_disturbed(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     first = background(HOLDER, tmp_path / "x", 3)

@@ -28,14 +28,15 @@ def check(cases):
     assert 2 in statuses, "nothing was refused: this fuzz tests nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fuzz")
+@pytest.mark.ci("conversation")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", fuzz.KINDS, ids=NAMES)
 def test_damaged_files_give_the_right_answer_or_one_line(bench, kind):
     check([fuzz.damaged(bench, kind, number) for number in range(29)])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fuzz")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", fuzz.KINDS, ids=NAMES)
 def test_hostile_files_run_nothing_write_nothing_and_are_refused_in_one_line(bench, kind):

@@ -105,6 +105,7 @@ def test_the_rule_itself(module, source, allowed):
     assert (not any(found)) == allowed, found
 
 
+@pytest.mark.slow("processes")
 def test_importing_is_light():
     # rich and tyro belong to the command line and to training, the others to what few people install.
     heavy = {"matplotlib", "plotly", "rich", "tyro", "transformers", "triton", "automata", "chess", "pandas"}

@@ -40,6 +40,7 @@ def page_faults(*arguments: str, **environment: str) -> tuple[bool | None, int]:
     return tuple(json.loads(run.stdout))
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_used_again():
     """A loop that allocates what it has just freed takes no page of it from the system a second time."""
@@ -49,6 +50,7 @@ def test_freed_memory_is_used_again():
     assert faults_kept < faults / 20
 
 
+@pytest.mark.slow("processes")
 def test_a_users_own_settings_stand():
     kept, faults = page_faults("keep", MALLOC_ARENA_MAX="2")
     assert kept is False and faults > 100

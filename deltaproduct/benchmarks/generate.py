@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltaproduct.benchmarks.correctness import judge
 from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import GenerateBenchmark, GenerateTimes
 from deltaproduct.benchmarks.settings import BenchmarkSettings
+from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
+from deltaproduct.benchmarks.workload import token_inputs
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models import Decoder, ModelConfig, SequenceModel
@@ -190,25 +191,17 @@ def _rounds(decode: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], 
 def _recurrences(model: SequenceModel, batch: int, settings: BenchmarkSettings) -> Callable[[], None]:
     """One token's recurrent step of every layer and nothing else; a layer has its own inputs and carries its state."""
     generator = torch.Generator().manual_seed(settings.seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(batch, *size, generator=generator).to(settings.device)
-
     inputs: list[dict[str, Any]] = []
     states: list[Tensor] = []
     for layer in model.mixers():
         assert isinstance(layer, DeltaProduct)  # bench_generate has made sure
-        n, heads, keys, values = layer.num_householder, layer.num_v_heads, layer.head_dim, layer.head_v_dim
-        x = {
-            "q": F.normalize(normal(layer.num_heads, keys), dim=-1),
-            "k": F.normalize(normal(n, layer.num_heads, keys), dim=-1),
-            "v": normal(n, heads, values),
-            "beta": 2 * torch.sigmoid(normal(n, heads)),
-        }
-        if layer.use_forget_gate:
-            x["g"] = F.logsigmoid(normal(heads) + 3)
+        shape = OpShape(
+            1, 1, layer.num_v_heads, layer.head_dim, layer.num_householder, layer.use_forget_gate, layer.head_v_dim
+        )
+        x = token_inputs(shape, batch, generator, num_heads=layer.num_heads)
+        x = {name: y.to(settings.device) for name, y in x.items()}
+        states.append(x.pop("state"))
         inputs.append(x)
-        states.append(normal(heads, keys, values))
 
     def run() -> None:
         with torch.inference_mode():

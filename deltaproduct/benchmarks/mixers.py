@@ -17,13 +17,13 @@ from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import MixerRow, MixersBenchmark
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
-from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training
+from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training, resized
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
-from deltaproduct.training.loop import sample_batch
+from deltaproduct.training.objectives.task import sample_batch
 
 YARDSTICK = "deltanet"
 CHECKED_BATCH = 2  # sequences, of full length, that correctness is checked on
@@ -77,7 +77,7 @@ def bench_mixers(
     stage = len(training.lengths) - 1
     length = QUICK_LENGTH if quick else training.lengths[stage]
     batch_size = QUICK_BATCH if quick else training.batch_size(stage)
-    config = _resized(config, length, batch_size)
+    config = resized(config, length, batch_size)
     settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     tokens = sample_batch(task, config.training, 0, 0)[0].shape[1]
     # All of them before the first is run: an unknown name is noticed at once.
@@ -118,18 +118,10 @@ def bench_mixers(
     )
 
 
-def _resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
-    """The run with one stage, of this length and this many sequences."""
-    training = dataclasses.replace(
-        config.training, lengths=(length,), batch_sizes=(batch_size,), stage_steps=(), num_samples=None
-    )
-    return dataclasses.replace(config, training=training)
-
-
 def _check(config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
     """`judge` of the loss and the gradients of a few sequences; in float64 the operator is the plain loop."""
     training = config.training
-    config = _resized(config, training.lengths[0], min(CHECKED_BATCH, training.batch_size(0)))
+    config = resized(config, training.lengths[0], min(CHECKED_BATCH, training.batch_size(0)))
     wanted = Training(config, "reference", settings.device, torch.float64).loss_and_gradients()
     got = Training(config, "auto", settings.device).loss_and_gradients()
     return judge(_maps(got), _maps(wanted), error_limit(settings.dtype, settings.device))

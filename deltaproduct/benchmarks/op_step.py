@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
 from deltaproduct.benchmarks.implementations import first_line
@@ -17,6 +15,7 @@ from deltaproduct.benchmarks.report import OpStepBenchmark, OpStepRow
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import OP_STEP_SHAPE, QUICK_OP_STEP_SHAPE, OpShape
 from deltaproduct.benchmarks.timing import Timing, interleaved
+from deltaproduct.benchmarks.workload import token_inputs
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import delta_product_step, resolve_backend
 from deltaproduct.ops.reference import token_step
@@ -92,22 +91,8 @@ def _row(shape: OpShape, batch: int, settings: BenchmarkSettings) -> OpStepRow:
 
 def _inputs(shape: OpShape, batch: int, settings: BenchmarkSettings, layer: int) -> dict[str, Any]:
     """A token's inputs and a state."""
-    generator = torch.Generator().manual_seed(settings.seed + layer)
-    n, heads, keys, values = shape.num_householder, shape.num_heads, shape.head_dim, shape.values
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(batch, *size, generator=generator)
-
-    x = {
-        "q": F.normalize(normal(heads, keys), dim=-1),
-        "k": F.normalize(normal(n, heads, keys), dim=-1),
-        "v": normal(n, heads, values),
-    }
-    x = {name: y.to(settings.device, settings.dtype) for name, y in x.items()}
-    x["beta"] = 2 * torch.sigmoid(normal(n, heads)).to(settings.device)
-    if shape.gate:
-        x["g"] = F.logsigmoid(normal(heads) + 3).to(settings.device)
-    return x | {"state": normal(heads, keys, values).to(settings.device, STATE)}
+    x = token_inputs(shape, batch, torch.Generator().manual_seed(settings.seed + layer))
+    return {name: y.to(settings.device, settings.dtype if name in ("q", "k", "v") else STATE) for name, y in x.items()}
 
 
 def _check(x: dict[str, Any], settings: BenchmarkSettings) -> dict[str, Any]:
@@ -174,7 +159,7 @@ def _empty_kernel() -> Callable[[], object]:
     import triton
 
     @triton.jit
-    def nothing():
+    def nothing() -> None:
         pass
 
     return lambda: nothing[(1,)](num_warps=1)

@@ -23,7 +23,8 @@ from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
 from deltaproduct.training import RunConfig
 from deltaproduct.training.checkpoint import Progress
-from deltaproduct.training.loop import masked_loss, new_model, new_optimizer, sample_batch, train_step
+from deltaproduct.training.loop import OneProcess, new_model, new_optimizer, train_step
+from deltaproduct.training.objectives.task import Curriculum, TaskObjective, masked_loss, sample_batch
 
 QUICK_BATCH, QUICK_LENGTH = 8, 16
 SAMPLING = ("", "sampling")
@@ -52,10 +53,8 @@ def bench_train(
     say = progress or (lambda line: None)
     training = config.training
     if quick:
-        training = dataclasses.replace(
-            training, lengths=(QUICK_LENGTH,), batch_sizes=(QUICK_BATCH,), stage_steps=(), num_samples=None
-        )
-        config = dataclasses.replace(config, training=training)
+        config = resized(config, QUICK_LENGTH, QUICK_BATCH)
+        training = config.training
     settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     check_fits(config.model, get_task(training.task))
     names, unavailable = serving(backends, BACKENDS, settings)
@@ -115,6 +114,14 @@ def bench_train(
     )
 
 
+def resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
+    """The run with one stage, of this length and this many sequences."""
+    training = dataclasses.replace(
+        config.training, lengths=(length,), batch_sizes=(batch_size,), stage_steps=(), num_samples=None
+    )
+    return dataclasses.replace(config, training=training)
+
+
 def operator_shape(config: RunConfig) -> OpShape:
     """What the operator is given in a step of the run's last stage."""
     model, training = config.model, config.training
@@ -150,19 +157,19 @@ class Training:
         self, config: RunConfig, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.settings, self.device = config.training, device
-        self.task = get_task(self.settings.task)
+        self.objective, self.ranks = TaskObjective(self.settings), OneProcess(device)
         self.model = new_model(config).to(device, dtype).use_backend(backend).train()
         self.optimizer = new_optimizer(self.model, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(0)
-        self.progress = Progress(stage=len(self.settings.lengths) - 1)
-        batch = sample_batch(self.task, self.settings, 0, self.progress.stage)
+        self.progress = Progress(Curriculum(stage=len(self.settings.lengths) - 1))
+        batch = sample_batch(self.objective.task, self.settings, 0, self.progress.kept.stage)
         self.tokens, self.labels, self.mask = (x.to(device) for x in batch)
         self.loss: Tensor | None = None
 
     def step(self) -> object:
         """The loop's own step, on the next batch."""
-        result = train_step(self.model, self.optimizer, self.task, self.settings, self.progress, self.device)
+        result = train_step(self.objective, self.model, self.optimizer, self.progress, self.ranks)
         self.progress.step += 1
         return result
 

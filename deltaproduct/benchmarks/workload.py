@@ -95,6 +95,32 @@ class Workload:
         return x, self.d_o[:, :t].to(dtype or self.d_o.dtype) if backward else None
 
 
+def token_inputs(
+    shape: OpShape, batch: int, generator: torch.Generator, *, num_heads: int | None = None
+) -> dict[str, Tensor]:
+    """Random inputs of one token of `delta_product_step`, on the CPU in float32: q, k, v, beta, g where gated, state.
+
+    Args:
+        shape: HV, K, V, N and whether gated; its B and T do not count.
+        num_heads: H; None is HV.
+    """
+    n, heads, keys, values = shape.num_householder, shape.num_heads, shape.head_dim, shape.values
+    key_heads = heads if num_heads is None else num_heads
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(batch, *size, generator=generator)
+
+    x = {
+        "q": F.normalize(normal(key_heads, keys), dim=-1),
+        "k": F.normalize(normal(n, key_heads, keys), dim=-1),
+        "v": normal(n, heads, values),
+        "beta": 2 * torch.sigmoid(normal(n, heads)),
+    }
+    if shape.gate:
+        x["g"] = F.logsigmoid(normal(heads) + 3)
+    return x | {"state": normal(heads, keys, values)}
+
+
 def _operator(name: str) -> Operator:
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name].load()

@@ -179,10 +179,11 @@ class LmEvaluate:
 
     def _training_context(self) -> int | None:
         """What the checkpoint says; None for one that came from no language run."""
-        from deltaproduct.training.config import LanguageRun
+        from deltaproduct.training.config import LanguageConfig
 
         trained = self._located().trained_as()
-        return trained.training.context if isinstance(trained, LanguageRun) else None
+        settings = None if trained is None else trained.training
+        return settings.context if isinstance(settings, LanguageConfig) else None
 
     def _length(self, times: int) -> int:
         """--length, or so many times the training context."""

@@ -26,7 +26,7 @@ from deltaproduct.cli.flags import (
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.config import LanguageConfig, Run
 from deltaproduct.training.corpus_place import find_corpus, is_corpus
 from deltaproduct.training.folder_kinds import CONFIG, why_not
 from deltaproduct.training.presets import PRESETS, get_preset, preset_model
@@ -114,17 +114,19 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         """Train on the processes that all call this; the last line of the metrics, on the one that writes them, or
         nothing."""
         from deltaproduct.corpus import Corpus
-        from deltaproduct.training.distributed import Ranks  # takes seconds to import, which no other command needs
-        from deltaproduct.training.language import train_language
+        from deltaproduct.training.distributed import Ranks
+        from deltaproduct.training.loop import train
         from deltaproduct.training.metrics import last_metrics
+        from deltaproduct.training.objectives.language import LanguageObjective
         from deltaproduct.training.run_folder import METRICS
 
         with Ranks.started(self.device, context_parallel=self.context_parallel) as ranks:
             corpus = Corpus.open(self.data, verify=self.verify and ranks.first)
-            train_language(
-                self._run_on(corpus),
-                corpus,
+            run = self._run_on(corpus)
+            train(
+                run,
                 self.out,
+                LanguageObjective(run.training, corpus),
                 ranks,
                 resume=self.resume,
                 backend=self.backend,
@@ -155,13 +157,13 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
             launcher.run(there.train, tick)
         return last_metrics(self.out / METRICS) or {}
 
-    def _run_on(self, corpus: Corpus) -> LanguageRun:
+    def _run_on(self, corpus: Corpus) -> Run[LanguageConfig]:
         stored = stored_run(self.out) if self.resume and (self.out / CONFIG).is_file() else None
         model = model_of(self, corpus.vocab_size, corpus.vocab_size, None if stored is None else stored.model)
-        return LanguageRun(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
+        return Run(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
 
 
-def stored_run(out: Path) -> LanguageRun | None:
+def stored_run(out: Path) -> Run[LanguageConfig] | None:
     """The run that --resume continues; None where a process of torchrun may begin it, as it has to be able to start all
     its processes again with the same command.
 
@@ -174,7 +176,7 @@ def stored_run(out: Path) -> LanguageRun | None:
         from deltaproduct.training.run_folder import read_run
 
         stored = read_run(out)
-        if not isinstance(stored, LanguageRun):
+        if not isinstance(stored.training, LanguageConfig):
             raise UsageError(f"{out} is a run on a task; `deltaproduct train --resume` continues it.")
         return stored
     if "RANK" in os.environ:
@@ -182,7 +184,7 @@ def stored_run(out: Path) -> LanguageRun | None:
     raise UsageError(f"{out} holds no run to resume; leave out --resume to begin one.")
 
 
-def _stored(arguments: Sequence[str]) -> LanguageRun | None:
+def _stored(arguments: Sequence[str]) -> Run[LanguageConfig] | None:
     """The run that --resume continues, if these arguments are not a question for help."""
     out = value_of("--out", arguments)
     if out is None or "--resume" not in arguments or not {"-h", "--help"}.isdisjoint(arguments):

@@ -27,7 +27,7 @@ from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.files import read_json
-from deltaproduct.training.config import RunConfig, TrainConfig
+from deltaproduct.training.config import Run, TrainConfig
 from deltaproduct.training.folder_kinds import CONFIG, why_not
 
 _OF_THE_TASK = ("vocab_size", "num_labels")
@@ -61,11 +61,11 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         if self.resume:
             if not (self.out / CONFIG).is_file():
                 raise UsageError(_nothing_to_resume(self.out))
-            stored = RunConfig.from_dict(read_json(self.out / CONFIG))
+            stored = Run.from_dict(read_json(self.out / CONFIG))
             self._check_unchanged(stored)
         task = get_task(self.task)
         model = model_of(self, task.vocab_size, task.num_labels, stored.model if self.resume else None)
-        config = RunConfig(TrainConfig(**values_of(self, TrainConfig)), model)
+        config = Run(TrainConfig(**values_of(self, TrainConfig)), model)
         train(
             config,
             self.out,
@@ -81,7 +81,7 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         last = json.dumps(last_metrics(self.out / METRICS) or {})
         say(f"{self.out}: trained {task.name} for {self.steps} steps; last metrics {last}")
 
-    def _check_unchanged(self, stored: RunConfig) -> None:
+    def _check_unchanged(self, stored: Run[TrainConfig]) -> None:
         """`UsageError` where a flag asks for something else than the run that is to be continued."""
         from deltaproduct.training.run_folder import check_steps
 
@@ -128,14 +128,14 @@ def command(arguments: Sequence[str]) -> type[Train]:
     return with_options(Train, mixers, STATE_TRACKING, () if stored is None else differing_options(stored.model))
 
 
-def _stored(arguments: Sequence[str]) -> RunConfig | None:
+def _stored(arguments: Sequence[str]) -> Run[TrainConfig] | None:
     """The run that --resume continues, if there is one."""
     out = value_of("--out", arguments)
     if "--resume" not in arguments or out is None or not (path := Path(out) / CONFIG).is_file():
         return None
     if found := why_not(Path(out), "task run"):
         raise UsageError(found)
-    return RunConfig.from_dict(read_json(path))
+    return Run.from_dict(read_json(path))
 
 
 def _nothing_to_resume(out: Path) -> str:

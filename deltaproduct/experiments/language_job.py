@@ -46,11 +46,14 @@ class LanguageJob(Job):
     )  # fmt: skip
 
     def train(self, folder: Path) -> None:
-        from deltaproduct.training.distributed import Ranks  # takes seconds to import
-        from deltaproduct.training.language import train_language
+        from deltaproduct.training.distributed import Ranks
+        from deltaproduct.training.loop import train
+        from deltaproduct.training.objectives.language import LanguageObjective
 
         with Ranks.started() as ranks:
-            train_language(self.run_config(folder), self._corpus(folder), folder, ranks, resume=True, show=False)
+            run = self.run_config(folder)
+            objective = LanguageObjective(run.training, self._corpus(folder))
+            train(run, folder, objective, ranks, resume=True, show=False)
 
     def measure(self, model: SequenceModel, folder: Path) -> Result:
         text = self._corpus(folder).split("validation")

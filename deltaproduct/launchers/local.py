@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from os import getpid, kill
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from threading import Thread
@@ -31,7 +32,7 @@ class Local:
         context = get_context("spawn")
         waiting = deque(calls.items())
         free = deque(range(self.workers))  # places that no call has taken
-        running: dict[Any, tuple[str, int, Any]] = {}  # its name, place and process, by its pipe
+        running: dict[Connection, tuple[str, int, SpawnProcess]] = {}  # its name, place and process, by its pipe
         try:
             while waiting or running:
                 while waiting and free:
@@ -41,8 +42,8 @@ class Local:
                     running[pipe] = name, place, process
                     process.start()
                     end.close()  # here, so that the pipe ends when the process does
-                ended: list[Any] = wait(list(running), timeout=PAUSE)
-                for pipe in ended:
+                ended = wait(list(running), timeout=PAUSE)
+                for pipe in [pipe for pipe in running if pipe in ended]:
                     name, place, process = running[pipe]
                     outcome = received(pipe, process)
                     del running[pipe]
@@ -53,7 +54,7 @@ class Local:
             stop([process for _, _, process in running.values() if process.pid is not None])
 
 
-def stop(processes: Sequence[Any]) -> None:
+def stop(processes: Sequence[SpawnProcess]) -> None:
     """End processes: training saves the step that is done, and what takes too long over it is killed."""
     for process in processes:
         process.terminate()
@@ -85,7 +86,7 @@ def _end_with_parent() -> None:
         kill(getpid(), SIGTERM)
 
 
-def received(pipe: Any, process: Any) -> Call:
+def received(pipe: Connection, process: SpawnProcess) -> Call:
     """The outcome of a call whose process has sent it, or has ended without."""
     try:
         end = pipe.recv_bytes()
@@ -96,5 +97,6 @@ def received(pipe: Any, process: Any) -> Call:
     return partial(opened, end) if end is not None else partial(unsent, process.exitcode)
 
 
-def unsent(status: int) -> dict[str, Any]:
-    raise UsageError(KILLED if status < 0 else f"its process ended, with status {status}, before its call did")
+def unsent(status: int | None) -> dict[str, Any]:
+    killed = status is not None and status < 0
+    raise UsageError(KILLED if killed else f"its process ended, with status {status}, before its call did")

@@ -17,10 +17,9 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import make_folder
 from deltaproduct.launchers.launcher import KILLED, PAUSE, Call, last_line, opened
 from deltaproduct.launchers.ranks import LostRank, RankCall, Tick, at_least_one, cause, mistaken
-from deltaproduct.launchers.ray_tune import SAID, connected, quiet
+from deltaproduct.launchers.ray_cluster import address_of, with_ray
 from deltaproduct.training.distributed import LOOPBACK
 
 
@@ -38,13 +37,12 @@ class RayRanks:
         """
         at_least_one(options, "num_workers", "cpu")
         self.folder = folder.absolute()
-        self.address = options.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+        self.address = address_of(options)
         self.workers, self.gpu = options.get("num_workers"), options.get("gpu")
         self.cpu, self.max_failures = options.get("cpu", 1), options.get("max_failures", 0)
 
     def run(self, call: Call, tick: Tick) -> None:
-        make_folder(self.folder)
-        with quiet(self.folder / SAID), connected(self.address) as started:
+        with with_ray(self.address, self.folder) as started:
             scaling = self._scaling()
             for left in reversed(range(self.max_failures + 1)):
                 # Not Ray's own FailureConfig, which would start again also what failed by a mistake of the user's.

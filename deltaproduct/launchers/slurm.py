@@ -24,30 +24,52 @@ GENERIC = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "
 PATIENCE = 5.0  # seconds for cancelled processes to go
 
 
-class Slurm:
+class Submitted:
+    """What jobs of a launcher are submitted with; `UsageError` if SLURM cannot be used here."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], **defaults: Any):
+        """
+        Args:
+            folder: scripts, logs and results; made when needed, on a file system that every machine shares.
+            options: SLURM_OPTIONS, or SLURM_RANK_OPTIONS.
+            defaults: for options that are not given.
+        """
+        self.folder, self.cluster = folder.absolute(), usable_cluster(options)
+        given = {name: value for name, value in options.items() if name != "cluster"}
+        self.options = {"timeout_min": TIMEOUT_MINUTES, **defaults} | given
+
+    @property
+    def is_here(self) -> bool:
+        """Whether jobs are processes of this machine."""
+        return self.cluster == "local"
+
+    def executor(self, **parameters: Any) -> Any:
+        """submitit's, with the options and these parameters of its own."""
+        make_folder(self.folder)
+        executor = submitit.AutoExecutor(self.folder, self.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+        executor.update_parameters(name="deltaproduct", **parameters, **for_submitit(self.options))
+        return executor
+
+    def threads(self, processes: int) -> int | None:
+        """Of each process: what is asked for, or this machine's cores shared among so many; None: what SLURM gives."""
+        share = max(1, (os.cpu_count() or 1) // processes) if self.is_here else None
+        return self.options.get("cpus_per_task", share)
+
+
+class Slurm(Submitted):
     """One SLURM job per call, all in one array, of which `workers` run at once.
 
     The array outlives this process if that is killed, and is cancelled if it is interrupted.
     """
 
     def __init__(self, workers: int, folder: Path, options: Mapping[str, Any]):
-        """
-        Args:
-            folder: scripts, logs and results; made when needed, on a file system that every machine shares.
-            options: SLURM_OPTIONS.
-        """
-        self.workers, self.folder = workers, folder.absolute()
-        self.cluster = usable_cluster(options)
-        self.options = {"timeout_min": TIMEOUT_MINUTES} | {k: v for k, v in options.items() if k != "cluster"}
+        super().__init__(folder, options)
+        self.workers = workers
 
     def run(self, calls: Mapping[str, Call], settle: Settle, tick: Callable[[], None]) -> None:
-        make_folder(self.folder)
-        executor = submitit.AutoExecutor(self.folder, self.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
-        executor.update_parameters(
-            name="deltaproduct", slurm_array_parallelism=self.workers, **for_submitit(self.options)
-        )
+        executor = self.executor(slurm_array_parallelism=self.workers)
         # SLURM keeps its own queue; submitit's processes of this machine have none.
-        room = len(calls) if self.cluster == "slurm" else self.workers
+        room = self.workers if self.is_here else len(calls)
         waiting = deque(calls.items())
         running: dict[str, Any] = {}
         try:
@@ -60,25 +82,23 @@ class Slurm:
                 if running:
                     time.sleep(PAUSE)
         finally:
-            cancel(running.values(), wait=self.cluster == "local")
+            cancel(running.values(), wait=self.is_here)
 
     def _submitted(self, executor: Any, calls: list[Call]) -> list[Any]:
         if not calls:
             return []
         jobs = []
-        here = max(1, (os.cpu_count() or 1) // self.workers) if self.cluster == "local" else None
-        threads = self.options.get("cpus_per_task", here)
         try:
             with executor.batch():
                 for call in calls:
-                    jobs.append(executor.submit(Resumable(call, threads)))
+                    jobs.append(executor.submit(Resumable(call, self.threads(self.workers))))
         except (FailedJobError, OSError) as e:
             raise not_taken(e) from e
         return jobs
 
     def _outcome(self, job: Any) -> dict[str, Any]:
         log = job.paths.stderr
-        if self.cluster == "local" and not job.paths.result_pickle.exists():  # submitit would wait for a slow disk
+        if self.is_here and not job.paths.result_pickle.exists():  # submitit would wait for a slow disk
             raise UsageError(f"{KILLED}; its log is {log}")
         try:
             end = job.result()

@@ -1,6 +1,5 @@
 """One call on many ranks as one job of a SLURM cluster, by submitit: every task of the job is a rank."""
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,44 +12,28 @@ from submitit.core.utils import FailedJobError, UncompletedJobError, pickle_load
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from deltaproduct.errors import UsageError
-from deltaproduct.files import make_folder
 from deltaproduct.launchers.launcher import KILLED, PAUSE, Call, last_line, opened
 from deltaproduct.launchers.ranks import LostRank, RankCall, Tick, at_least_one, cause, mistaken
-from deltaproduct.launchers.slurm import (
-    MAX_TIMEOUTS,
-    TIMEOUT_MINUTES,
-    cancel,
-    for_submitit,
-    not_taken,
-    usable_cluster,
-)
+from deltaproduct.launchers.slurm import Submitted, cancel, not_taken
 
 SLOW_DISK = 15.0  # seconds until what a machine of the cluster has written is seen on another
 # A rank that has failed leaves the others waiting for it, on some networks for ever.
 TOGETHER = ("--kill-on-bad-exit=1", "--wait=60")  # of srun; seconds that a rank may outlive another
 
 
-class SlurmRanks:
+class SlurmRanks(Submitted):
     """One SLURM job of nodes × tasks_per_node ranks, which goes back into the queue when its time is over.
 
     The job outlives this process if that is killed, and is cancelled if it is interrupted.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]):
-        """
-        Args:
-            folder: scripts, logs and results; made when needed, on a file system that every machine shares.
-            options: SLURM_RANK_OPTIONS.
-        """
-        self.folder, self.cluster = folder.absolute(), usable_cluster(options)
+        super().__init__(folder, options, nodes=1, tasks_per_node=max(1, options.get("gpus_per_node", 1)))
         at_least_one(options, "nodes", "tasks_per_node", "timeout_min")
-        ranks = {"nodes": 1, "tasks_per_node": max(1, options.get("gpus_per_node", 1))}
-        self.options = {"timeout_min": TIMEOUT_MINUTES, **ranks} | {k: v for k, v in options.items() if k != "cluster"}
-        if self.cluster == "local" and self.options["nodes"] > 1:
+        if self.is_here and self.options["nodes"] > 1:
             raise UsageError("With cluster=local there is one machine, so nodes cannot be more than 1.")
 
     def run(self, call: Call, tick: Tick) -> None:
-        make_folder(self.folder)
         job = self._submitted(call)
         over = False
         try:
@@ -60,14 +43,12 @@ class SlurmRanks:
                 time.sleep(0 if over else PAUSE)
         finally:
             if not job.done():
-                cancel([job], wait=self.cluster == "local")
+                cancel([job], wait=self.is_here)
         self._settle(job)
 
     def _submitted(self, call: Call) -> Any:
-        here = max(1, (os.cpu_count() or 1) // self.options["tasks_per_node"]) if self.cluster == "local" else None
-        threads = self.options.get("cpus_per_task", here)
-        executor = submitit.AutoExecutor(self.folder, self.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
-        executor.update_parameters(name="deltaproduct", slurm_srun_args=list(TOGETHER), **for_submitit(self.options))
+        executor = self.executor(slurm_srun_args=list(TOGETHER))
+        threads = self.threads(self.options["tasks_per_node"])
         try:
             return executor.submit(Task(RankCall(call, sys.argv, threads)))
         except (FailedJobError, OSError) as e:
@@ -83,13 +64,13 @@ class SlurmRanks:
 
     def _settle(self, job: Any) -> None:
         """Raise what explains why a rank of a job that is over has failed, if one has."""
-        until = time.monotonic() + (0 if self.cluster == "local" else SLOW_DISK)
+        until = time.monotonic() + (0 if self.is_here else SLOW_DISK)
         while len(ended := _ended(job)) < job.num_tasks and time.monotonic() < until:
             time.sleep(PAUSE)
         errors = {rank: error for rank, task in ended.items() if (error := _error(task)) is not None}
         for rank in range(job.num_tasks):
             if rank not in ended:
-                why = KILLED if self.cluster == "local" else f"SLURM ended it ({job.state})"
+                why = KILLED if self.is_here else f"SLURM ended it ({job.state})"
                 errors[rank] = LostRank(f"Rank {rank}: {why}; its log is {job.task(rank).paths.stderr}.")
         if errors:
             raise cause(errors)

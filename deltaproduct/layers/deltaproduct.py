@@ -199,11 +199,12 @@ class DeltaProduct(Mixer):
                 backend=self.backend,
             )  # fmt: skip
             recurrent = recurrent.clone()  # it is a slice of the states after all spans
-        elif x.shape[1] == 1 and cu_seqlens is None and self.backend == "auto" and not torch.is_grad_enabled():
+        elif x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             gate = None if g is None else g[:, 0]
             o, recurrent = delta_product_step(
-                q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent, qk_l2norm=True
-            )
+                q[:, 0], k[:, 0], v[:, 0], beta[:, 0], gate, state=state.recurrent, qk_l2norm=True,
+                backend=self.backend,
+            )  # fmt: skip
             o = o[:, None]
         else:
             o, final = delta_product(

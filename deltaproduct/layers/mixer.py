@@ -14,7 +14,7 @@ from deltaproduct.layers.options import MixerOptions, option_names
 from deltaproduct.layers.states import copied
 from deltaproduct.ops.context_parallel import ContextParallel
 from deltaproduct.ops.engine_program import EngineProgram
-from deltaproduct.ops.inputs import check_cu_seqlens
+from deltaproduct.ops.inputs import check_cu_seqlens, num_sequences
 
 
 class About(NamedTuple):
@@ -120,7 +120,7 @@ class Mixer(nn.Module, ABC):
             return packed.new_zeros(x.shape).masked_scatter(mask[..., None], packed), state
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, x)
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = num_sequences(x.shape[0], cu_seqlens)
         if state is None:
             state = self.init_state(sequences, dtype=x.dtype, device=x.device)
         else:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.states import input_options
 from deltaproduct.ops.engine_program import EngineProgram
-from deltaproduct.ops.inputs import compute_dtype
+from deltaproduct.ops.inputs import compute_dtype, num_sequences
 from deltaproduct.ops.norm import rms_norm
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "identity": lambda x: x}
@@ -147,7 +147,7 @@ class ShortConvolution(nn.Module):
             last = (lengths[:, None] + torch.arange(past, device=x.device))[..., None]
             return self._filter(extended), extended.gather(1, last.expand(-1, -1, x.shape[2]))
         # Every packed sequence gets its history in front of it, so that one filter pass never looks into a neighbour.
-        sequences = torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
+        sequences = torch.arange(num_sequences(x.shape[0], cu_seqlens), device=x.device)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(x.shape[1], device=x.device), right=True)
         token_at = torch.arange(x.shape[1], device=x.device) + (owner + 1) * past
         back = torch.arange(past, device=x.device)

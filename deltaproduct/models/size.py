@@ -17,6 +17,7 @@ from deltaproduct.models.weights import WEIGHTS, read_index
 
 FLOAT = 4  # bytes
 BLOCK = 8 << 10  # bytes of Python's objects for a block, whatever its size: the smallest has twice that
+TRAINED = 4 * FLOAT  # of a parameter that is trained: itself, its gradient and AdamW's two moments
 SIZES = "hidden_size, num_hidden_layers, intermediate_size, num_heads or head_dim"
 
 
@@ -67,6 +68,33 @@ def activation_bytes(config: ModelConfig, *, gradient_checkpointing: bool = Fals
 def check_model(config: ModelConfig, device: Any = None) -> None:
     """`UsageError` if the weights alone cannot fit."""
     check_memory("The model", model_bytes(config), SIZES, device=device)
+
+
+def check_training(
+    config: ModelConfig,
+    tokens: int,
+    device: torch.device,
+    *,
+    advice: str,
+    processes: int = 1,
+    sharded: bool = False,
+    gradient_checkpointing: bool = False,
+    per_float: int = FLOAT,
+) -> None:
+    """`UsageError` if training cannot fit: the model with its optimiser, and what a step keeps of so many tokens.
+
+    Args:
+        advice: what to lower for fewer tokens.
+        processes: that train the model; the tokens are those of one.
+        sharded: whether the processes share the optimiser's numbers.
+        gradient_checkpointing, per_float: as for `activation_bytes`.
+    """
+    if device.type != "cpu":
+        check_model(config)  # it is built here first
+    alone = model_bytes(config, per_parameter=max(FLOAT, TRAINED // processes) if sharded else TRAINED)
+    check_memory("Training the model", alone, SIZES, device=device)
+    step = tokens * activation_bytes(config, gradient_checkpointing=gradient_checkpointing, per_float=per_float)
+    check_memory(f"A step of {tokens:,} tokens", alone + step, f"{advice}, or the model's sizes", device=device)
 
 
 def check_stored(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: Any) -> None:

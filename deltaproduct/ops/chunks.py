@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import pad_time, sequence_bounds
+from deltaproduct.ops.inputs import num_sequences, pad_time, sequence_bounds
 
 CHUNK_STEPS = 32  # Householder steps in a chunk; measured on CPU against 16 and 64 (docs/LOG.md)
 GROUP_ELEMENTS = {"cpu": 1 << 19}  # steps × heads × (K + V) worked on at once: a temporary is then about 1 MB
@@ -119,6 +119,8 @@ class Chunks:
         return state if self.order is None else torch.empty_like(state).index_copy_(0, self.order, state)
 
 
-def boundaries(batch: int, length: int, c: int, cu_seqlens: Tensor | None) -> int:
-    """How many chunk-start states are kept: exact when dense, a bound known without reading cu_seqlens when packed."""
-    return batch * -(-length // c) if cu_seqlens is None else length // c + cu_seqlens.shape[0] - 1
+def kept_states(batch: int, length: int, c: int, cu_seqlens: Tensor | None) -> int:
+    """How many states are kept, one for every c tokens: exact when dense, a bound known without reading cu_seqlens when
+    packed."""
+    sequences = num_sequences(batch, cu_seqlens)
+    return batch * -(-length // c) if cu_seqlens is None else length // c + sequences

@@ -8,37 +8,63 @@ The forward keeps its inputs and the state at every chunk boundary; the backward
 by group of chunks, so that the temporaries stay in cache and the cost stays linear in T.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaproduct.ops import transforms
-from deltaproduct.ops.chunks import Chunks, Inputs, boundaries, chunk_tokens
+from deltaproduct.ops.autograd import Gradients, as_given, cotangent_of_output, empty_gradients, register_gradients
+from deltaproduct.ops.chunks import Chunks, Inputs, chunk_tokens, kept_states
 from deltaproduct.ops.differentiable import differentiable, differentiable_starts
-from deltaproduct.ops.inputs import MIN_LOG_DECAY, backward_dtype, compute_dtype, expand_heads, pad_time
+from deltaproduct.ops.inputs import (
+    MIN_LOG_DECAY,
+    Arguments,
+    backward_dtype,
+    compute_dtype,
+    expand_heads,
+    normalised,
+    num_sequences,
+    pad_time,
+)
 from deltaproduct.ops.inverse import unit_lower_inverse
 from deltaproduct.ops.reference import reference_states
+from deltaproduct.ops.transforms import Tensors
+
+
+@dataclass
+class Decays:
+    """What a group's gates make of q, k and w; G_t is the sum of a chunk's log gates up to token t."""
+
+    pair: Tensor  # [n,c,c] exp(G_t − G_r) for r ≤ t: the decay between two tokens
+    read: Tensor  # [n,c,1] exp(G_t): the decay since the chunk began, at token rate
+    seen: Tensor  # [n,C,1] the same at step rate
+    write: Tensor  # [n,C,1] exp(G_c − G_t): the decay until the chunk ends
+    whole: Tensor  # [n,1,1] exp(G_c)
+
+    def step_pairs(self, rows: int, cols: int) -> Tensor:
+        """`pair` repeated to [n,rows,cols], where rows and cols are c or C."""
+        n, c, _ = self.pair.shape
+        return self.pair[:, :, None, :, None].expand(n, c, rows // c, c, cols // c).reshape(n, rows, cols)
 
 
 @dataclass
 class Terms:
-    """A group's chunks in matrix form, n = rows × HV of them; c tokens and C = c·N steps in each. None where g is."""
+    """A group's chunks in matrix form, n = rows × HV of them; c tokens and C = c·N steps in each."""
 
     q: Tensor  # [n,c,K]
     k: Tensor  # [n,C,K]
     w: Tensor  # [n,C,K] what an error is written at: β k
     v: Tensor  # [n,C,V]
     beta: Tensor  # [n,C,1]
-    pair: Tensor | None  # [n,c,c] exp(G_t − G_r) for r ≤ t: the decay between two tokens
-    from_start: Tensor | None  # [n,c,1] exp(G_t): the decay since the chunk began
-    to_end: Tensor | None  # [n,c,1] exp(G_c − G_t): the decay until the chunk ends
-    whole: Tensor | None  # [n,1,1] exp(G_c)
+    decays: Decays | None  # None where g is
 
-    def per_step(self, decay: Tensor | None) -> Tensor | None:
-        """[n,c,1] at token rate → [n,C,1] at step rate."""
-        steps = self.k.shape[1] // self.q.shape[1]
-        return decay if decay is None or steps == 1 else decay.repeat_interleave(steps, dim=1)
+    def decayed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(q reading the chunk's first state, k seeing it, w writing into its last), each with its decay."""
+        d = self.decays
+        return (self.q, self.k, self.w) if d is None else (self.q * d.read, self.k * d.seen, self.w * d.write)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
@@ -53,26 +79,16 @@ def _terms(x: Inputs, chunks: Chunks, lo: int, hi: int, dtype: torch.dtype) -> T
     beta = _heads_first(chunks.take(x.beta, lo, hi).to(dtype).unsqueeze(-1), heads)
     w = k * beta
     if x.g is None:
-        return Terms(q, k, w, v, beta, None, None, None, None)
+        return Terms(q, k, w, v, beta, None)
     # Differences of sums lose digits when a gate is very negative; in float64 what is lost is below float32's rounding.
     g = chunks.take(x.g, lo, hi).double().clamp(min=MIN_LOG_DECAY)
     total = _heads_first(g.unsqueeze(-1), heads).cumsum(1)
     ends = total[:, -1:]
     pair = (total - total.mT).tril().exp().tril()
-    decays = (pair, total.exp(), (ends - total).exp(), ends.exp())
-    return Terms(q, k, w, v, beta, *(y.to(dtype) for y in decays))
-
-
-def _scaled(x: Tensor, decay: Tensor | None) -> Tensor:
-    return x if decay is None else x * decay
-
-
-def _step_pairs(pair: Tensor | None, rows: int, cols: int) -> Tensor | None:
-    """Decay between tokens [n,c,c] repeated to [n,rows,cols], where rows and cols are c or C."""
-    if pair is None:
-        return None
-    n, c, _ = pair.shape
-    return pair[:, :, None, :, None].expand(n, c, rows // c, c, cols // c).reshape(n, rows, cols)
+    pair, start, end, whole = (y.to(dtype) for y in (pair, total.exp(), (ends - total).exp(), ends.exp()))
+    steps = k.shape[1] // q.shape[1]
+    seen, write = (y if steps == 1 else y.repeat_interleave(steps, dim=1) for y in (start, end))
+    return Terms(q, k, w, v, beta, Decays(pair, start, seen, write, whole))
 
 
 def _causal(t: Terms) -> Tensor:
@@ -87,9 +103,9 @@ def _interactions(t: Terms) -> tuple[Tensor, Tensor]:
     c, steps = t.q.shape[1], t.k.shape[1]
     lower = (t.k @ t.w.mT).tril_(-1)
     attend = (t.q @ t.w.mT).mul_(_causal(t))
-    if t.pair is not None:
-        lower.mul_(_step_pairs(t.pair, steps, steps))
-        attend.mul_(_step_pairs(t.pair, c, steps))
+    if t.decays is not None:
+        lower.mul_(t.decays.step_pairs(steps, steps))
+        attend.mul_(t.decays.step_pairs(c, steps))
     return lower, attend
 
 
@@ -100,7 +116,7 @@ def _forward(
     dtype = compute_dtype(x.q, x.k, x.v, x.beta)
     chunks = Chunks.of(x, cu_seqlens, c)
     o = x.v.new_empty(batch, length, heads, value_dim)
-    states = x.v.new_empty(boundaries(batch, length, c, cu_seqlens), heads, key_dim, value_dim, dtype=dtype)
+    states = x.v.new_empty(kept_states(batch, length, c, cu_seqlens), heads, key_dim, value_dim, dtype=dtype)
     states[chunks.starts[-1] :] = 0
     if initial_state is None:
         state = x.v.new_zeros(chunks.sequences, heads, key_dim, value_dim, dtype=dtype)
@@ -111,34 +127,29 @@ def _forward(
         t = _terms(x, chunks, lo, hi, dtype)
         lower, attend = _interactions(t)
         inverse = unit_lower_inverse(lower)
-        seen, writes = _scaled(t.k, t.per_step(t.from_start)), _scaled(t.w, t.per_step(t.to_end))
+        reads, seen, writes = t.decayed()
         begin = states[chunks.starts[lo] : chunks.starts[hi]].flatten(0, 1)
         error = torch.empty_like(t.v)
         for rows in chunks.scan(lo, hi, heads):  # the only sequential part
             s = flat_state[: rows.stop - rows.start]
             begin[rows] = s
             torch.bmm(inverse[rows], torch.baddbmm(t.v[rows], seen[rows], s, alpha=-1), out=error[rows])
-            if t.whole is not None:
-                s.mul_(t.whole[rows])
+            if t.decays is not None:
+                s.mul_(t.decays.whole[rows])
             s.baddbmm_(writes[rows].mT, error[rows])
-        out = (attend @ error).baddbmm_(_scaled(t.q, t.from_start), begin).mul_(scale)
+        out = (attend @ error).baddbmm_(reads, begin).mul_(scale)
         chunks.put(o, out.unflatten(0, (-1, heads)).transpose(1, 2), lo, hi)
     return o, chunks.as_given(state), states
 
 
 def _backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    d_states: Tensor | None,
-    x: Inputs,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> tuple[Inputs, Tensor]:
+    d_o: Tensor, d_final: Tensor | None, d_states: Tensor | None, x: Inputs, states: Tensor, cu_seqlens: Tensor | None,
+    scale: float, c: int,
+) -> tuple[Inputs, Tensor]:  # fmt: skip
     heads, dtype = x.v.shape[3], backward_dtype(x.k, x.g, states.dtype)
     chunks = Chunks.of(x, cu_seqlens, c)
-    grads = Inputs(*(None if y is None else torch.empty_like(y) for y in x))
+    d_g = None if x.g is None else torch.empty_like(x.g)
+    grads = Inputs(torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v), torch.empty_like(x.beta), d_g)
     if d_final is None:
         d_state = states.new_zeros(chunks.sequences, *states.shape[1:], dtype=dtype)
     else:
@@ -150,8 +161,7 @@ def _backward(
         lower, attend = _interactions(t)
         inverse = unit_lower_inverse(lower)
         begin = states[first:last].flatten(0, 1).to(dtype)
-        start_decay, end_decay = t.per_step(t.from_start), t.per_step(t.to_end)
-        seen, writes, reads = _scaled(t.k, start_decay), _scaled(t.w, end_decay), _scaled(t.q, t.from_start)
+        reads, seen, writes = t.decayed()
         error = inverse @ torch.baddbmm(t.v, seen, begin, alpha=-1)
         do = _heads_first(chunks.take(d_o, lo, hi).to(dtype), heads) * scale  # [n,c,V]
 
@@ -165,25 +175,25 @@ def _backward(
             d_end[rows] = ds
             # The adjoint of the solve is the solve with the transpose: the inverse itself is not differentiated.
             torch.bmm(inverse[rows].mT, d_error[rows].baddbmm_(writes[rows], ds), out=d_v[rows])
-            if t.whole is not None:
-                ds.mul_(t.whole[rows])
+            if t.decays is not None:
+                ds.mul_(t.decays.whole[rows])
             ds.add_(d_read[rows]).baddbmm_(seen[rows].mT, d_v[rows], alpha=-1)
 
         d_lower = (d_v @ error.mT).tril_(-1).neg_()
         d_attend = (do @ error.mT).mul_(_causal(t))
         d_seen, d_write, d_reads = (d_v @ begin.mT).neg_(), error @ d_end.mT, do @ begin.mT
-        if x.g is not None:
+        if t.decays is not None and d_g is not None:
             tokens = (-1, chunks.tokens, t.k.shape[1] // chunks.tokens)
-            d_g = _gate_gradient(
+            gates = _gate_gradient(
                 pair=_per_token(d_lower * lower, chunks.tokens) + _per_token(d_attend * attend, chunks.tokens),
                 seen=(d_reads * reads).sum(-1) + (d_seen * seen).sum(-1).view(tokens).sum(-1),
                 ends=(d_write * writes).sum(-1).view(tokens).sum(-1),
-                whole=(begin * d_end * t.whole).sum((1, 2)),
+                whole=(begin * d_end * t.decays.whole).sum((1, 2)),
             )
-            chunks.put(grads.g, d_g.unflatten(0, (-1, heads)).transpose(1, 2), lo, hi)
-            d_lower.mul_(_step_pairs(t.pair, t.k.shape[1], t.k.shape[1]))
-            d_attend.mul_(_step_pairs(t.pair, chunks.tokens, t.k.shape[1]))
-            d_seen, d_write, d_reads = d_seen * start_decay, d_write * end_decay, d_reads * t.from_start
+            chunks.put(d_g, gates.unflatten(0, (-1, heads)).transpose(1, 2), lo, hi)
+            d_lower.mul_(t.decays.step_pairs(t.k.shape[1], t.k.shape[1]))
+            d_attend.mul_(t.decays.step_pairs(chunks.tokens, t.k.shape[1]))
+            d_seen, d_write, d_reads = d_seen * t.decays.seen, d_write * t.decays.write, d_reads * t.decays.read
         d_w = d_write.baddbmm_(d_lower.mT, t.k).baddbmm_(d_attend.mT, t.q)
         d_k = d_seen.baddbmm_(d_lower, t.w).addcmul_(d_w, t.beta)
         d_q = d_reads.baddbmm_(d_attend, t.w)
@@ -228,48 +238,33 @@ def _gate_gradient(*, pair: Tensor, seen: Tensor, ends: Tensor, whole: Tensor) -
 
 @torch.library.custom_op("deltaproduct::chunkwise_forward", mutates_args=())
 def chunkwise_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, c: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
         return _forward(Inputs(q, k, v, beta, g), initial_state, cu_seqlens, scale, c)
 
 
 @chunkwise_forward.register_fake
-def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, c):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, c: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, _, heads, value_dim = v.shape
     dtype = compute_dtype(q, k, v, beta)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (heads, k.shape[-1], value_dim)
     return (
         v.new_empty(batch, length, heads, value_dim),
-        v.new_empty(sequences, *state, dtype=dtype),
-        v.new_empty(boundaries(batch, length, c, cu_seqlens), *state, dtype=dtype),
+        v.new_empty(num_sequences(batch, cu_seqlens), *state, dtype=dtype),
+        v.new_empty(kept_states(batch, length, c, cu_seqlens), *state, dtype=dtype),
     )
 
 
 @torch.library.custom_op("deltaproduct::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    d_states: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_o: Tensor, d_final: Tensor | None, d_states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    g: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, scale: float, c: int,
+) -> Gradients:  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
         x = Inputs(q, k, v, beta, g)
         grads, d_initial = _backward(d_o, d_final, d_states, x, states, cu_seqlens, scale, c)
@@ -278,63 +273,43 @@ def chunkwise_backward(
 
 
 @chunkwise_backward.register_fake
-def _(d_o, d_final, d_states, q, k, v, beta, g, states, cu_seqlens, scale, c):
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    d_g = v.new_empty(0) if g is None else torch.empty_like(g)
-    return (*(torch.empty_like(x) for x in (q, k, v, beta)), d_g, states.new_empty(sequences, *states.shape[1:]))
+def _(
+    d_o: Tensor, d_final: Tensor | None, d_states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    g: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, scale: float, c: int,
+) -> Gradients:  # fmt: skip
+    return empty_gradients(q, k, v, beta, g, states, cu_seqlens, torch.preserve_format)
 
 
-class _Chunkwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, beta, g, initial_state, cu_seqlens, scale, c):
-        ctx.set_materialize_grads(False)
-        o, final, states = chunkwise_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, c)
-        ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, states)
-        ctx.scale, ctx.c = scale, c
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        return o, final, states
-
-    @staticmethod
-    def backward(ctx, d_o, d_final, d_states):
-        *inputs, states = ctx.saved_tensors
-        if transforms.beyond_first(d_o, d_final, d_states, *inputs):
-            return *_transformable_backward(inputs, (d_o, d_final, d_states), ctx.scale), None, None
-        q, k, v, beta, g, _, cu_seqlens = inputs
-        if d_o is None:
-            d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
-        d_q, d_k, d_v, d_beta, d_g, d_initial = chunkwise_backward(
-            d_o, d_final, d_states, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.c
-        )
-        d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
-        return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None
+def _first(inputs: Tensors, kept: Sequence[Tensor], cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    x, (d_o, d_final, d_states) = Arguments._make(inputs), cotangents
+    d_o = cotangent_of_output(x, d_o)
+    return as_given(x, chunkwise_backward(d_o, d_final, d_states, *x[:5], kept[0], x.cu_seqlens, *options))
 
 
-def _transformable_backward(
-    inputs: list[Tensor | None], cotangents: tuple[Tensor | None, ...], scale: float
-) -> list[Tensor | None]:
-    """The gradients of (o, final state, states) in plain operations; no inputs are packed where states have one."""
+def _again(inputs: Tensors, cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    """Of (o, final state, states); no inputs are packed where states have a gradient."""
+    scale, packed = options[0], Arguments._make(inputs).cu_seqlens is not None
 
-    def formula(q, k, v, beta, g, initial_state, cu_seqlens):
-        if cu_seqlens is not None:
-            return differentiable(q, k, v, beta, g, initial_state, cu_seqlens, scale)
-        o, final, starts = differentiable_starts(q, k, v, beta, g, initial_state, scale)
+    def formula(given: Tensors) -> tuple[Tensor, ...]:
+        x = Arguments._make(given)
+        if packed:
+            return differentiable(*x, scale, False)
+        o, final, starts = differentiable_starts(*x[:6], scale)
         return o, final, starts.flatten(0, 1)
 
-    return transforms.gradients(formula, inputs, cotangents if inputs[6] is None else cotangents[:2])
+    return transforms.gradients(formula, inputs, cotangents[:2] if packed else cotangents)
+
+
+register_gradients(chunkwise_forward, _first, _again)
 
 
 def chunkwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator in chunks; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
-    o, final, _ = _Chunkwise.apply(q, k, v, beta, g, initial_state, cu_seqlens, scale, chunk_tokens(k.shape[2]))
+    q, k = normalised(q, k, qk_l2norm)
+    o, final, _ = chunkwise_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, chunk_tokens(k.shape[2]))
     return o, final
 
 
@@ -353,7 +328,7 @@ def chunkwise_states(
     if transforms.active(k, v, beta, g, initial_state):
         _, final, states = differentiable_starts(q, k, v, beta, g, initial_state, 1.0)
     else:
-        _, final, states = _Chunkwise.apply(q, k, v, beta, g, initial_state, None, 1.0, c)
+        _, final, states = chunkwise_forward(q, k, v, beta, g, initial_state, None, 1.0, c)
         states = states.unflatten(0, (-1, batch))  # [chunks,B,HV,K,V]
     inside = sorted({p // (c * steps) for p in positions if p % (c * steps)})
     offsets = sorted({p % (c * steps) for p in positions if p % (c * steps)})

@@ -5,7 +5,7 @@ in cache, threads over sequences × value heads. Where there are fewer of those 
 are independent, and then its time are divided as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaproduct.errors import UsageError
 from deltaproduct.ops import transforms
+from deltaproduct.ops.autograd import Gradients, as_given, cotangent_of_output, empty_gradients, register_gradients
+from deltaproduct.ops.chunks import kept_states
 from deltaproduct.ops.differentiable import differentiable
-from deltaproduct.ops.inputs import NORM_EPS, backward_dtype, check_cu_seqlens, compute_dtype
+from deltaproduct.ops.inputs import (
+    NORM_EPS,
+    Arguments,
+    backward_dtype,
+    check_cu_seqlens,
+    compute_dtype,
+    num_sequences,
+)
 from deltaproduct.ops.native.library import (
     ENGINE,
     MAX_CHUNKS_PER_STATE,
     WHY_NO_ENGINE,
+    Empty,
+    Engine,
     EngineCall,
     TensorField,
 )
+from deltaproduct.ops.transforms import Tensors
 
 WORKSPACE_BYTES = 600 << 10  # of one thread in the backward: well within the second-level cache of today's cores
 # Householder steps in a chunk, measured against others (docs/LOG.md). Small states are cheap to move on, and the
@@ -37,6 +50,13 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it computes on the CPU, not on {device.type}"
     return None if ENGINE is not None else WHY_NO_ENGINE
+
+
+def engine() -> Engine:
+    """The engine, for what runs only where there is one; `UsageError` otherwise."""
+    if ENGINE is None:
+        raise UsageError(f"There is no native CPU engine here: {WHY_NO_ENGINE}.")
+    return ENGINE
 
 
 @dataclass(frozen=True)
@@ -55,9 +75,8 @@ class Chunking:
         return cls(tokens, min(max(1, each), MAX_CHUNKS_PER_STATE))
 
     def slots(self, batch: int, length: int, cu_seqlens: Tensor | None) -> int:
-        """How many states are kept: exact when dense, a bound known without reading cu_seqlens when packed."""
-        span = self.chunk_tokens * self.chunks_per_state
-        return batch * -(-length // span) if cu_seqlens is None else length // span + cu_seqlens.shape[0] - 1
+        """How many states are kept."""
+        return kept_states(batch, length, self.chunk_tokens * self.chunks_per_state, cu_seqlens)
 
 
 def _division(chunking: Chunking, k: Tensor, v: Tensor, sequences: int, threads: int) -> tuple[int, int]:
@@ -73,9 +92,9 @@ def _division(chunking: Chunking, k: Tensor, v: Tensor, sequences: int, threads:
     return blocks, segments if segments >= 4 else 1
 
 
-def aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, as the kernels read it; strides between rows are free."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -83,19 +102,11 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def _engine_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    dtype: torch.dtype,
-    chunking: Chunking,
-) -> EngineCall:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    qk_l2norm: bool, dtype: torch.dtype, chunking: Chunking,
+) -> EngineCall:  # fmt: skip
     batch, length, steps, value_heads, value_dim = v.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = num_sequences(batch, cu_seqlens)
     threads = torch.get_num_threads()
     blocks, segments = _division(chunking, k, v, sequences, threads)
     return EngineCall(
@@ -138,21 +149,13 @@ def token_call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, 
 
 @torch.library.custom_op("deltaproduct::cpu_forward", mutates_args=())
 def cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)  # a compiled graph has not, and C++ reads memory by these numbers
-    dtype, chunking, o, final, states = _results(ENGINE.empty, q, k, v, beta, cu_seqlens, keep)
+    dtype, chunking, o, final, states = _results(engine().empty, q, k, v, beta, cu_seqlens, keep)
     if cu_seqlens is None and not keep:  # nothing of the backward's, so that a few tokens can be a small chunk
         chunking = replace(chunking, chunk_tokens=min(chunking.chunk_tokens, v.shape[1]))
     q, k, v = aligned(q), aligned(k), aligned(v)
@@ -162,17 +165,17 @@ def cpu_forward(
     call.o = TensorField.of(o, per_step=False)
     call.initial_state, call.final_state = pointer(initial), pointer(final)
     call.states = pointer(states) if keep else None
-    ENGINE.forward(call)
+    engine().forward(call)
     return o, final, states
 
 
 def _results(
-    empty: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
+    empty: Empty, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[torch.dtype, Chunking, Tensor, Tensor, Tensor]:
     batch, length, steps, heads, value_dim = v.shape
     key_dim, dtype = k.shape[-1], compute_dtype(q, k, v, beta)
     chunking = Chunking.of(steps, key_dim, value_dim, dtype)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = num_sequences(batch, cu_seqlens)
     slots = chunking.slots(batch, length, cu_seqlens) if keep else 0
     o = empty(v, batch, length, heads, value_dim)
     final = v.new_empty(sequences, heads, key_dim, value_dim, dtype=dtype)
@@ -184,42 +187,36 @@ def fake_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> T
 
 
 @cpu_forward.register_fake
-def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results(fake_empty, q, k, v, beta, cu_seqlens, keep)[2:]
 
 
 @torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())
 def cpu_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+    states: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool = False,
+) -> Gradients:  # fmt: skip
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     dtype, heads, key_heads = backward_dtype(k, g, states.dtype), v.shape[3], k.shape[3]
     chunking = Chunking.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
     d_o, q_in, k_in, v_in = aligned(d_o), aligned(q), aligned(k), aligned(v)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     call = _engine_call(q_in, k_in, v_in, beta, g, cu_seqlens, scale, qk_l2norm, dtype, chunking)
-    sequences, blocks = call.sequences, call.value_blocks
+    sequences, blocks, empty = call.sequences, call.value_blocks, engine().empty
 
     def parts(x: Tensor, at: int, each: int) -> Tensor:
         """Room for the gradient of x, whose heads are dimension `at`: `each` times the heads where items share one."""
         if each == 1:
-            return ENGINE.empty(x, *x.shape)
-        return ENGINE.empty(x, *x.shape[:at], x.shape[at] * each, *x.shape[at + 1 :], dtype=dtype)
+            return empty(x, *x.shape)
+        return empty(x, *x.shape[:at], x.shape[at] * each, *x.shape[at + 1 :], dtype=dtype)
 
     shared = heads // key_heads * blocks
     d_q, d_k, d_beta = parts(q, 2, shared), parts(k, 3, shared), parts(beta, 3, blocks)
     d_g = None if g is None else parts(g, 2, blocks)
-    d_v = ENGINE.empty(v, *v.shape)
+    d_v = empty(v, *v.shape)
     d_initial = torch.empty(sequences, heads, *states.shape[2:], dtype=dtype)
     d_final = None if d_final is None else d_final.to(dtype).contiguous()
     call.d_o, call.d_q = TensorField.of(d_o, per_step=False), TensorField.of(d_q, per_step=False)
@@ -230,13 +227,13 @@ def cpu_backward(
     kept = states.to(dtype)
     call.states, call.d_final_state = pointer(kept), pointer(d_final)
     call.d_initial_state = pointer(d_initial)
-    ENGINE.backward(call)
+    engine().backward(call)
     return (
         _summed(d_q, q, 2),
         _summed(d_k, k, 3),
         d_v,
         _summed(d_beta, beta, 3),
-        v.new_empty(0) if d_g is None else _summed(d_g, g, 2),  # an operator's result cannot be None
+        v.new_empty(0) if g is None or d_g is None else _summed(d_g, g, 2),  # an operator's result cannot be None
         d_initial.to(states.dtype),
     )
 
@@ -249,53 +246,34 @@ def _summed(parts: Tensor, x: Tensor, at: int) -> Tensor:
 
 
 @cpu_backward.register_fake
-def _(d_o, d_final, q, k, v, beta, g, states, cu_seqlens, scale, qk_l2norm=False):
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    d_g = v.new_empty(0) if g is None else g.new_empty(g.shape)
-    return (*(x.new_empty(x.shape) for x in (q, k, v, beta)), d_g, states.new_empty(sequences, *states.shape[1:]))
+def _(
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+    states: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool = False,
+) -> Gradients:  # fmt: skip
+    return empty_gradients(q, k, v, beta, g, states, cu_seqlens)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros as large as the states
-    q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm = inputs
-    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[2])
-    ctx.scale, ctx.qk_l2norm = scale, qk_l2norm
-    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+def _first(inputs: Tensors, kept: Sequence[Tensor], cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    x, (scale, _, qk_l2norm) = Arguments._make(inputs), options
+    d_o = cotangent_of_output(x, cotangents[0])
+    return as_given(x, cpu_backward(d_o, cotangents[1], *x[:5], kept[0], x.cu_seqlens, scale, qk_l2norm))
 
 
-def _autograd(ctx, d_o, d_final, d_states):
-    *inputs, states = ctx.saved_tensors
-    if transforms.beyond_first(d_o, d_final, *inputs):
-        return *_rule(ctx.scale, ctx.qk_l2norm).once(d_o, d_final, inputs), None, None, None
-    q, k, v, beta, g, _, cu_seqlens = inputs
-    if d_o is None:
-        d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
-    d_q, d_k, d_v, d_beta, d_g, d_initial = cpu_backward(
-        d_o, d_final, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.qk_l2norm
+def _again(inputs: Tensors, cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    scale, _, qk_l2norm = options
+    rule = transforms.Rule(
+        partial(cpu, scale=scale, qk_l2norm=qk_l2norm), partial(differentiable, scale=scale, qk_l2norm=qk_l2norm)
     )
-    d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
-    return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, None, None, None, None
+    return rule.once(cotangents[0], cotangents[1], inputs)
 
 
-def _rule(scale: float, qk_l2norm: bool) -> transforms.Rule:
-    options: dict[str, Any] = {"scale": scale, "qk_l2norm": qk_l2norm}
-    return transforms.Rule(partial(cpu, **options), partial(differentiable, **options))
-
-
-cpu_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(cpu_forward, _first, _again)
 
 
 def cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on the engine; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
     given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -304,14 +282,7 @@ def cpu(
 
 
 def cpu_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    state: Tensor,
-    scale: float,
-    qk_l2norm: bool,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
 ) -> tuple[Tensor, Tensor]:
     """One token on the engine; shapes as in `delta_product_step`. Returns (o [B,HV,V], state)."""
     g = None if g is None else g.unsqueeze(1)

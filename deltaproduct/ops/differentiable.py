@@ -13,7 +13,7 @@ from deltaproduct.ops.inputs import (
     backward_dtype,
     compute_dtype,
     expand_heads,
-    l2_normalise,
+    normalised,
     pad_time,
     sequence_bounds,
 )
@@ -21,19 +21,11 @@ from deltaproduct.ops.inverse import unit_lower_inverse
 
 
 def differentiable(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
-    if qk_l2norm:
-        q, k = l2_normalise(q), l2_normalise(k)
+    q, k = normalised(q, k, qk_l2norm)
     if cu_seqlens is None:
         return differentiable_starts(q, k, v, beta, g, initial_state, scale)[:2]
     outputs, finals = [], []

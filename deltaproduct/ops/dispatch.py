@@ -1,18 +1,15 @@
 """The operator that users call, and the one place where its backend is chosen."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError, did_you_mean
-from deltaproduct.ops import transforms, triton
+from deltaproduct.ops import cpu, transforms, triton
+from deltaproduct.ops.backend import Backend, Recurrence
 from deltaproduct.ops.chunkwise import chunkwise, chunkwise_states
-from deltaproduct.ops.cpu import cpu, cpu_step
-from deltaproduct.ops.cpu import unsupported_reason as cpu_unsupported_reason
 from deltaproduct.ops.differentiable import differentiable
 from deltaproduct.ops.inputs import (
     check_cu_seqlens,
@@ -21,32 +18,27 @@ from deltaproduct.ops.inputs import (
     check_state,
     compute_dtype,
     expand_heads,
-    l2_normalise,
+    normalised,
+    num_sequences,
 )
 from deltaproduct.ops.reference import reference, reference_states, token_step
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An implementation of the operator.
-
-    `unsupported_reason(device, dtype)` and `unsupported_size_reason(N, K)` are None if it can serve, else why
-    not.
-    """
-
-    name: str
-    summary: str
-    run: Callable[..., tuple[Tensor, Tensor]]
-    states: Callable[..., Tensor]
-    unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
-    unsupported_size_reason: Callable[[int, int], str | None] = lambda steps, key_dim: None
-    step: Callable[..., tuple[Tensor, Tensor]] | None = None  # one token; None: the reference's own loop body
-    step_inplace: Callable[..., Tensor] | None = None  # the same, into the given state; returns the output
-    normalises: bool = False  # `run` takes qk_l2norm as a last argument, and does it more cheaply than PyTorch
-
-
-def _never(device: torch.device, dtype: torch.dtype) -> None:
+def _never(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
+
+
+def _triton_backend(name: str, summary: str, kernels: triton.Kernels) -> Backend:
+    return Backend(
+        name,
+        summary,
+        kernels.forward,
+        chunkwise_states,
+        triton.unsupported_reason,
+        triton.unsupported_size_reason,
+        kernels.step,
+        triton.step_inplace,
+    )
 
 
 # Fastest first: `auto` takes the first that can serve. What serves a GPU and what serves a CPU do not compete, except
@@ -54,30 +46,10 @@ def _never(device: torch.device, dtype: torch.dtype) -> None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend(
-            "cpu", "native CPU engine", cpu, chunkwise_states, cpu_unsupported_reason, step=cpu_step, normalises=True
-        ),
-        Backend(
-            "triton",
-            "GPU kernels",
-            triton.fused,
-            chunkwise_states,
-            triton.unsupported_reason,
-            triton.unsupported_size_reason,
-            triton.decode,
-            triton.decode_inplace,
-            normalises=True,
-        ),
-        Backend(
-            "triton_precise",
-            "GPU kernels that keep all bits of every operand",
-            triton.fused_precise,
-            chunkwise_states,
-            triton.unsupported_reason,
-            triton.unsupported_size_reason,
-            triton.decode,
-            triton.decode_inplace,
-            normalises=True,
+        Backend("cpu", "native CPU engine", cpu.cpu, chunkwise_states, cpu.unsupported_reason, step=cpu.cpu_step),
+        _triton_backend("triton", "GPU kernels", triton.Kernels(precise=False)),
+        _triton_backend(
+            "triton_precise", "GPU kernels that keep all bits of every operand", triton.Kernels(precise=True)
         ),
         Backend("chunkwise", "chunks as matrix products, any device", chunkwise, chunkwise_states, _never),
         Backend("reference", "the plain loop: the specification", reference, reference_states, _never),
@@ -123,26 +95,16 @@ def resolve_backend(
     raise AssertionError("the reference serves everything")
 
 
-def _transformed(backend: str, name: str, scale: float, qk_l2norm: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _transformed(backend: str, name: str, scale: float, qk_l2norm: bool) -> Recurrence:
     """What serves under PyTorch's other transformations (`ops/transforms.py`), where `backend` was asked for."""
-
-    formula, plain_loop = partial(differentiable, scale=scale, qk_l2norm=qk_l2norm), partial(reference, scale=scale)
-
-    def loop(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        if qk_l2norm:
-            q, k = l2_normalise(q), l2_normalise(k)
-        return plain_loop(q, k, *others)
-
-    def fast(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return BACKENDS[name].run(*inputs, scale, qk_l2norm)
-
+    formula = partial(differentiable, scale=scale, qk_l2norm=qk_l2norm)
     if name == "reference":
-        return loop
+        return partial(reference, scale=scale, qk_l2norm=qk_l2norm)
     if name == "chunkwise":
         return formula
     if transforms.only_first():
-        rule = transforms.Rule(fast, formula)
-        return lambda *inputs: transforms.FirstDerivative.apply(rule, *inputs)
+        rule = transforms.Rule(partial(BACKENDS[name].run, scale=scale, qk_l2norm=qk_l2norm), formula)
+        return partial(transforms.FirstDerivative.apply, rule)
     if backend == "auto":
         return formula
     raise UsageError(
@@ -196,7 +158,7 @@ def delta_product(
     if cu_seqlens is not None:
         transforms.check_values("cu_seqlens", cu_seqlens)
         check_cu_seqlens(cu_seqlens, k)
-    check_state(initial_state, k, v, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    check_state(initial_state, k, v, num_sequences(k.shape[0], cu_seqlens))
     size = (k.shape[2], k.shape[4])
     name, _ = resolve_backend(backend, device=k.device, dtype=compute_dtype(q, k, v, beta), size=size)
     # The loop over nothing is nothing, and chunked layouts need at least one token.
@@ -206,12 +168,8 @@ def delta_product(
         if transforms.active(q, k, v, beta, g, initial_state):
             run = _transformed(backend, chosen.name, scale, qk_l2norm)
             o, final_state = run(q, k, v, beta, g, initial_state, cu_seqlens)
-        elif chosen.normalises:
-            o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm)
         else:
-            if qk_l2norm:
-                q, k = l2_normalise(q), l2_normalise(k)
-            o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale)
+            o, final_state = chosen.run(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm)
     return o, final_state if output_final_state else None
 
 
@@ -226,6 +184,7 @@ def delta_product_step(
     scale: float | None = None,
     qk_l2norm: bool = False,
     inplace: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token of `delta_product`: the same tensors with T dropped, and the state carried in and out.
 
@@ -233,17 +192,21 @@ def delta_product_step(
     state is not changed, or, `inplace`, overwritten and returned: on a GPU without a second one. There is no gradient
     then.
 
+    backend: as for `delta_product`. A backend that is named and has no kernel for one token runs a sequence of length
+    1; "auto" runs the body of the reference's loop in its place, which takes less time.
+
     Raises:
-        UsageError: shapes, dtypes or devices disagree, or a state to be overwritten is not of the dtype that states are
-            computed in, or one is to be overwritten inside of `torch.func` or with tangents.
+        UsageError: shapes, dtypes or devices disagree, the named backend cannot serve, a state to be overwritten is not
+            of the dtype that states are computed in, or one is to be overwritten inside of `torch.func` or with
+            tangents.
     """
-    k_t, v_t = k.unsqueeze(1), v.unsqueeze(1)
-    check_inputs(k_t, v_t, beta.unsqueeze(1), None if g is None else g.unsqueeze(1))
+    k_t, v_t, beta_t, g_t = k.unsqueeze(1), v.unsqueeze(1), beta.unsqueeze(1), None if g is None else g.unsqueeze(1)
+    check_inputs(k_t, v_t, beta_t, g_t)
     check_query(q.unsqueeze(1), k_t)
     check_state(state, k_t, v_t, k.shape[0])
     dtype, out_dtype, heads = compute_dtype(q, k, v, beta), v.dtype, v.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = resolve_backend(device=k.device, dtype=dtype, size=(k.shape[1], k.shape[3]))
+    name, _ = resolve_backend(backend, device=k.device, dtype=dtype, size=(k.shape[1], k.shape[3]))
     transformed = transforms.active(q, k, v, beta, g, state)
     # An exported program runs where our engine is not. The loop's own body is what PyTorch can transform.
     step = None if transformed or torch.compiler.is_exporting() or k.shape[0] == 0 else BACKENDS[name].step
@@ -257,14 +220,21 @@ def delta_product_step(
         with torch.no_grad():
             if (write := BACKENDS[name].step_inplace) is not None and step is not None and state.is_contiguous():
                 return write(q, k, v, beta, g, state, scale, qk_l2norm), state
-            o, found = delta_product_step(q, k, v, beta, g, state=state, scale=scale, qk_l2norm=qk_l2norm)
+            o, found = delta_product_step(
+                q, k, v, beta, g, state=state, scale=scale, qk_l2norm=qk_l2norm, backend=backend
+            )
             return o, state.copy_(found)
+    if step is None and backend != "auto":
+        o, final = delta_product(
+            q.unsqueeze(1), k_t, v_t, beta_t, g_t, scale=scale, initial_state=state, output_final_state=True,
+            qk_l2norm=qk_l2norm, backend=backend,
+        )  # fmt: skip
+        assert final is not None  # it was asked for
+        return o.squeeze(1), final
     with torch.autocast(k.device.type, enabled=False):
         if step is not None:
             return step(q, k, v, beta, g, state, scale, qk_l2norm)
-        if qk_l2norm:
-            q, k = l2_normalise(q), l2_normalise(k)
-        q, k = (expand_heads(x.to(dtype), heads) for x in (q, k))
+        q, k = (expand_heads(x.to(dtype), heads) for x in normalised(q, k, qk_l2norm))
         g = None if g is None else g.to(dtype)
         o, state = token_step(state.to(dtype), q, k, v.to(dtype), beta.to(dtype), g, scale)
     return o.to(out_dtype), state

@@ -151,8 +151,7 @@ class EngineProgram:
         """Run all instructions once, on as many threads as PyTorch uses."""
         if self._array is None:
             self._array = (Instruction * len(self._instructions))(*self._instructions)
-        assert cpu.ENGINE is not None  # or there would be no program
-        cpu.ENGINE.run_program(self._array, torch.get_num_threads())
+        cpu.engine().run_program(self._array, torch.get_num_threads())
 
     def _emit(
         self, kind: Kind, *, a: float = 0.0, activation: int = 0, call: Any = None, **fields: int | Tensor | None

@@ -1,7 +1,7 @@
 """What every backend needs to know of its inputs: whether their shapes agree, and in which precision to work."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORM_EPS = 1e-6  # inside the square root, as in the published layers: x / √(Σx² + 1e-6)
 
 MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 already; without a floor, −inf − (−inf) would be NaN
+
+
+class Arguments(NamedTuple):
+    """The operator's tensors, in the order in which every backend takes them; shapes as in `delta_product`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -37,10 +49,20 @@ def l2_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
+def normalised(q: Tensor, k: Tensor, qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+    """q and k as a recurrence reads them: both by `l2_normalise` with `qk_l2norm`, else as they are."""
+    return (l2_normalise(q), l2_normalise(k)) if qk_l2norm else (q, k)
+
+
 def expand_heads(x: Tensor, value_heads: int) -> Tensor:
     """Query/key heads [..., H, K] → [..., HV, K]: value heads h·HV/H … (h+1)·HV/H − 1 share query/key head h."""
     heads = x.shape[-2]
     return x if heads == value_heads else x.repeat_interleave(value_heads // heads, dim=-2)
+
+
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """How many sequences a batch of B holds, which each have a state: B, or the S that cu_seqlens [S+1] packs."""
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def sequence_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:

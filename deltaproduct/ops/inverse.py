@@ -1,5 +1,7 @@
 """The inverse of I + L that every chunked algorithm here needs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,13 @@ def differentiable_inverse(lower: Tensor) -> Tensor:
 
 class _Inverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, lower):
+    def forward(ctx: Any, lower: Tensor) -> Tensor:  # type: ignore[override]
         inverse = unit_lower_inverse(lower)
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
-    def backward(ctx, grad):  # two products, where the gradient of a solve would be two more solves; differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # Two products, where the gradient of a solve would be two more solves; differentiable.
         (inverse,) = ctx.saved_tensors
         return -inverse.mT @ grad @ inverse.mT

@@ -3,6 +3,8 @@
 Three norms took a fifth of a small model's training step in PyTorch's elementwise operations (docs/LOG.md).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -35,13 +37,30 @@ def _formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def _gradients(x: Tensor, weight: Tensor, eps: float, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    return *transforms.gradients(lambda x, weight: _formula(x, weight, eps), (x, weight), (d_y,)), None
+Gradients = tuple[Tensor | None, Tensor | None, None]  # of x, the weight and eps
+
+
+class _Normed(NamedTuple):
+    x: Tensor
+    weight: Tensor
+
+
+def _again(x: Tensor, weight: Tensor, eps: float, d_y: Tensor) -> Gradients | None:
+    """The gradients in plain operations, where they are transformed; None where they are not."""
+    transforms.refuse_batched(d_y)
+    if not transforms.beyond_first(x, weight, d_y):
+        return None
+
+    def formula(given: transforms.Tensors) -> tuple[Tensor, ...]:
+        return (_formula(*_Normed._make(given), eps),)
+
+    d_x, d_weight = transforms.gradients(formula, (x, weight), (d_y,))
+    return d_x, d_weight, None
 
 
 class _NativeRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
         x, weight = x.contiguous(), weight.contiguous()
         y = torch.empty_like(x)
@@ -50,11 +69,10 @@ class _NativeRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        transforms.refuse_batched(d_y)
-        if transforms.beyond_first(x, weight, d_y):
-            return _gradients(x, weight, ctx.eps, d_y)
+        if found := _again(x, weight, ctx.eps, d_y):
+            return found
         x, weight = x.contiguous(), weight.contiguous()
         d_x = torch.empty_like(x)
         blocks = -(-x.numel() // (x.shape[-1] * BLOCK))
@@ -67,8 +85,7 @@ def _run(kind: Kind, x: Tensor, weight: Tensor, eps: float, **others: Tensor) ->
     columns = x.shape[-1]
     pointers = {name: tensor.data_ptr() for name, tensor in ({"x": x, "w": weight} | others).items()}
     program = (Instruction * 1)(Instruction(kind=kind, rows=x.numel() // columns, columns=columns, a=eps, **pointers))
-    assert cpu.ENGINE is not None
-    cpu.ENGINE.run_program(program, 1 if x.numel() < FEW else torch.get_num_threads())
+    cpu.engine().run_program(program, 1 if x.numel() < FEW else torch.get_num_threads())
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -76,7 +93,7 @@ class _RMSNorm(torch.autograd.Function):
     passes over memory twice as often."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         wide = x.to(compute_dtype(x))
         factor = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, factor, weight)
@@ -84,11 +101,10 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * factor * weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:  # type: ignore[override]
         x, factor, weight = ctx.saved_tensors
-        transforms.refuse_batched(d_y)
-        if transforms.beyond_first(x, weight, d_y):
-            return _gradients(x, weight, ctx.eps, d_y)
+        if found := _again(x, weight, ctx.eps, d_y):
+            return found
         wide, d_y = x.to(factor.dtype), d_y.to(factor.dtype)
         product = (d_y * wide).mul_(factor)
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)

@@ -8,7 +8,7 @@ differentiated by autograd, in float64 when the inputs are float64 and otherwise
 import torch
 from torch import Tensor
 
-from deltaproduct.ops.inputs import compute_dtype, expand_heads, sequence_bounds
+from deltaproduct.ops.inputs import compute_dtype, expand_heads, normalised, sequence_bounds
 
 
 def decay(state: Tensor, g: Tensor | None) -> Tensor:
@@ -41,23 +41,18 @@ def token_step(
 
 
 def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator by the loop; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
+    q, k = normalised(q, k, qk_l2norm)
     if cu_seqlens is not None:
         outputs, finals = [], []
         for s, (lo, hi) in enumerate(sequence_bounds(cu_seqlens)):
             span = (slice(None), slice(lo, hi))
             gate = None if g is None else g[span]
             start = None if initial_state is None else initial_state[s : s + 1]
-            o, final = reference(q[span], k[span], v[span], beta[span], gate, start, None, scale)
+            o, final = reference(q[span], k[span], v[span], beta[span], gate, start, None, scale, False)
             outputs.append(o)
             finals.append(final)
         return torch.cat(outputs, dim=1), torch.cat(finals)

@@ -13,6 +13,7 @@ Decays are multiplied and never divided by: a product that underflows is a contr
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from deltaproduct.ops.inputs import (
     check_query,
     check_state,
     compute_dtype,
+    num_sequences,
     pad_time,
 )
 
@@ -68,7 +70,7 @@ def gated_linear_attention(
     check_query(q, k.unsqueeze(2))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)
-    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = num_sequences(k.shape[0], cu_seqlens)
     check_state(initial_state, k, v, sequences)
     if g is not None and a is not None:
         raise UsageError("Give either g, the logarithm of a decay, or a, the decay itself, not both.")
@@ -201,7 +203,7 @@ def diagonal_scan(
         raise UsageError(f"a and b must be of one shape [B,T,...], not {list(a.shape)} and {list(b.shape)}.")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, a)
-    sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = num_sequences(a.shape[0], cu_seqlens)
     shape = (sequences, *a.shape[2:])
     if initial is not None and initial.shape != shape:
         raise UsageError(f"initial is {list(initial.shape)} and should be {list(shape)}.")
@@ -231,13 +233,13 @@ def _diagonal_scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
 
 class _DiagonalScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, initial):
+    def forward(ctx: Any, a: Tensor, b: Tensor, initial: Tensor) -> Tensor:  # type: ignore[override]
         h = _scan(a, b, initial)
         ctx.save_for_backward(a, h, initial)
         return h
 
     @staticmethod
-    def backward(ctx, d_h):
+    def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         a, h, initial = ctx.saved_tensors
         transforms.refuse_batched(d_h)
         if transforms.beyond_first(d_h, a, h, initial):

@@ -7,19 +7,34 @@ cache: the forward keeps one in 16, and the backward computes those in between a
 is written and h as tensors [B,T,I,N].
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import cpu, transforms
-from deltaproduct.ops.inputs import DTYPES, check_cu_seqlens, compute_dtype
-from deltaproduct.ops.native.library import SCAN_CHANNELS, SCAN_TOKENS, SelectiveScan, TensorField
+from deltaproduct.ops.autograd import register_gradients
+from deltaproduct.ops.chunks import kept_states
+from deltaproduct.ops.inputs import DTYPES, check_cu_seqlens, compute_dtype, num_sequences
+from deltaproduct.ops.native.library import SCAN_CHANNELS, SCAN_TOKENS, Empty, SelectiveScan, TensorField
 from deltaproduct.ops.scan import diagonal_scan
+from deltaproduct.ops.transforms import Tensors
 
 FEW = 1 << 15  # numbers in all states; for fewer, a second thread takes longer to wake than to work
+
+
+class ScanArguments(NamedTuple):
+    """The scan's tensors, in the order in which the operator takes them; shapes as in `selective_scan`."""
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 def selective_scan(
@@ -62,15 +77,9 @@ def selective_scan(
 
 
 def _formula(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     allow_neg_eigval: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """In plain PyTorch operations."""
     given = [x, dt, A, B, C] if initial_state is None else [x, dt, A, B, C, initial_state]
     dtype = compute_dtype(*given)
@@ -93,7 +102,7 @@ def _check(
         raise UsageError(f"I and N must be at least 1: x is {list(x.shape)} and A {list(A.shape)}.")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = num_sequences(batch, cu_seqlens)
     wanted = {
         "x": (x, x.shape),
         "dt": (dt, x.shape),
@@ -121,26 +130,19 @@ def _is_native(given: list[Tensor]) -> bool:
 
 @torch.library.custom_op("deltaproduct::selective_scan_forward", mutates_args=())
 def scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    allow_neg_eigval: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    allow_neg_eigval: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y [B,T,I], final state [B or S,I,N], the states that a backward needs, none unless `keep`)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)  # a compiled graph has not, and C++ reads memory by these numbers
-    y, final, states = _results(cpu.ENGINE.empty, x, a, cu_seqlens, keep)
+    y, final, states = _results(cpu.engine().empty, x, a, cu_seqlens, keep)
     call, _alive = _engine_call(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
     initial_state = None if initial_state is None else initial_state.contiguous()
     call.y = TensorField.of(y, per_step=False)
     call.initial_state, call.final_state = cpu.pointer(initial_state), cpu.pointer(final)
     call.states = cpu.pointer(states) if keep else None
-    cpu.ENGINE.selective_scan(call, reverse=False)
+    cpu.engine().selective_scan(call, reverse=False)
     return y, final, states
 
 
@@ -157,7 +159,7 @@ def _engine_call(
         length=length,
         channels=channels,
         state_size=size,
-        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        sequences=num_sequences(batch, cu_seqlens),
         cu_seqlens=cpu.pointer(cu_seqlens),
         allow_neg_eigval=allow_neg_eigval,
         threads=1 if x.numel() * size < FEW else torch.get_num_threads(),
@@ -171,75 +173,66 @@ def _engine_call(
 
 
 def _results(
-    empty: Callable[..., Tensor], x: Tensor, a: Tensor, cu_seqlens: Tensor | None, keep: bool
+    empty: Empty, x: Tensor, a: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, channels), size = x.shape, a.shape[1]
-    if cu_seqlens is None:
-        sequences, slots = batch, batch * -(-length // SCAN_TOKENS)
-    else:  # a bound that is known without reading cu_seqlens
-        sequences = cu_seqlens.shape[0] - 1
-        slots = length // SCAN_TOKENS + sequences
-    final = x.new_empty(sequences, channels, size)
-    return empty(x, *x.shape), final, empty(x, slots if keep else 0, size, channels)
+    slots = kept_states(batch, length, SCAN_TOKENS, cu_seqlens) if keep else 0
+    final = x.new_empty(num_sequences(batch, cu_seqlens), channels, size)
+    return empty(x, *x.shape), final, empty(x, slots, size, channels)
 
 
 @scan_forward.register_fake
-def _(x, dt, a, b, c, initial_state, cu_seqlens, allow_neg_eigval, keep):
+def _(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    allow_neg_eigval: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results(cpu.fake_empty, x, a, cu_seqlens, keep)
 
 
 @torch.library.custom_op("deltaproduct::selective_scan_backward", mutates_args=())
 def scan_backward(
-    d_y: Tensor,
-    d_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    allow_neg_eigval: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_y: Tensor, d_final: Tensor | None, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor,
+    cu_seqlens: Tensor | None, allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, dt, a, b, c and the initial state."""
     call, _alive = _engine_call(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
     d_y, d_final = cpu.aligned(d_y), None if d_final is None else d_final.contiguous()
     blocks = -(-x.shape[2] // SCAN_CHANNELS)
-    d_x, d_dt = cpu.ENGINE.empty(x, *x.shape), cpu.ENGINE.empty(x, *x.shape)
-    d_b, d_c = cpu.ENGINE.empty(b, blocks, *b.shape), cpu.ENGINE.empty(c, blocks, *c.shape)
+    empty = cpu.engine().empty
+    d_x, d_dt = empty(x, *x.shape), empty(x, *x.shape)
+    d_b, d_c = empty(b, blocks, *b.shape), empty(c, blocks, *c.shape)
     d_a, d_initial = (a.new_empty(call.sequences, *a.shape) for _ in range(2))
     call.d_y = TensorField.of(d_y, per_step=False)
     call.d_x, call.d_dt = TensorField.of(d_x, per_step=False), TensorField.of(d_dt, per_step=False)
     call.d_a, call.d_b, call.d_c = cpu.pointer(d_a), cpu.pointer(d_b), cpu.pointer(d_c)
     call.states, call.d_final_state = cpu.pointer(states), cpu.pointer(d_final)
     call.d_initial_state = cpu.pointer(d_initial)
-    cpu.ENGINE.selective_scan(call, reverse=True)
+    cpu.engine().selective_scan(call, reverse=True)
     return d_x, d_dt, d_a.sum(0), d_b.sum(0), d_c.sum(0), d_initial
 
 
 @scan_backward.register_fake
-def _(d_y, d_final, x, dt, a, b, c, states, cu_seqlens, allow_neg_eigval):
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (*(each.new_empty(each.shape) for each in (x, dt, a, b, c)), a.new_empty(sequences, *a.shape))
+def _(
+    d_y: Tensor, d_final: Tensor | None, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor,
+    cu_seqlens: Tensor | None, allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_x, d_dt, d_a, d_b, d_c = (each.new_empty(each.shape) for each in (x, dt, a, b, c))
+    return d_x, d_dt, d_a, d_b, d_c, a.new_empty(num_sequences(x.shape[0], cu_seqlens), *a.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros as large as the states
-    x, dt, a, b, c, initial_state, cu_seqlens, allow_neg_eigval, _ = inputs
-    ctx.save_for_backward(x, dt, a, b, c, initial_state, cu_seqlens, output[2])
-    ctx.allow_neg_eigval = allow_neg_eigval
-
-
-def _autograd(ctx, d_y, d_final, d_states):
-    *inputs, states = ctx.saved_tensors
-    if transforms.beyond_first(d_y, d_final, *inputs):
-        formula = partial(_formula, allow_neg_eigval=ctx.allow_neg_eigval)
-        return *transforms.gradients(formula, inputs, (d_y, d_final)), None, None
-    x, dt, a, b, c, initial_state, cu_seqlens = inputs
+def _first(inputs: Tensors, kept: Sequence[Tensor], cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    given, (d_y, d_final, _) = ScanArguments._make(inputs), cotangents
     if d_y is None:
-        d_y = torch.zeros_like(x)
-    *grads, d_initial = scan_backward(d_y, d_final, x, dt, a, b, c, states, cu_seqlens, ctx.allow_neg_eigval)
-    return *grads, None if initial_state is None else d_initial, None, None, None
+        d_y = torch.zeros_like(given.x)
+    *grads, d_initial = scan_backward(d_y, d_final, *given[:5], kept[0], given.cu_seqlens, options[0])
+    return *grads, None if given.initial_state is None else d_initial, None
 
 
-scan_forward.register_autograd(_autograd, setup_context=_setup_context)
+def _again(inputs: Tensors, cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    def formula(given: Tensors) -> tuple[Tensor, Tensor]:
+        return _formula(*ScanArguments._make(given), options[0])
+
+    return transforms.gradients(formula, inputs, cotangents[:2])
+
+
+register_gradients(scan_forward, _first, _again)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deltaproduct.errors import UsageError
+from deltaproduct.ops.backend import Recurrence
+from deltaproduct.ops.inputs import Arguments, num_sequences
 
 Tensors = Sequence[Tensor | None]
 _BATCHED = torch._C._dispatch_key_parse("Batched")  # of the maps before torch.func's, which autograd still uses
@@ -60,8 +62,10 @@ def refuse_batched(d: Tensor) -> None:
         )
 
 
-def gradients(formula: Callable[..., Any], inputs: Tensors, cotangents: Tensors) -> list[Tensor | None]:
-    """The gradients of ⟨formula(*inputs), cotangents⟩, differentiable and transformable; None where an input is.
+def gradients(
+    formula: Callable[[Tensors], tuple[Tensor, ...]], inputs: Tensors, cotangents: Tensors
+) -> list[Tensor | None]:
+    """The gradients of ⟨formula(inputs), cotangents⟩, differentiable and transformable; None where an input is.
 
     formula: of plain PyTorch operations. A cotangent that is None is zero. Inputs that are not floating-point have no
     gradient.
@@ -72,8 +76,7 @@ def gradients(formula: Callable[..., Any], inputs: Tensors, cotangents: Tensors)
         given = list(inputs)
         for i, x in zip(places, tensors, strict=True):
             given[i] = x
-        found = formula(*given)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return formula(given)
 
     tensors = [x for x in inputs if x is not None and x.is_floating_point()]
     with torch.autocast(tensors[0].device.type, enabled=False):
@@ -90,23 +93,24 @@ def gradients(formula: Callable[..., Any], inputs: Tensors, cotangents: Tensors)
 class Rule:
     """An implementation of the recurrence and the formula that its second derivatives are of.
 
-    Both take (q, k, v, beta, g, initial_state, cu_seqlens) with the shapes of `delta_product` and return (o, final
-    state). `fast` need be differentiable by `backward()` only.
+    `fast` need be differentiable by `backward()` only.
     """
 
-    fast: Callable[..., tuple[Tensor, Tensor]]
-    formula: Callable[..., tuple[Tensor, Tensor]]
+    fast: Recurrence
+    formula: Recurrence
+
+    def of_formula(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        return self.formula(*Arguments._make(inputs))
 
     def once(self, d_o: Tensor | None, d_final: Tensor | None, inputs: Tensors) -> list[Tensor | None]:
         """The gradients of `fast`; where they are differentiated again, those of the formula are."""
-        q, k, v, _, _, _, cu_seqlens = inputs
-        assert q is not None and k is not None and v is not None
         if not only_first():
-            return gradients(self.formula, inputs, (d_o, d_final))
+            return gradients(self.of_formula, inputs, (d_o, d_final))
+        _, k, v, _, _, _, cu_seqlens = Arguments._make(inputs)
         if d_o is None:
             d_o = torch.zeros_like(v[:, :, 0])
         if d_final is None:
-            sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            sequences = num_sequences(v.shape[0], cu_seqlens)
             d_final = v.new_zeros(sequences, v.shape[3], k.shape[4], v.shape[4], dtype=torch.float32)
         found = iter(_Gradient.apply(self, d_o, d_final, *inputs))
         return [None if x is None or not x.is_floating_point() else next(found) for x in inputs]
@@ -117,7 +121,7 @@ class FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(rule: Rule, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return rule.fast(*inputs)
+        return rule.fast(*Arguments._make(inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -143,7 +147,7 @@ class _Gradient(torch.autograd.Function):
     def forward(rule: Rule, d_o: Tensor, d_final: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             given = [x if x is None or not x.is_floating_point() else x.detach().requires_grad_() for x in inputs]
-            o, final = rule.fast(*given)
+            o, final = rule.fast(*Arguments._make(given))
             leaves = [x for x in given if x is not None and x.requires_grad]
             # Of no token from no state there is nothing to differentiate.
             pairs = [(y, d.to(y.dtype)) for y, d in ((o, d_o), (final, d_final)) if y.requires_grad]
@@ -157,8 +161,8 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        def first(d_o: Tensor, d_final: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-            found = gradients(ctx.rule.formula, inputs, (d_o, d_final))
+        def first(given: Tensors) -> tuple[Tensor, ...]:
+            found = gradients(ctx.rule.of_formula, given[2:], given[:2])
             return tuple(grad for grad in found if grad is not None)
 
         return None, *gradients(first, ctx.saved_tensors, cotangents)
@@ -166,8 +170,9 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, rule: Rule, *tensors: Tensor | None) -> Any:
         n = info.batch_size
-        d_o, d_final, *inputs = _batches(n, in_dims[1:], tensors)
-        d_o, d_final = (_joined_tokens(d_o) if inputs[6] is not None else d_o.flatten(0, 1)), d_final.flatten(0, 1)
+        batches = _batches(n, in_dims[1:], tensors)
+        (d_o, d_final), inputs = (x for x in batches[:2] if x is not None), batches[2:]
+        d_o, d_final = (_joined_tokens(d_o) if inputs[PACKED] is not None else d_o.flatten(0, 1)), d_final.flatten(0, 1)
         found = _Gradient.apply(rule, d_o, d_final, *_joined(inputs))
         names = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]
         grads = [
@@ -201,12 +206,11 @@ def _joined(inputs: list[Tensor | None]) -> list[Tensor | None]:
     cu_seqlens = inputs[PACKED]
     if cu_seqlens is None:
         return [None if x is None else x.flatten(0, 1) for x in inputs]
-    *sequences, state, _ = inputs
-    assert sequences[0] is not None
-    n, length = sequences[0].shape[0], sequences[0].shape[2]
+    q, k, v, beta, g, state, _ = Arguments._make(inputs)
+    n, length = q.shape[0], q.shape[2]
     ends = cu_seqlens[1:] + length * torch.arange(n, device=cu_seqlens.device)[:, None]
     joined = torch.cat((cu_seqlens[:1], ends.flatten().to(cu_seqlens.dtype)))
-    tokens = [None if x is None else _joined_tokens(x) for x in sequences]
+    tokens = [None if x is None else _joined_tokens(x) for x in (q, k, v, beta, g)]
     return [*tokens, None if state is None else state.flatten(0, 1), joined]
 
 

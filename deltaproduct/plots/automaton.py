@@ -12,7 +12,7 @@ import numpy as np
 
 from deltaproduct.errors import UsageError, shortened
 from deltaproduct.plots.layout import Labels, circular_order, clear_arc, loop, origin_is_left
-from deltaproduct.plots.style import COLOURS, RC, pyplot, save
+from deltaproduct.plots.style import COLORS, RC, pyplot, save
 from deltaproduct.tasks.automata import Automaton
 
 MANY_SYMBOLS = 4  # beyond which only some that generate the others are drawn
@@ -110,7 +110,7 @@ class _Picture:
         self.automaton, self.symbols = automaton, symbols
         self.many = len(automaton.states) > MANY_STATES
         self.size = MANY_SIZE if self.many else FEW_SIZE
-        self.colours = {symbol: COLOURS[i % len(COLOURS)] for i, symbol in enumerate(symbols)}
+        self.colors = {symbol: COLORS[i % len(COLORS)] for i, symbol in enumerate(symbols)}
         self.arrows = self._arrows()
         self.names = [shortened(name, LONGEST_NAME) for name in automaton.states]
         self.texts = [
@@ -133,7 +133,7 @@ class _Picture:
         self.figure.set_size_inches(right - left + 2 * MARGIN, high - low + 2 * MARGIN)
 
     def _arrows(self) -> list[_Arrow]:
-        """One for each pair of states; where there are many, one for each symbol, told apart by colour."""
+        """One for each pair of states; where there are many, one for each symbol, told apart by color."""
         together: dict[tuple[int, int, int], list[int]] = {}
         for begin, row in enumerate(self.automaton.transitions):
             for symbol in self.symbols:
@@ -158,11 +158,11 @@ class _Picture:
         self.angles = np.empty(n)
         self.angles[order] = np.pi - 2 * np.pi * np.arange(n) / n  # clockwise from the left
         around = apart / (2 * np.sin(np.pi / n)) if n > 1 else 0.0
-        self.centres = around * np.column_stack([np.cos(self.angles), np.sin(self.angles)])
+        self.centers = around * np.column_stack([np.cos(self.angles), np.sin(self.angles)])
         pairs = {(a.begin, a.end) for a in self.arrows if not a.both}
         self.curves = []
         for a in self.arrows:
-            here, there = self.centres[a.begin], self.centres[a.end]
+            here, there = self.centers[a.begin], self.centers[a.end]
             if a.begin == a.end:
                 # Outside the circle of states, and out of the way of the arrow to the initial state.
                 angle = self.angles[a.begin] - np.radians(55) * (a.begin == initial)
@@ -171,7 +171,7 @@ class _Picture:
                 bends: Sequence[float] = STRAIGHT
                 if (a.end, a.begin) in pairs and not a.both:
                     bends = INNER if origin_is_left(here, there) else OUTER
-                self.curves.append(clear_arc(here, there, self.radius, GAP, bends, self.centres))
+                self.curves.append(clear_arc(here, there, self.radius, GAP, bends, self.centers))
 
     def _draw_arrows(self) -> None:
         from matplotlib.path import Path as Line
@@ -179,16 +179,16 @@ class _Picture:
         for arrow, curve in zip(self.arrows, self.curves, strict=True):
             kind = Line.CURVE3 if len(curve) == 3 else Line.CURVE4
             line = Line(curve, [Line.MOVETO] + [kind] * (len(curve) - 1))
-            self._arrow(line, self._colour(arrow), "<|-|>" if arrow.both else "-|>")
-        end = self.centres[self.automaton.initial] - [self.radius + GAP, 0]
+            self._arrow(line, self._color(arrow), "<|-|>" if arrow.both else "-|>")
+        end = self.centers[self.automaton.initial] - [self.radius + GAP, 0]
         self._arrow(Line([end - [START, 0], end]), "black", "-|>")
 
-    def _arrow(self, line: Any, colour: str, style: str) -> None:
+    def _arrow(self, line: Any, color: str, style: str) -> None:
         from matplotlib.patches import FancyArrowPatch
 
         self.axes.add_patch(
             FancyArrowPatch(
-                path=line, arrowstyle=f"{style},{self.size.head}", mutation_scale=1, color=colour,
+                path=line, arrowstyle=f"{style},{self.size.head}", mutation_scale=1, color=color,
                 linewidth=self.size.line, joinstyle="miter", capstyle="butt", zorder=2,
             )
         )  # fmt: skip
@@ -197,29 +197,29 @@ class _Picture:
         from matplotlib.patches import Circle
 
         edge = {"facecolor": "white", "edgecolor": "black", "linewidth": self.size.line, "zorder": 3}
-        for state, (centre, angle, name) in enumerate(zip(self.centres, self.angles, self.names, strict=True)):
-            self.axes.add_patch(Circle(centre, self.radius, **edge))
+        for state, (center, angle, name) in enumerate(zip(self.centers, self.angles, self.names, strict=True)):
+            self.axes.add_patch(Circle(center, self.radius, **edge))
             if state in self.automaton.accepting:
-                self.axes.add_patch(Circle(centre, self.radius - self.size.ring, **edge))
+                self.axes.add_patch(Circle(center, self.radius - self.size.ring, **edge))
             if not self.many:
-                self._text(centre, name)
+                self._text(center, name)
                 continue
             away = self.radius + 0.07 + (START + 0.03) * (state == self.automaton.initial)
             turned = np.cos(angle) < -1e-9  # on the left, so that no name is upside down
             self._text(
-                centre + away * np.array([np.cos(angle), np.sin(angle)]), name, rotation_mode="anchor",
+                center + away * np.array([np.cos(angle), np.sin(angle)]), name, rotation_mode="anchor",
                 rotation=np.degrees(angle) + 180 * turned, ha="right" if turned else "left",
             )  # fmt: skip
 
     def _draw_labels(self) -> None:
-        labels = Labels(self.centres, self.radius, self.curves)
+        labels = Labels(self.centers, self.radius, self.curves)
         for number, (arrow, text) in enumerate(zip(self.arrows, self.texts, strict=True)):
             place = labels.place(number, (_width(text) + 0.06, 0.2))
             box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-            self._text(place, text, color=self._colour(arrow), bbox=box, zorder=5)
+            self._text(place, text, color=self._color(arrow), bbox=box, zorder=5)
 
     def _draw_captions(self, title: str | None) -> None:
-        """Above the picture its title, below it which symbols are drawn; and colours, where labels do not say them."""
+        """Above the picture its title, below it which symbols are drawn; and colors, where labels do not say them."""
         left, low, right, high = self._extent()
         middle = (left + right) / 2
         if title:
@@ -228,7 +228,7 @@ class _Picture:
             for symbol in self.symbols:
                 low -= 0.2
                 name = shortened(self.automaton.alphabet[symbol], LONGEST_CAPTION)
-                self._text((middle, low), f"→ {name}", fontsize=10, color=self.colours[symbol])
+                self._text((middle, low), f"→ {name}", fontsize=10, color=self.colors[symbol])
         if len(self.symbols) < len(self.automaton.alphabet):
             *names, last = (self.automaton.alphabet[i] for i in self.symbols)
             drawn = shortened(", ".join(names) + " and " * bool(names) + last, LONGEST_CAPTION)
@@ -242,8 +242,8 @@ class _Picture:
         corners = np.array([[box.x0, box.y0, box.x1, box.y1] for box in boxes]) / self.figure.dpi
         return (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
 
-    def _colour(self, arrow: _Arrow) -> str:
-        return self.colours[arrow.symbols[0]] if len(arrow.symbols) == 1 else MIXED
+    def _color(self, arrow: _Arrow) -> str:
+        return self.colors[arrow.symbols[0]] if len(arrow.symbols) == 1 else MIXED
 
     def _text(self, at: Any, text: str, **style: Any) -> None:
         style = {"fontsize": self.size.font, "ha": "center", "va": "center", "zorder": 4, **style}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct.plots.style import COLOURS, MARKERS, RC, legend, pyplot, save
+from deltaproduct.plots.style import COLORS, MARKERS, RC, drawing, legend
 
 PANEL = (3.4, 2.7)  # inches
 PHASES = {"forward": "forward", "forward_backward": "forward and backward"}
@@ -30,19 +30,15 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, other: str, p
             if mine and theirs:
                 curve = panels.setdefault(size, {}).setdefault((phase, shape["gate"]), {})
                 curve[shape["num_householder"]] = theirs["median_ms"] / mine["median_ms"]
-    plt = pyplot()
-    with plt.rc_context(RC):
-        columns = min(2, max(1, len(panels)))
-        rows_of_panels = -(-max(1, len(panels)) // columns)
-        figure, grid = plt.subplots(
-            rows_of_panels, columns, squeeze=False, layout="constrained", sharey=True,
-            figsize=(PANEL[0] * columns, PANEL[1] * rows_of_panels),
-        )  # fmt: skip
+    columns = min(2, max(1, len(panels)))
+    rows_of_panels = -(-max(1, len(panels)) // columns)
+    inches = (PANEL[0] * columns, PANEL[1] * rows_of_panels)
+    with drawing(path, rows_of_panels, columns, figsize=inches, sharey=True) as (figure, grid):
         for axes, (size, curves) in zip(grid.flat, panels.items(), strict=False):
             for (phase, gated), curve in sorted(curves.items()):
                 i = list(PHASES).index(phase)
                 axes.plot(
-                    list(curve), list(curve.values()), color=COLOURS[i], marker=MARKERS[i],
+                    list(curve), list(curve.values()), color=COLORS[i], marker=MARKERS[i],
                     markerfacecolor="white" if gated else None,
                     linestyle="--" if gated else "-", label=PHASES[phase] + (", gated" if gated else ""),
                 )  # fmt: skip
@@ -56,5 +52,3 @@ def speedup_figure(shapes: Sequence[Mapping[str, Any]], ours: str, other: str, p
         for row in grid:
             row[0].set_ylabel(f"× as fast as {other}")
         legend(grid)
-        save(figure, path)
-        plt.close(figure)

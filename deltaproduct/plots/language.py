@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct.plots.style import COLOURS, RC, cycle, legend, pyplot, save, subscript
+from deltaproduct.plots.style import COLORS, RC, cycle, drawing, legend, pyplot, subscript, with_thousands
 
 PANEL = (4.6, 2.6)  # inches, of a layer's ranks
 COLUMNS = 2  # of them
@@ -23,7 +23,7 @@ def loss_by_position_figure(
     title: str = "Loss by position",
     closer: Sequence[str] = (),
 ) -> None:
-    """Loss against how much of the text has been read, one colour per label: the median over runs, and each run thinly.
+    """Loss against how much of the text has been read, one color per label: the median over runs, and each run thinly.
 
     Args:
         curves: by label the curves of its runs, each with "position" (tokens read) and "loss" (nats, smoothed), as
@@ -31,23 +31,20 @@ def loss_by_position_figure(
         trained_at: the training context, which gets a line.
         closer: labels that a second panel shows by themselves, where another label's losses would press them together.
     """
-    plt = pyplot()
-    colours = dict(zip(curves, cycle(COLOURS, list(curves)), strict=True))
-    with plt.rc_context(RC):
-        panels = [list(curves), *([list(closer)] if closer else [])]
-        width, height = RC["figure.figsize"]
-        figure, grid = plt.subplots(
-            1, len(panels), squeeze=False, layout="constrained", figsize=(width * (0.4 + 0.6 * len(panels)), height)
-        )
+    colors = dict(zip(curves, cycle(COLORS, list(curves)), strict=True))
+    panels = [list(curves), *([list(closer)] if closer else [])]
+    width, height = RC["figure.figsize"]
+    size = (width * (0.4 + 0.6 * len(panels)), height)
+    with drawing(path, 1, len(panels), figsize=size) as (_, grid):
         for axes, labels in zip(grid[0], panels, strict=True):
             shown = {label: curves[label] for label in labels}
             for label, runs in shown.items():
                 positions = runs[0]["position"]
                 if len(runs) > 1:
                     for run in runs:
-                        axes.plot(positions, run["loss"], color=colours[label], alpha=0.35, linewidth=0.7)
+                        axes.plot(positions, run["loss"], color=colors[label], alpha=0.35, linewidth=0.7)
                 median = np.median([run["loss"] for run in runs], axis=0)
-                axes.plot(positions, median, color=colours[label], linewidth=1.8, label=subscript(label))
+                axes.plot(positions, median, color=colors[label], linewidth=1.8, label=subscript(label))
             _limit_to_the_settled_part(axes, shown, trained_at)
             if trained_at is not None:
                 axes.axvline(trained_at, **TRAINED_AT)
@@ -55,15 +52,13 @@ def loss_by_position_figure(
                 axes.annotate(f"trained at {trained_at:,}", (trained_at, 1.0), xycoords=("data", "axes fraction"),
                               **offset, fontsize=9)  # fmt: skip
             axes.set_xlabel("tokens read")
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            axes.xaxis.set_major_formatter(with_thousands)
         grid[0][0].set_ylabel("cross-entropy (nats per token)")
         grid[0][0].set_title(title, loc="left", pad=18)
         if closer:
             grid[0][1].set_title("closer", loc="left", pad=18)
         most = max(len(runs) for runs in curves.values())
         legend(grid, title=f"median of {most} seeds" if most > 1 else None, alignment="left")
-        save(figure, path)
-        plt.close(figure)
 
 
 def _limit_to_the_settled_part(axes: Any, curves: Mapping[str, Any], trained_at: int | None) -> None:
@@ -88,7 +83,7 @@ def effective_rank_figure(
     trained_at: int | None = None,
     title: str = "Effective rank of each head's state",
 ) -> None:
-    """The effective rank of states against the token, a panel for each layer and a colour for each of its heads; the
+    """The effective rank of states against the token, a panel for each layer and a color for each of its heads; the
     starts of documents are vertical lines. Lines are means over T/300 tokens, bands go from the lowest to the highest.
 
     Args:
@@ -96,19 +91,17 @@ def effective_rank_figure(
         document_starts: tokens that begin a document.
         trained_at: the training context, which gets a line.
     """
-    plt = pyplot()
     columns = min(COLUMNS, len(ranks))
     rows = -(-len(ranks) // columns)
-    with plt.rc_context(RC):
-        size = (PANEL[0] * columns, PANEL[1] * rows)
-        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    with drawing(path, rows, columns, figsize=size, sharey=True) as (figure, grid):
         for axes in grid.flat[len(ranks) :]:
             axes.set_axis_off()
         for place, (axes, (layer, of_layer)) in enumerate(zip(grid.flat, ranks.items(), strict=False)):
             tokens = len(of_layer)
             for start in document_starts:
                 axes.axvline(start, **DOCUMENT_START)
-            _bands(axes, of_layer, plt)
+            _bands(axes, of_layer)
             if trained_at is not None and trained_at < tokens:
                 axes.axvline(trained_at, **TRAINED_AT, label=f"trained at {trained_at:,}")
             if document_starts:
@@ -116,7 +109,7 @@ def effective_rank_figure(
             axes.set_title(f"layer {layer}", loc="left", fontsize=10.5)
             axes.set_xlim(0, tokens)
             axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            axes.xaxis.set_major_formatter(with_thousands)
             if place % columns == 0:
                 axes.set_ylabel("effective rank")
             if place + columns >= len(ranks):
@@ -125,18 +118,16 @@ def effective_rank_figure(
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
         figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(title, x=0.01, ha="left")
-        save(figure, path)
-        plt.close(figure)
 
 
-def _bands(axes: Any, ranks: np.ndarray, plt: Any) -> None:
+def _bands(axes: Any, ranks: np.ndarray) -> None:
     """Of each head's ranks [T,N,HV] the mean over every T/300 tokens, in a band from the lowest to the highest there:
     lines through all of them would hide one another."""
     tokens, _, heads = ranks.shape
     bins = np.array_split(np.arange(tokens), min(BINS, tokens))
     at = [0.5 * (1 + b[0] + b[-1]) for b in bins]
-    spread = [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.95, heads)]
-    for head, colour in enumerate(COLOURS[:heads] if heads <= len(COLOURS) else spread):
+    spread = [pyplot().get_cmap("viridis")(x) for x in np.linspace(0, 0.95, heads)]
+    for head, color in enumerate(COLORS[:heads] if heads <= len(COLORS) else spread):
         mean, low, high = (np.array([of(ranks[b, :, head]) for b in bins]) for of in (np.mean, np.min, np.max))
-        axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(at, mean, color=colour, linewidth=1.2, label=f"head {head}")
+        axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(at, mean, color=color, linewidth=1.2, label=f"head {head}")

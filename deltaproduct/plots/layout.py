@@ -93,15 +93,15 @@ def origin_is_left(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def clear_arc(
-    a: np.ndarray, b: np.ndarray, radius: float, gap: float, bends: Sequence[float], centres: np.ndarray
+    a: np.ndarray, b: np.ndarray, radius: float, gap: float, bends: Sequence[float], centers: np.ndarray
 ) -> np.ndarray:
-    """The first `arc` between two of the circles at centres [n,2] that keeps clear of the others, else the clearest.
+    """The first `arc` between two of the circles at centers [n,2] that keeps clear of the others, else the clearest.
 
     Clear is four times the gap that an arc leaves at its ends. It bends by one of `bends`, towards the origin if that
     is positive; where the origin lies on the straight line, to the left.
     """
     side = -1.0 if origin_is_left(b, a) else 1.0
-    others = centres[(centres != a).any(1) & (centres != b).any(1)]
+    others = centers[(centers != a).any(1) & (centers != b).any(1)]
     curves = [arc(a, b, radius + gap, side * bend) for bend in bends]
     if not len(others):
         return curves[0]
@@ -114,14 +114,14 @@ def clear_arc(
     return curves[int(np.argmax(room))]
 
 
-def loop(centre: np.ndarray, radius: float, height: float, angle: float) -> np.ndarray:
+def loop(center: np.ndarray, radius: float, height: float, angle: float) -> np.ndarray:
     """A cubic Bézier curve [4,2] from a circle back to it, which stands out at an angle by `height`."""
     foot, wide = np.radians(32), np.radians(26)
     # Its middle is an eighth of both ends and three eighths of both other control points.
     far = (radius + height - radius * np.cos(foot) / 4) / (0.75 * np.cos(wide))
     turns = angle + np.array([foot, wide, -wide, -foot])
     reach = np.array([radius, far, far, radius])
-    return centre + reach[:, None] * np.column_stack([np.cos(turns), np.sin(turns)])
+    return center + reach[:, None] * np.column_stack([np.cos(turns), np.sin(turns)])
 
 
 def bezier(controls: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -139,13 +139,13 @@ class Labels:
 
     ALONG = np.array([0.5, 0.43, 0.57, 0.36, 0.64, 0.29, 0.71])  # a curve, the best first
 
-    def __init__(self, centres: np.ndarray, radius: float, curves: Sequence[np.ndarray]):
-        self.centres, self.radius, self.curves = centres, radius, curves
+    def __init__(self, centers: np.ndarray, radius: float, curves: Sequence[np.ndarray]):
+        self.centers, self.radius, self.curves = centers, radius, curves
         self.lines = [bezier(curve, np.linspace(0, 1, 61)) for curve in curves]
-        self.taken: list[tuple[np.ndarray, np.ndarray]] = []  # centre and half the size of each label so far
+        self.taken: list[tuple[np.ndarray, np.ndarray]] = []  # center and half the size of each label so far
 
     def place(self, number: int, size: tuple[float, float]) -> np.ndarray:
-        """The centre [2] of the label, of this width and height, of curve `number`: on an arc, or behind a loop."""
+        """The center [2] of the label, of this width and height, of curve `number`: on an arc, or behind a loop."""
         half, curve = np.array(size) / 2, self.curves[number]
         places = bezier(curve, self.ALONG)
         if len(curve) == 4:
@@ -160,7 +160,7 @@ class Labels:
     def _hidden(self, number: int, place: np.ndarray, half: np.ndarray) -> float:
         """What a label would hide: other labels and states most of all, then the ends, then points of other lines."""
         overlaps = sum(bool((np.abs(place - other) < half + size).all()) for other, size in self.taken)
-        outside = np.maximum(np.abs(self.centres - place) - half, 0)
+        outside = np.maximum(np.abs(self.centers - place) - half, 0)
         overlaps += int((np.linalg.norm(outside, axis=1) < self.radius).sum())
         hidden = 0
         for i, line in enumerate(self.lines):

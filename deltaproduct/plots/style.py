@@ -1,16 +1,18 @@
-"""How every figure looks, in colours that print in grey and that most colour-blind readers can tell apart; and how it
+"""How every figure looks, in colors that print in grey and that most color-blind readers can tell apart; and how it
 is saved."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import write_bytes
+from deltaproduct.renamed import renamed_names
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's palette
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's palette
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 RC: dict[str, Any] = {
@@ -45,6 +47,27 @@ def save(figure: Any, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+@contextmanager
+def drawing(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure to draw on, and its axes [rows,columns]; it is saved at the end, and closed in any case.
+
+    options: of matplotlib's `subplots`.
+    """
+    plt = pyplot()
+    with plt.rc_context(RC):
+        figure, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+        try:
+            yield figure, grid
+            save(figure, path)
+        finally:
+            plt.close(figure)
+
+
+def with_thousands(x: float, _: Any = None) -> str:
+    """A tick's number, such as 16,384."""
+    return f"{x:,.0f}"
+
+
 def legend(grid: Any, **options: Any) -> None:
     """One legend for all panels, beside the first row."""
     handles: dict[str, Any] = {}
@@ -62,3 +85,6 @@ def cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
 def subscript(label: str) -> str:
     """DeltaProduct_2[-1,1] with its 2 set as a subscript and a true minus sign."""
     return re.sub(r"_(\d+)", r"$_{\1}$", label).replace("-1", "−1")
+
+
+__getattr__ = renamed_names(__name__, {"COLOURS": "COLORS"})

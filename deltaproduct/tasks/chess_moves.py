@@ -20,17 +20,9 @@ import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.tasks.swaps import draw_pairs, follow, unordered
 from deltaproduct.tasks.task import Task
-from deltaproduct.tasks.text import (
-    EventTask,
-    Story,
-    TextTask,
-    WordTokenizer,
-    check_count,
-    draw_pairs,
-    follow,
-    unordered,
-)
+from deltaproduct.tasks.text import EventTask, Story, TextTask, WordTokenizer, check_count
 
 FILES = "abcdefgh"
 _RANKS = "876"  # Black's pieces never leave these

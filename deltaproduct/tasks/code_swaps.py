@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaproduct.tasks.swaps import draw_pairs, unordered
 from deltaproduct.tasks.task import Task
-from deltaproduct.tasks.text import EventTask, Story, TextTask, WordTokenizer, check_count, draw_pairs, spelt, unordered
+from deltaproduct.tasks.text import EventTask, Story, TextTask, WordTokenizer, check_count, spelt
 
 VARIABLES = tuple("abcdefgh")
 _FLAGS = ("p", ",", "q", "=", "True", ",", "False", "\n")

@@ -5,17 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaproduct.tasks.swaps import draw_pairs, follow, unordered
 from deltaproduct.tasks.task import Task
-from deltaproduct.tasks.text import (
-    EventTask,
-    Story,
-    TextTask,
-    WordTokenizer,
-    check_count,
-    draw_pairs,
-    follow,
-    unordered,
-)
+from deltaproduct.tasks.text import EventTask, Story, TextTask, WordTokenizer, check_count
 
 PEOPLE = ("Alice", "Bob", "Carl", "Dan", "Emma", "Frank", "Grace", "Henry")
 _COIN = ("each", "have", "a", "coin", ".")

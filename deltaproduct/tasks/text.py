@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.renamed import renamed_names
 from deltaproduct.tasks.task import Task
 
 BLANK = -1  # no word here
@@ -246,23 +246,11 @@ def check_count(name: str, n: int, least: int, most: int, too_few: str, too_many
         raise UsageError(f"{name} cannot be used because {why}; use {least} to {most}")
 
 
-def draw_pairs(n: int, batch: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two different numbers below n, in either order, as two [batch,count]: uniform over the n(n−1) ordered pairs."""
-    first = torch.randint(n, (batch, count), generator=generator, device=generator.device)
-    step = torch.randint(1, n, (batch, count), generator=generator, device=generator.device)
-    return first, (first + step) % n
-
-
-def unordered(n: int, first: Tensor, second: Tensor) -> Tensor:
-    """The number of each pair among the n(n−1)/2 unordered ones: (0,1), (0,2), … (1,2), …"""
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    return low * (2 * n - low - 1) // 2 + high - low - 1
-
-
-def follow(start: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Where one thing is after each swap of two places, [B,E], from `start` [B]; the swaps are [B,E]."""
-    a, b = (np.ascontiguousarray(places.T.cpu().numpy()) for places in (first, second))  # a step reads one row
-    at, out = start.cpu().numpy(), np.empty_like(a)
-    for t in range(len(out)):
-        out[t] = at = np.where(at == a[t], b[t], np.where(at == b[t], a[t], at))
-    return torch.from_numpy(out.T.copy()).to(start.device)
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "draw_pairs": "deltaproduct.tasks.swaps.draw_pairs",
+        "follow": "deltaproduct.tasks.swaps.follow",
+        "unordered": "deltaproduct.tasks.swaps.unordered",
+    },
+)

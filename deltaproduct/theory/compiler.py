@@ -24,12 +24,11 @@ from deltaproduct.tasks.groups import Group, build_group
 from deltaproduct.theory.cascade import decompose
 from deltaproduct.theory.congruences import takes_one_level
 from deltaproduct.theory.constructions.one_layer import one_layer
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.constructions.shallow import Action, shallow
 from deltaproduct.theory.constructions.stack import stack
 from deltaproduct.theory.constructions.two_layers import two_layers
 from deltaproduct.theory.householder import transpositions
-from deltaproduct.theory.limits import NO_LIMITS, Limits, check_size, choose, too_many
+from deltaproduct.theory.limits import NO_LIMITS, Limits, Plan, check_size, choose, too_many
 from deltaproduct.theory.representations import of_automaton, of_group, require_permutations
 
 AUTOMATON = "automaton.json"

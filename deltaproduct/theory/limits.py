@@ -1,13 +1,39 @@
-"""Before anything is compiled: every reason why it cannot be done within limits, all of them at once, with sizes."""
+"""Before anything is compiled: what each construction would make, and every reason why it cannot be done within limits,
+all of them at once, with sizes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deltaproduct.errors import UsageError
-from deltaproduct.theory.constructions.plan import Plan
+from deltaproduct.models import ModelConfig, SequenceModel
 
 ONE_LAYER = ("permutation", "rotation")  # strategies
 MAX_PAIRS = 4_000_000  # of a state and a symbol, which automaton.json lists and the certificate goes through
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to be: its sizes, which cost little, and its weights when they are asked for.
+
+    Attributes:
+        strategy: the construction's name.
+        config: of the model, with all its sizes.
+        build: writes the weights; the model is float32, in evaluation mode.
+    """
+
+    strategy: str
+    config: ModelConfig
+    build: Callable[[], SequenceModel]
+
+    @property
+    def num_householder(self) -> int:
+        """The most Householder factors per token in any layer."""
+        return max(options.num_householder for options in self.config.mixers)
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """Layers, Householder factors per token, width: the fewer the better, in this order."""
+        return self.config.num_hidden_layers, self.num_householder, self.config.hidden_size
 
 
 @dataclass(frozen=True)

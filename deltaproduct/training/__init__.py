@@ -1,19 +1,27 @@
-"""Training: configuration, loop, checkpoints and logs of a run."""
+"""Training: configuration, loop, checkpoints and metrics of a run."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaproduct.late import late
+from deltaproduct.renamed import renamed_names
 
 if TYPE_CHECKING:
-    from deltaproduct.training.config import RunConfig, TrainConfig
+    from deltaproduct.training.config import LanguageConfig, Run, TrainConfig
     from deltaproduct.training.loop import train
 
-__all__ = ["RunConfig", "TrainConfig", "train"]
+    RunConfig = Run[TrainConfig]
 
-__getattr__, __dir__ = late(
+__all__ = ["LanguageConfig", "Run", "TrainConfig", "train"]
+
+_late, __dir__ = late(
     __name__,
     {
-        "config": ("RunConfig", "TrainConfig"),
+        "config": ("LanguageConfig", "Run", "TrainConfig"),
         "loop": ("train",),
     },
 )
+_renamed = renamed_names(__name__, {"RunConfig": "Run"})
+
+
+def __getattr__(name: str) -> Any:
+    return _renamed(name) if name == "RunConfig" else _late(name)

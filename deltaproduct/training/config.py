@@ -2,23 +2,31 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.options import check_kinds
 from deltaproduct.models import ModelConfig
 from deltaproduct.models.config import described, reasons, strict_converter, usage_error
+from deltaproduct.renamed import renamed_names
 
 _CONVERTER = strict_converter()
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """What every kind of training has: AdamW with linear warm-up and a cosine, a number of steps, a seed.
+
+    Attributes:
+        kind: what it is that is trained on.
+        smaller_batch: what to lower where a step does not fit into memory.
 
     Raises:
         UsageError: a value is impossible; the message names the field.
     """
+
+    kind: ClassVar[str]
+    smaller_batch: ClassVar[str]
 
     steps: int = described(350, "optimiser steps in all")
     seed: int = described(0, "decides initial weights and training data")
@@ -52,6 +60,11 @@ class OptimiserConfig:
         if not holds:
             raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
 
+    @property
+    def largest_batch(self) -> int:
+        """The most tokens that are computed at once, by all processes together."""
+        raise NotImplementedError
+
     def learning_rate(self, step: int) -> float:
         """The rate of step 0 … steps−1: linear warm-up, then a cosine from lr to min_lr_ratio · lr."""
         if step < self.warmup_steps:
@@ -61,7 +74,7 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(OptimiserConfig):
+class TrainConfig(OptimizerConfig):
     """How a model is trained on a task: a curriculum of lengths.
 
     The curriculum's stage i trains at lengths[i] with batches of batch_sizes[i] sequences. It ends when the running
@@ -69,6 +82,9 @@ class TrainConfig(OptimiserConfig):
     learning rate's schedule runs over all steps and takes no notice of stages. With `min_length`, all sequences of a
     batch have one length, drawn anew for each batch.
     """
+
+    kind: ClassVar[str] = "a task"
+    smaller_batch: ClassVar[str] = "batch_sizes or lengths, or raise grad_accumulation"
 
     task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
     lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
@@ -106,10 +122,18 @@ class TrainConfig(OptimiserConfig):
     def batch_size(self, stage: int) -> int:
         return self.batch_sizes[stage if len(self.batch_sizes) > 1 else 0]
 
+    @property
+    def largest_batch(self) -> int:
+        sizes = self.batch_sizes * (len(self.lengths) if len(self.batch_sizes) == 1 else 1)
+        return max(size // self.grad_accumulation * (1 + length) for size, length in zip(sizes, self.lengths))
+
 
 @dataclass(frozen=True)
-class LanguageConfig(OptimiserConfig):
+class LanguageConfig(OptimizerConfig):
     """How a language model is trained on a corpus: the next token, in windows of `context` tokens."""
+
+    kind: ClassVar[str] = "a corpus"
+    smaller_batch: ClassVar[str] = "batch_size or context, or raise grad_accumulation"
 
     steps: int = described(1000, "optimiser steps in all")
     lr: float = described(2e-3, "peak learning rate")
@@ -136,51 +160,60 @@ class LanguageConfig(OptimiserConfig):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.context
 
+    @property
+    def largest_batch(self) -> int:
+        return self.tokens_per_step // self.grad_accumulation
+
+
+Settings = TypeVar("Settings", bound=OptimizerConfig, covariant=True)
+
 
 @dataclass(frozen=True)
-class AnyRun:
+class Run(Generic[Settings]):
     """A run: how to train, and what."""
 
-    training: OptimiserConfig
+    training: Settings
     model: ModelConfig
-    kind: ClassVar[type[OptimiserConfig]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"training": asdict(self.training), "model": self.model.to_dict()}
 
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields."""
+    @staticmethod
+    def from_dict(values: Any) -> "Run[Any]":
+        """The inverse of `to_dict`: its settings are those of a corpus where they name one, else of a task.
+
+        Raises:
+            UsageError: fields are unknown, missing or mistyped.
+        """
         if not isinstance(values, dict) or set(values) != {"training", "model"}:
             raise UsageError("This is not a run's configuration: it should have the keys training and model.")
+        training = values["training"]
+        settings = LanguageConfig if isinstance(training, dict) and "corpus" in training else TrainConfig
         try:
-            training = _CONVERTER.structure(values["training"], cls.kind)
+            found = _CONVERTER.structure(training, settings)
         except Exception as e:
-            if found := usage_error(e):
-                raise found from e
+            if mistake := usage_error(e):
+                raise mistake from e
             raise UsageError(f"This is not a training configuration: {reasons(e, 'training')}.") from e
-        return cls(training, ModelConfig.from_dict(values["model"]))
+        return Run(found, ModelConfig.from_dict(values["model"]))
 
-    def differences(self, other: Self) -> list[str]:
-        """The fields in which two runs differ, as "name: mine and theirs"."""
+    def differences(self, other: "Run[Any]") -> list[str]:
+        """The fields in which two runs differ, as "name: mine and theirs"; or what each is trained on."""
+        if type(self.training) is not type(other.training):
+            return [f"training on {self.training.kind} and on {other.training.kind}"]
         mine, theirs = vars(self.training), vars(other.training)
         pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
         pairs |= self.model.differences(other.model)
         return [f"{name}: {a} and {b}" for name, (a, b) in pairs.items()]
 
 
-@dataclass(frozen=True)
-class RunConfig(AnyRun):
-    """Training on a task."""
-
-    training: TrainConfig
-    kind: ClassVar[type[OptimiserConfig]] = TrainConfig
-
-
-@dataclass(frozen=True)
-class LanguageRun(AnyRun):
-    """Training on a corpus."""
-
-    training: LanguageConfig
-    kind: ClassVar[type[OptimiserConfig]] = LanguageConfig
+if TYPE_CHECKING:  # a type checker would take any name for one of this module's
+    AnyRun = Run[Any]
+    RunConfig = Run[TrainConfig]
+    LanguageRun = Run[LanguageConfig]
+    OptimiserConfig = OptimizerConfig
+else:
+    __getattr__ = renamed_names(
+        __name__, {"RunConfig": "Run", "LanguageRun": "Run", "AnyRun": "Run", "OptimiserConfig": "OptimizerConfig"}
+    )

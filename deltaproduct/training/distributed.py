@@ -1,7 +1,7 @@
 """Several processes that train one model: who they are, how the model lies on them, and what they tell each other.
 
 `torchrun` starts them, on one machine or on many, and says to each in its environment which of them it is. Without it
-there is one process, and none of this costs anything.
+there is one process, `OneProcess`. What only FSDP needs is imported when it is used, as that takes a second.
 
 Where all processes are on one machine, what they open to find each other listens on its loopback address alone: who can
 reach it could take part in the training. torchrun and NCCL open ports of their own.
@@ -11,44 +11,39 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deltaproduct.errors import UsageError
 from deltaproduct.machine import choose_device
+from deltaproduct.models import SequenceModel
 from deltaproduct.ops.context_parallel import ContextParallel
+from deltaproduct.training.loop import OneProcess
 
-PARALLEL = ("ddp", "fsdp")
 LOOPBACK = "127.0.0.1"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 PATIENCE = timedelta(minutes=30)  # for a rank that writes a large checkpoint, or prepares its device
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train one model. Ranks that hold spans of the same sequences are neighbours.
+class Ranks(OneProcess):
+    """This process among those that train one model. Ranks that hold spans of the same sequences are neighbours."""
 
-    Attributes:
-        rank, size: which process of how many.
-        device: where it computes.
-        context_parallel: the ranks that each sequence is divided over; None where each rank has whole sequences.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    context_parallel: ContextParallel | None = None
+    def __init__(self, rank: int, size: int, device: torch.device, context_parallel: ContextParallel | None = None):
+        super().__init__(device)
+        self.rank, self.size, self.first = rank, size, rank == 0
+        self.context_parallel = context_parallel
+        self.per_sequence = 1 if context_parallel is None else context_parallel.size
+        self.data_rank, self.data_size = rank // self.per_sequence, size // self.per_sequence
 
     @classmethod
     @contextmanager
-    def started(cls, device: str = "auto", *, context_parallel: int = 1) -> Iterator["Ranks"]:
+    def started(cls, device: str = "auto", *, context_parallel: int = 1) -> Iterator[OneProcess]:
         """What `torchrun` says this process is, for the time of a `with`; alone where nobody says anything.
 
         Args:
@@ -69,30 +64,9 @@ class Ranks:
                 raise UsageError(
                     f"context_parallel must divide the number of processes, {size}; {context_parallel} does not."
                 )
-            yield cls(rank, size, where, _context_parallel(size, context_parallel))
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes what is written once."""
-        return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of a batch this rank works on; those who divide its sequences have the same one."""
-        return self.rank // self.per_sequence
-
-    @property
-    def data_size(self) -> int:
-        """Into how many shares a batch is divided."""
-        return self.size // self.per_sequence
-
-    @property
-    def per_sequence(self) -> int:
-        """Ranks that each sequence is divided over."""
-        return 1 if self.context_parallel is None else self.context_parallel.size
+            yield cls(rank, size, where, _context_parallel(size, context_parallel)) if size > 1 else OneProcess(where)
 
     def my_span(self, x: Tensor) -> Tensor:
-        """This rank's tokens of sequences x [b,T]; `UsageError` unless they can be divided evenly."""
         if self.context_parallel is None:
             return x
         if x.shape[1] % self.per_sequence:
@@ -102,20 +76,10 @@ class Ranks:
         return x.chunk(self.per_sequence, 1)[self.context_parallel.rank]
 
     def wrap(self, module: nn.Module, parallel: str, *, blocks: Iterable[nn.Module], precision: str) -> nn.Module:
-        """The module with gradients that are averaged over all ranks.
-
-        Args:
-            parallel: "ddp", every rank has all parameters, or "fsdp" (FSDP2), each has a share of every parameter and
-                gathers those of one block at a time.
-            blocks: the parts of the module that are gathered one by one.
-            precision: "bfloat16" has FSDP gather and multiply in it; sums of gradients are float32 in any case.
-        """
-        if parallel not in PARALLEL:
-            raise UsageError(f"parallel must be one of {', '.join(PARALLEL)}, not {parallel!r}.")
-        if self.size == 1:
-            return module
         if parallel == "ddp":
             return DistributedDataParallel(module, gradient_as_bucket_view=True)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = DeviceMesh(self.device.type, list(range(self.size)))
         low = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -124,25 +88,48 @@ class Ranks:
         fully_shard(module, mesh=mesh, mp_policy=policy)  # in place: the module's class is another from here on
         return module
 
+    @contextmanager
+    def accumulating(self, module: nn.Module) -> Iterator[None]:
+        if isinstance(module, DistributedDataParallel):
+            with module.no_sync():
+                yield
+            return
+        synchronise = cast(Any, module).set_requires_gradient_sync  # of FSDP's module
+        synchronise(False)
+        yield
+        synchronise(True)
+
     def summed(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' tensors."""
-        if self.size > 1:
-            dist.all_reduce(x)
+        dist.all_reduce(x)
         return x
 
     def any(self, here: bool) -> bool:
-        """Whether something holds on any of the ranks."""
-        return here if self.size == 1 else bool(self.summed(torch.tensor(float(here), device=self.device)))
+        return bool(self.summed(torch.tensor(float(here), device=self.device)))
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.size > 1:
-            dist.barrier()
+        dist.barrier()
+
+    def whole_weights(self, model: SequenceModel, module: nn.Module | None) -> dict[str, Tensor]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        assert module is not None
+        whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {_own_name(name): cast(Tensor, x) for name, x in whole.items()}
+
+    def restore_weights(self, model: SequenceModel, module: nn.Module | None, weights: dict[str, Tensor]) -> None:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            set_model_state_dict,
+        )
+
+        assert module is not None
+        names = {_own_name(name): name for name in get_model_state_dict(module)}
+        found: dict[str, Any] = {names[name]: x for name, x in weights.items() if name in names}
+        set_model_state_dict(module, found, options=StateDictOptions(full_state_dict=True))
 
     def texts(self, text: str) -> list[str]:
-        """Every rank's text, by rank. They travel as bytes: PyTorch's own exchange of objects would unpickle them."""
-        if self.size == 1:
-            return [text]
+        # As bytes: PyTorch's own exchange of objects would unpickle them.
         own = torch.tensor(list(text.encode("utf-8", "backslashreplace")), dtype=torch.uint8, device=self.device)
         length = torch.tensor([len(own)], device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
@@ -156,23 +143,23 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one rank fails on all of them, so that none waits for another that has gone. Every rank enters.
-
-        Raises:
-            UsageError: the first error of any rank, with the rank's number unless all say the same.
-        """
         error = None
         try:
             yield
         except Exception as e:
             error = e
         said = self.texts("" if error is None else str(error) or type(error).__name__)
-        if error is not None and (self.size == 1 or not isinstance(error, UsageError)):
+        if error is not None and not isinstance(error, UsageError):
             raise error
         rank = next((rank for rank, text in enumerate(said) if text), None)
         if rank is not None:
             same = len(set(said)) == 1
             raise UsageError(" ".join((said[rank] if same else f"Rank {rank}: {said[rank]}").split())) from error
+
+
+def _own_name(name: str) -> str:
+    """A parameter's name in the model, from its name in the module around it."""
+    return name.removeprefix("model.")
 
 
 @contextmanager

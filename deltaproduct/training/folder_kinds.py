@@ -14,6 +14,11 @@ from deltaproduct.files import read_json, read_whole, whole_folder
 # `compile` wrote; and a run, to be resumed, of either kind.
 Wanted = Literal["model", "any layout", "task model", "language model", "compiled model", "task run", "language run"]
 CONFIG, CHECKPOINT, TRAINING = "config.json", "checkpoint", "training.json"
+# Of each kind of run: what its model is of, what it is, which command resumes it, and which commands take its model.
+_KINDS = {
+    "task": ("a task", "a run on a task", "train", ("evaluate", "extract")),
+    "language": ("a language model", "the run of a language model", "lm train", ("lm evaluate", "lm generate")),
+}
 
 
 def why_not(folder: Path, wanted: Wanted) -> str | None:
@@ -46,22 +51,14 @@ def _why_not(folder: Path, there: Path, wanted: Wanted) -> str | None:
     if wanted == "compiled model":
         if (folder / "automaton.json").exists() or kind is None:
             return None
-        command = "lm evaluate" if kind == "language" else "evaluate"
-        return f"{folder} is a {what} and not a compiled model; `deltaproduct {command}` takes it."
-    if kind == "language" and wanted.startswith("task"):
-        if wanted == "task run":
-            return f"{folder} is the run of a language model; `deltaproduct lm train --resume` continues it."
-        return (
-            f"{folder} is a {what} of a language model, not of a task; `deltaproduct lm evaluate` and "
-            "`deltaproduct lm generate` take it."
-        )
-    if kind == "task" and wanted.startswith("language"):
-        if wanted == "language run":
-            return f"{folder} is a run on a task; `deltaproduct train --resume` continues it."
-        return (
-            f"{folder} is a {what} of a task, not of a language model; `deltaproduct evaluate` and "
-            "`deltaproduct extract` take it."
-        )
+        return f"{folder} is a {what} and not a compiled model; `deltaproduct {_KINDS[kind][3][0]}` takes it."
+    other = {"task": "language", "language": "task"}.get(kind or "")
+    if kind is not None and other is not None and wanted.startswith(other):
+        called, as_a_run, resumed_by, takers = _KINDS[kind]
+        if wanted.endswith("run"):
+            return f"{folder} is {as_a_run}; `deltaproduct {resumed_by} --resume` continues it."
+        commands = " and ".join(f"`deltaproduct {name}`" for name in takers)
+        return f"{folder} is a {what} of {called}, not of {_KINDS[other][0]}; {commands} take it."
     if is_run or whole_folder(folder / CHECKPOINT).exists() or wanted.endswith("run") or wanted == "any layout":
         return None
     from deltaproduct.models.folders import why_no_checkpoint  # imports PyTorch

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from deltaproduct.errors import UsageError
-from deltaproduct.training.distributed import Ranks
-from deltaproduct.training.distributed_checkpoint import OPTIONS, PICKLED
+from deltaproduct.training.checkpoint import OPTIONS, PICKLED, State
+from deltaproduct.training.loop import OneProcess
 
 _NAMES = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
           "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta")  # fmt: skip
@@ -38,9 +38,12 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 def load_pickled_optimizer(
-    folder: Path, files: Container[str], wrapped: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> list[dict[str, Any]]:
-    """Give the optimiser the state in a folder; returns the groups as they are stored, which nobody has checked.
+    folder: Path, files: Container[str], wrapped: nn.Module, optimizer: torch.optim.Optimizer, ranks: OneProcess
+) -> tuple[list[dict[str, Any]], State]:
+    """Give the optimiser the state in a folder.
+
+    Returns:
+        The groups and the state as they are stored, which nobody has compared with the run's.
 
     Args:
         files: which of the folder's files may be read, those that were verified.
@@ -63,7 +66,9 @@ def load_pickled_optimizer(
         said = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"The optimiser in {folder} cannot be read: {where}{said}.") from e
     set_optimizer_state_dict(wrapped, optimizer, state)
-    return [_group(planner.numbers, f"optimizer.param_groups.{n}.") for n in range(len(optimizer.param_groups))]
+    groups = [_group(planner.numbers, f"optimizer.param_groups.{n}.") for n in range(len(optimizer.param_groups))]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return groups, {n: dict(optimizer.state[p]) for n, p in enumerate(parameters)}
 
 
 def _group(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from deltaproduct.files import (
     write_json,
 )
 from deltaproduct.machine import command_line, describe_machine
-from deltaproduct.training.checkpoint import TRAINING, training_entries
-from deltaproduct.training.config import AnyRun, LanguageRun, RunConfig
-from deltaproduct.training.folder_kinds import Wanted, why_not
+from deltaproduct.training.checkpoint import trained_run, training_entries
+from deltaproduct.training.config import LanguageConfig, Run
+from deltaproduct.training.folder_kinds import CHECKPOINT, CONFIG, TRAINING, Wanted, why_not
 
-CONFIG, RUN, METRICS, CHECKPOINT = "config.json", "run.json", "metrics.jsonl", "checkpoint"
+RUN, METRICS = "run.json", "metrics.jsonl"
 LOCK = ".lock"
 
 
@@ -45,7 +45,7 @@ class Located:
     checkpoint: Path
     run: Path | None
 
-    def trained_as(self) -> RunConfig | LanguageRun | None:
+    def trained_as(self) -> Run[Any] | None:
         """The configuration of the run that the checkpoint came from; None if it did not come from one.
 
         Raises:
@@ -60,7 +60,7 @@ class Located:
             UsageError: it was trained on a corpus.
         """
         trained = self.trained_as()
-        if isinstance(trained, LanguageRun):
+        if trained is not None and isinstance(trained.training, LanguageConfig):
             raise UsageError(
                 f"{self.run or self.checkpoint} is a language run, which has no task. `deltaproduct lm evaluate` "
                 "measures it, and `deltaproduct lm generate` has it write."
@@ -100,38 +100,27 @@ def _holds_a_run(folder: Path) -> bool:
     return False
 
 
-def trained_as(checkpoint: Path) -> RunConfig | LanguageRun | None:
+def trained_as(checkpoint: Path) -> Run[Any] | None:
     """The configuration of the run that a checkpoint came from; None if it did not come from one."""
 
-    def read(folder: Path) -> RunConfig | LanguageRun | None:
+    def read(folder: Path) -> Run[Any] | None:
         if not os.path.lexists(folder / TRAINING):
             return None
-        entries = training_entries(folder)
-        try:
-            return run_config(entries.get("config"))
-        except UsageError as e:
-            raise UsageError(f"{folder / TRAINING} is damaged. {e}") from e
+        return trained_run(folder, training_entries(folder))
 
     return read_whole(checkpoint, read)
 
 
-def run_config(values: Any) -> RunConfig | LanguageRun:
-    """A run's configuration from plain values, of whichever kind it is; `UsageError` if it is of none."""
-    training = values.get("training") if isinstance(values, dict) else None
-    kind = LanguageRun if isinstance(training, dict) and "corpus" in training else RunConfig
-    return kind.from_dict(values)
-
-
-def read_run(out: Path) -> RunConfig | LanguageRun:
+def read_run(out: Path) -> Run[Any]:
     """The configuration in a run's folder; `UsageError` if there is none, or it is damaged."""
     try:
-        return run_config(read_json(out / CONFIG))
+        return Run.from_dict(read_json(out / CONFIG))
     except UsageError as e:
         raise UsageError(f"{out / CONFIG}: {e}") from e
 
 
 @contextmanager
-def writing_run(config: AnyRun, out: Path, resume: bool) -> Iterator[None]:
+def writing_run(run: Run[Any], out: Path, resume: bool) -> Iterator[None]:
     """Have `out` be this run's folder, and this process the only one that writes there, for the time of a `with`.
 
     Raises:
@@ -142,52 +131,44 @@ def writing_run(config: AnyRun, out: Path, resume: bool) -> Iterator[None]:
         for left in out.glob(".*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
         recover_folder(out / CHECKPOINT)
-        open_run(config, out, resume)
+        open_run(run, out, resume)
         yield
 
 
-def open_run(config: AnyRun, out: Path, resume: bool) -> None:
+def open_run(run: Run[Any], out: Path, resume: bool) -> None:
     """Make `out` this run's folder; `UsageError` if it holds another run, or any run without `resume`."""
-    make_folder(out)
     checkpoint = out / CHECKPOINT
     if (out / CONFIG).exists():
         if not resume:
             raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another folder.")
         stored = read_run(out)
-        if type(stored) is not type(config):
-            raise UsageError(f"{out} holds a run of another kind: {_kind(stored)}, not {_kind(config)}.")
-        if stored != config:
-            differences = "; ".join(config.differences(stored))  # type: ignore[arg-type]
+        if stored != run:
+            differences = "; ".join(run.differences(stored))
             raise UsageError(f"{out} holds a run with another configuration ({differences}).")
         trained = trained_as(checkpoint)
-        if trained is not None and trained != config:
-            differences = "; ".join(config.differences(trained)) if type(trained) is type(config) else _kind(trained)  # type: ignore[arg-type]
+        if trained is not None and trained != run:
             raise UsageError(
-                f"{out / CONFIG} is not what {checkpoint} was trained with ({differences}): it was changed after the "
-                "run began. Put it back, or begin another run."
+                f"{out / CONFIG} is not what {checkpoint} was trained with ({'; '.join(run.differences(trained))}): it "
+                "was changed after the run began. Put it back, or begin another run."
             )
     elif whole_folder(checkpoint).exists():
         raise UsageError(f"{out} holds a checkpoint but no {CONFIG}; choose another folder.")
     else:
-        write_json(out / CONFIG, config.to_dict())
+        write_json(out / CONFIG, run.to_dict())
 
 
-def _kind(config: AnyRun) -> str:
-    return "training on a corpus" if isinstance(config, LanguageRun) else "training on a task"
-
-
-def is_finished(out: Path, config: AnyRun) -> bool:
+def is_finished(out: Path, run: Run[Any]) -> bool:
     """Whether `out` holds this very run, trained to its end; `UsageError` where its files are not what was written."""
     if not (out / RUN).exists() or not (out / CONFIG).exists():
         return False
     if (out / MANIFEST).exists():
         verified_folder(out, "run")
     values = read_json(out / RUN)
-    says_so = isinstance(values, dict) and values.get("finished") is True and read_run(out) == config
-    return says_so and _steps_done(out / CHECKPOINT) == config.training.steps
+    says_so = isinstance(values, dict) and values.get("finished") is True and read_run(out) == run
+    return says_so and _steps_done(out / CHECKPOINT) == run.training.steps
 
 
-def check_steps(out: Path, stored: AnyRun, steps: int) -> None:
+def check_steps(out: Path, stored: Run[Any], steps: int) -> None:
     """`UsageError` where `out` holds the run `stored`, which has ended, and another number of steps is asked for."""
     if stored.training.steps != steps and is_finished(out, stored):
         raise UsageError(
@@ -219,9 +200,9 @@ def begin_record(out: Path) -> dict[str, Any]:
     return commands
 
 
-def end_record(out: Path, config: AnyRun, seconds: float, commands: dict[str, Any], **figures: Any) -> None:
+def end_record(out: Path, run: Run[Any], seconds: float, commands: dict[str, Any], **figures: Any) -> None:
     """Say in run.json that a run has ended, after so many seconds of training, and seal the files of its folder."""
-    settings = config.training
+    settings = run.training
     write_json(
         out / RUN,
         {"finished": True, "seed": settings.seed, "steps": settings.steps, "wall_seconds": round(seconds, 2)}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from deltaproduct.plots.automaton import draw_automaton
-from deltaproduct.plots.style import COLOURS, RC, pyplot, save
+from deltaproduct.plots.style import COLORS, RC, pyplot, save
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import build_group
 from deltaproduct.theory.cascade import decompose
@@ -29,14 +29,14 @@ def permutations() -> None:
         corners = simplex(3).numpy()
         _plane(left)
         left.plot(*np.vstack([corners, corners[:1]]).T, color="grey", linewidth=0.8)
-        for (a, b), colour in zip(((0, 1), (0, 2), (1, 2)), COLOURS[1:], strict=False):
+        for (a, b), color in zip(((0, 1), (0, 2), (1, 2)), COLORS[1:], strict=False):
             k = (corners[a] - corners[b]) / np.linalg.norm(corners[a] - corners[b])
             mirror = np.array([-k[1], k[0]])
             mirror *= np.sign(mirror @ (corners[a] + corners[b]))  # away from the corner that stays
-            left.plot(*np.stack([-0.9 * mirror, 1.1 * mirror]).T, "--", color=colour, linewidth=1.2)
-            left.annotate(f"swap {a} {b}", 1.5 * mirror, color=colour, ha="center", va="center", fontsize=9)
+            left.plot(*np.stack([-0.9 * mirror, 1.1 * mirror]).T, "--", color=color, linewidth=1.2)
+            left.annotate(f"swap {a} {b}", 1.5 * mirror, color=color, ha="center", va="center", fontsize=9)
         for i, corner in enumerate(corners):
-            left.plot(*corner, "o", color=COLOURS[0], markersize=9)
+            left.plot(*corner, "o", color=COLORS[0], markersize=9)
             left.annotate(f"$u_{i}$", 1.22 * corner, ha="center", va="center")
         left.set_xlim(-1.9, 1.6)
         left.set_title("a label is a corner, a swap a mirror", loc="left", fontsize=10.5)
@@ -67,7 +67,7 @@ def rotations() -> None:
             axes.add_patch(plt.Circle((0, 0), 1, fill=False, color="grey", linewidth=0.8))
             places = representation.matrices[:, :, 0].numpy()
             different = np.unique(places.round(6), axis=0)
-            axes.plot(*different.T, "o", color=COLOURS[i], markersize=8)
+            axes.plot(*different.T, "o", color=COLORS[i], markersize=8)
             number = group.elements.index(tuple((x + 17) % 60 for x in range(60)))
             axes.annotate("", places[number] * 0.9, (0, 0), arrowprops={"arrowstyle": "->", "color": "black"})
             axes.set_title(f"17 mod {len(different)} = {17 % len(different)}", fontsize=10.5)
@@ -77,7 +77,7 @@ def rotations() -> None:
         orbit = (icosahedron.matrices @ start).numpy()
         front = orbit @ np.array([0.8, 0.45, 0.4]) > 0
         for part, alpha in ((~front, 0.25), (front, 1.0)):
-            axes.scatter(*orbit[part].T, color=COLOURS[3], alpha=alpha, s=18, depthshade=False)
+            axes.scatter(*orbit[part].T, color=COLORS[3], alpha=alpha, s=18, depthshade=False)
         axes.set_box_aspect((1, 1, 1), zoom=1.5)
         axes.view_init(elev=24, azim=29)
         axes.set_axis_off()
@@ -94,15 +94,15 @@ def two_layers() -> None:
         for axes, q in zip(panels, (4, 5), strict=True):
             _plane(axes)
             axes.add_patch(plt.Circle((0, 0), 1, fill=False, color="grey", linewidth=0.8))
-            for normal, colour in zip(lines(q).numpy(), COLOURS[1:], strict=False):
+            for normal, color in zip(lines(q).numpy(), COLORS[1:], strict=False):
                 along = np.array([normal[1], -normal[0]])
-                axes.plot(*np.stack([-1.3 * along, 1.3 * along]).T, color=colour, linewidth=1.2)
-                axes.annotate("+", 1.3 * along + 0.12 * normal, color=colour, ha="center", va="center")
-                axes.annotate("−", 1.3 * along - 0.12 * normal, color=colour, ha="center", va="center")
+                axes.plot(*np.stack([-1.3 * along, 1.3 * along]).T, color=color, linewidth=1.2)
+                axes.annotate("+", 1.3 * along + 0.12 * normal, color=color, ha="center", va="center")
+                axes.annotate("−", 1.3 * along - 0.12 * normal, color=color, ha="center", va="center")
             corners = points(q)
             sides = (corners @ lines(q).T).sign().tolist()
             for corner, row in zip(corners.numpy(), sides, strict=True):
-                axes.plot(*corner, "o", color=COLOURS[0], markersize=9)
+                axes.plot(*corner, "o", color=COLORS[0], markersize=9)
                 text = "".join("+" if side > 0 else "−" for side in row)
                 axes.annotate(text, 0.72 * corner, ha="center", va="center", fontsize=9.5)
             axes.set_title(f"{q} corners, {len(lines(q))} lines", loc="left", fontsize=10.5)
@@ -136,31 +136,31 @@ def cascade() -> None:
                 row, action = -i, done[i]
                 if action is not None:
                     reset = action.permutation is None
-                    colour = COLOURS[1] if reset else "#eeeeee" if action.is_identity else COLOURS[5]
+                    color = COLORS[1] if reset else "#eeeeee" if action.is_identity else COLORS[5]
                     axes.add_patch(
-                        plt.Rectangle((t - 0.42, row - 0.38), 0.84, 0.76, color=colour, alpha=0.45, linewidth=0)
+                        plt.Rectangle((t - 0.42, row - 0.38), 0.84, 0.76, color=color, alpha=0.45, linewidth=0)
                     )
                 for j, part in enumerate(context[i]):
                     x = t + 0.2 * (j - (level.size - 1) / 2)
                     out = j == label[i]
                     axes.annotate(str(part[0]), (x, row), ha="center", va="center", color="grey" if out else "black")
                     if out:
-                        axes.plot([x - 0.08, x + 0.08], [row - 0.16, row + 0.16], color=COLOURS[1], linewidth=1.4)
+                        axes.plot([x - 0.08, x + 0.08], [row - 0.16, row + 0.16], color=COLORS[1], linewidth=1.4)
             (state,) = levels[-1].following[context[-1], label[-1]][0]
-            axes.annotate(str(state), (t, -len(levels)), ha="center", va="center", weight="bold", color=COLOURS[0])
+            axes.annotate(str(state), (t, -len(levels)), ha="center", va="center", weight="bold", color=COLORS[0])
         for i in range(len(levels)):
             axes.annotate(f"level {i + 1}", (-1.6, -i), va="center")
         axes.annotate("state", (-1.6, -len(levels)), va="center")
         axes.set_xlim(-1.7, len(WORD) + 0.6)
         axes.set_ylim(-len(levels) - 0.5, 1.1)
         axes.set_axis_off()
-        for x, colour, text in (
-            (0.0, COLOURS[5], "permutes"),
-            (1.7, COLOURS[1], "resets"),
+        for x, color, text in (
+            (0.0, COLORS[5], "permutes"),
+            (1.7, COLORS[1], "resets"),
             (3.1, "#dddddd", "leaves as it is"),
         ):
             y = -len(levels) - 0.95
-            axes.add_patch(plt.Rectangle((x, y), 0.3, 0.3, color=colour, alpha=0.6, clip_on=False, linewidth=0))
+            axes.add_patch(plt.Rectangle((x, y), 0.3, 0.3, color=color, alpha=0.6, clip_on=False, linewidth=0))
             axes.annotate(text, (x + 0.4, y + 0.15), va="center", fontsize=9, annotation_clip=False)
         save(figure, HERE / "cascade.png")
         plt.close(figure)
@@ -173,13 +173,13 @@ def shallow() -> None:
         figure, axes = plt.subplots(figsize=(8.6, 2.7))
         for t in range(8):
             block, i = divmod(t, 2)
-            colour = COLOURS[block]
-            axes.add_patch(plt.Rectangle((t - 0.46, 1.6), 0.92, 0.7, color=colour, alpha=0.35, linewidth=0))
+            color = COLORS[block]
+            axes.add_patch(plt.Rectangle((t - 0.46, 1.6), 0.92, 0.7, color=color, alpha=0.35, linewidth=0))
             axes.annotate(f"$x_{t + 1}$", (t, 1.95), ha="center", va="center")
             axes.annotate(f"{t % 4}", (t, 1.2), ha="center", va="center", color="grey")
             if block:
                 axes.add_patch(
-                    plt.Rectangle((t - 0.46, 0.1), 0.92, 0.7, color=COLOURS[block - 1], alpha=0.35, linewidth=0)
+                    plt.Rectangle((t - 0.46, 0.1), 0.92, 0.7, color=COLORS[block - 1], alpha=0.35, linewidth=0)
                 )
                 first = 2 * block - 1
                 axes.annotate(
@@ -211,7 +211,7 @@ def certificate() -> None:
     lengths = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000]
     with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
-        for dtype, colour in ((torch.bfloat16, COLOURS[1]), (torch.float32, COLOURS[0])):
+        for dtype, color in ((torch.bfloat16, COLORS[1]), (torch.float32, COLORS[0])):
             compiled = compile_group("A5")
             found = explore(compiled.model, compiled.automaton)
             model = compiled.model.to(dtype)
@@ -226,11 +226,9 @@ def certificate() -> None:
                 held = torch.nn.functional.normalize(state[0].recurrent[:, 0].flatten(1).double(), dim=1)
                 distances.append(float((held[:, None] - codes.double()).norm(dim=2).amin(1).max()))
             name = str(dtype).removeprefix("torch.")
-            axes.plot(
-                lengths, distances, "o-", color=colour, markersize=4, label=f"{name}, measured (worst of 8 words)"
-            )
+            axes.plot(lengths, distances, "o-", color=color, markersize=4, label=f"{name}, measured (worst of 8 words)")
             bound = np.array([head.distance(n + 1) for n in lengths])
-            axes.plot(lengths, np.where(bound < 3, bound, np.nan), "--", color=colour, label=f"{name}, at most")
+            axes.plot(lengths, np.where(bound < 3, bound, np.nan), "--", color=color, label=f"{name}, at most")
         axes.axhline(head.tolerated, color="black", linewidth=1, linestyle=":")
         axes.annotate("tolerated", (1, head.tolerated), xytext=(0, 4), textcoords="offset points", fontsize=9)
         axes.set_xscale("log")

@@ -280,7 +280,7 @@ def test_without_aalpy_there_is_clustering(monkeypatch):
 # ------------------------------------------------------------------------------------------------- a trained model
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trained_model_that_drifts_has_learned_s3_all_the_same(tmp_path, method, s3_run):

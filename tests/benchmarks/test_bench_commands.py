@@ -14,7 +14,7 @@ from deltaproduct.cli.main import COMMANDS, main
 from deltaproduct.cli.renamed import COMMANDS as RENAMED
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS
-from deltaproduct.plots import benchmark
+from deltaproduct.plots import style
 from deltaproduct.plots.benchmark import speedup_figure
 
 # --- Reports ----------------------------------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_a_figure_of_speed_ups_shows_their_ratio(tmp_path, monkeypatch):
         for line in figure.axes[0].lines:
             found[line.get_label()] = list(zip(*line.get_data(), strict=True))
 
-    monkeypatch.setattr(benchmark, "save", look)
-    benchmark.speedup_figure(shapes, "a", "b", tmp_path / "x.png")
+    monkeypatch.setattr(style, "save", look)
+    speedup_figure(shapes, "a", "b", tmp_path / "x.png")
     assert found["forward"] == [(1, 3), (2, 1.5)] and found["forward and backward"] == [(1, 4), (2, 1)]
     assert found["forward, gated"] == [(2, 5)] and "forward and backward, gated" not in found
 

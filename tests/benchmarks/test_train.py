@@ -9,7 +9,7 @@ from cases import CPU, S3, off_in_one_gradient, shown
 
 from deltaproduct.benchmarks import bench_train, train
 from deltaproduct.ops import BACKENDS
-from deltaproduct.training.loop import sample_batch
+from deltaproduct.training.objectives.task import sample_batch
 
 
 def test_train_report_is_consistent(quick_train):
@@ -34,9 +34,10 @@ def test_the_whole_step_is_the_loops_own(monkeypatch):
     """On batch after batch of the last stage; the parts work on a batch of the same size."""
     seen, sampled = [], []
 
-    def watched(model, optimizer, task, settings, progress, device):
-        seen.append((progress.step, progress.stage, settings.lengths[progress.stage]))
-        return real(model, optimizer, task, settings, progress, device)
+    def watched(objective, module, optimizer, progress, ranks):
+        stage = progress.kept.stage
+        seen.append((progress.step, stage, objective.settings.lengths[stage]))
+        return real(objective, module, optimizer, progress, ranks)
 
     real = train.train_step
     monkeypatch.setattr(train, "train_step", watched)

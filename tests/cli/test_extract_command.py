@@ -9,8 +9,10 @@ from commands import run
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.dot import automaton_from_dot
 from deltaproduct.theory.compiler import compile_automaton, compile_group
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 from deltaproduct.training.checkpoint import Progress, save_checkpoint
+from deltaproduct.training.loop import OneProcess
+from deltaproduct.training.objectives.task import Curriculum
 
 # (ab)*: after anything else, the third state for good
 AB = Automaton(("a", "b"), ("even", "odd", "lost"), 0, (0,), ((1, 2), (2, 0), (2, 2)))
@@ -25,9 +27,9 @@ def libraries():
 def test_extract_writes_a_folder(capsys, tmp_path):
     pytest.importorskip("pydot")
     compiled = compile_group("S3")
-    config = RunConfig(TrainConfig(task="S3"), compiled.model.config)
+    alone, config = OneProcess(torch.device("cpu")), Run(TrainConfig(task="S3"), compiled.model.config)
     optimizer = torch.optim.AdamW(compiled.model.parameters())
-    save_checkpoint(tmp_path / "run" / "checkpoint", compiled.model, optimizer, Progress(), config)
+    save_checkpoint(tmp_path / "run" / "checkpoint", compiled.model, optimizer, Progress(Curriculum()), config, alone)
     status, out, err = run(capsys, "extract", tmp_path / "run", "--out", tmp_path / "found")
     assert status == 0 and err == ""
     assert "6 states, 6 symbols" in out and "agreement with the model: 1 of" in out

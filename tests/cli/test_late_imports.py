@@ -51,6 +51,7 @@ def after(*arguments):
     return statuses, set(modules)
 
 
+@pytest.mark.slow("processes")
 def test_help_and_misspelt_words_import_no_pytorch():
     helps = [["--help"], [], ["--version"], *([group, "--help"] for group in ("tasks", "bench", "lm"))]
     helps += [[*name.split(), "--help"] for name in EVERY]
@@ -61,6 +62,7 @@ def test_help_and_misspelt_words_import_no_pytorch():
     assert "tyro" in modules and not modules & {"torch", "transformers", "sympy", "matplotlib"}
 
 
+@pytest.mark.slow("processes")
 def test_only_the_command_that_is_asked_for_is_imported():
     shared = {"main", "mistakes", "flags", "outputs", "renamed"}
     for name in ("train", "lm generate"):
@@ -71,6 +73,7 @@ def test_only_the_command_that_is_asked_for_is_imported():
     assert {m for m in modules if m.startswith("deltaproduct.cli.")} <= {f"deltaproduct.cli.{m}" for m in shared}
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--stpes", "5"]])
 def test_the_answer_takes_less_than_a_second_of_the_processor(arguments):
     """A third of a second on this project's machines; importing PyTorch alone takes more than a second and a half."""

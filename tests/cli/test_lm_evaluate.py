@@ -12,7 +12,7 @@ from streams import random_stream
 from deltaproduct.errors import UsageError
 from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training.config import LanguageConfig, Run
 
 pytest.importorskip("deltaproduct.corpus")
 command = pytest.importorskip("deltaproduct.cli.lm_evaluate")
@@ -48,7 +48,7 @@ def write_run(folder, context=CONTEXT, **options):
         intermediate_size=16, **options,
     )  # fmt: skip
     folder.mkdir()
-    trained = LanguageRun(LanguageConfig(context=context), config).to_dict()
+    trained = Run(LanguageConfig(context=context), config).to_dict()
     with replaced_folder(folder / "checkpoint") as fresh:
         SequenceModel(config).write_files(fresh)
         write_json(fresh / "training.json", {"progress": {}, "config": trained})

@@ -59,9 +59,9 @@ def test_a_run_is_resumed_without_its_corpus_being_named(trained, folder, capsys
 
 
 def test_an_unfinished_run_goes_on_with_the_corpus_that_it_left(folder, capsys):
-    from deltaproduct.training import language
+    from deltaproduct.training import loop
 
-    save = language.save_shards
+    save = loop.save_checkpoint
 
     def cut_off(*arguments):
         save(*arguments)
@@ -70,7 +70,7 @@ def test_an_unfinished_run_goes_on_with_the_corpus_that_it_left(folder, capsys):
     flags = ("lm", "train", "--data", "corpus", "--steps", "6", "--log-every", "1")
     said(capsys, *flags, "--out", "whole", *FLAGS, status=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language, "save_shards", cut_off)
+        patch.setattr(loop, "save_checkpoint", cut_off)
         found, _, _ = command(capsys, *flags, "--out", "cut", "--checkpoint-every", "3", *FLAGS)
     assert found == 130
     said(capsys, "lm", "train", "--resume", "--out", "cut", "--log-every", "1", status=0)

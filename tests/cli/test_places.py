@@ -181,7 +181,6 @@ def no_work(monkeypatch):
         "deltaproduct.experiments.runner.run_jobs",
         "deltaproduct.models.fla.checkpoint.write_fla",
         "deltaproduct.models.SequenceModel.from_pretrained",
-        "deltaproduct.training.language.train_language",
         *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "decode", "step", "train")),
     ):
         monkeypatch.setattr(name, work)

@@ -217,6 +217,8 @@ def test_ctrl_c_while_pytorch_is_imported_is_one_line():
 # --- Pipes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("processes")
+@pytest.mark.ci("tasks list")
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "--version", "tasks list"])
 def test_a_reader_that_has_gone_is_no_error(arguments):
     read, write = os.pipe()

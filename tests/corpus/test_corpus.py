@@ -395,6 +395,7 @@ def test_resuming_after_a_kill_at_any_moment_gives_the_same_bytes(files, tmp_pat
         assert len(again) <= len(moments) - after or after <= sum(p.doing != "encoding" for p in moments)
 
 
+@pytest.mark.slow("kills")
 def test_resuming_after_a_real_kill(files, tmp_path):
     code = f"""
 import os, signal

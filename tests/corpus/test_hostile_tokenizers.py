@@ -73,7 +73,8 @@ def test_code_of_a_tokenizer_is_refused(way, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "MARKER").exists() and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("answers", ["y\ny\ny\n", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow("processes")
+@pytest.mark.parametrize("answers", ["y\ny\ny\n", None])
 def test_the_command_asks_nobody_and_runs_nothing(answers, tmp_path):
     pytest.importorskip("transformers")
     folder = hostile(tmp_path / "evil", tmp_path / "MARKER", **WAYS["a class of its own"])

@@ -328,6 +328,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow("kills")
 def test_an_interrupted_command_goes_on(tmp_path):
     put(tmp_path, **{f"in__{i:02d}_txt": f"text {i} " * 30 for i in range(60)})
     flags = ["lm", "prepare", "--source", f"text:{tmp_path}/in", "--shard-tokens", "500", "--validation-share", "0.2"]

@@ -384,7 +384,9 @@ def test_data_that_cannot_be_had(monkeypatch, error):
 
 @with_lm_eval
 @pytest.mark.parametrize(
-    "whole_index", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["part of lm-eval's tasks", "all of them"]
+    "whole_index",
+    [False, pytest.param(True, marks=[pytest.mark.slow("harness"), pytest.mark.ci])],
+    ids=["part of lm-eval's tasks", "all of them"],
 )
 def test_unknown_tasks(monkeypatch, whole_index):
     import lm_eval.tasks

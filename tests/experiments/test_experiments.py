@@ -23,7 +23,7 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.progress import board
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
-from deltaproduct.training.loop import sample_batch
+from deltaproduct.training.objectives.task import sample_batch
 
 OWN_RATES = ("parity", "table-chomsky")  # experiments in which each model has the learning rate that is best for it
 ON_LANGUAGE = ("extrapolation",)
@@ -103,6 +103,7 @@ def test_what_is_asked_anew_is_measured_anew_and_not_trained_again(tmp_path):
         EvaluationSpec((5,), length_range=(3, 9))
 
 
+@pytest.mark.slow("processes")
 def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
     good, bad = (tiny(job) for job in s3("cpu", [0])[:2])
     bad = replace(bad, config=replace(bad.config, training=replace(bad.config.training, lr=1e30, warmup_steps=0)))

@@ -33,6 +33,7 @@ REPRODUCE = """
 """
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_every_run_is_saved_when_reproduce_ends(tmp_path, number):
     """By Ctrl-C, or by a signal that only the process hears which started the others."""

@@ -32,7 +32,7 @@ from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.files import MANIFEST
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.tasks import get_task
-from deltaproduct.training.config import OptimiserConfig, RunConfig, TrainConfig
+from deltaproduct.training.config import OptimizerConfig, Run, TrainConfig
 
 SECONDS = 30  # for one command, which takes about a tenth of one: whoever takes longer waits for something
 TINY = ["--hidden-size", "16", "--num-heads", "2", "--head-dim", "4"]
@@ -171,7 +171,7 @@ def build_finished(root: Path) -> None:
 
 
 def build_unfinished(root: Path) -> None:
-    with _cut_off(OptimiserConfig, "learning_rate", 4):
+    with _cut_off(OptimizerConfig, "learning_rate", 4):
         main(["train", "--out", str(root / "run"), *TRAIN, *OFTEN])
 
 
@@ -189,7 +189,7 @@ def build_language(root: Path) -> None:
 
 def build_unfinished_language(root: Path) -> None:
     _corpus(root)
-    with _cut_off(OptimiserConfig, "learning_rate", 4):
+    with _cut_off(OptimizerConfig, "learning_rate", 4):
         main(["lm", "train", "--out", str(root / "run"), "--data", str(root / "corpus"), *LANGUAGE, *OFTEN])
 
 
@@ -233,7 +233,7 @@ def build_experiment(root: Path) -> None:
 def job() -> TaskJob:
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(4,), warmup_steps=1)
     model = state_tracking_model(get_task("S3"), hidden_size=16, num_heads=2, head_dim=4)
-    return TaskJob("tiny", "tiny", RunConfig(training, model), EvaluationSpec((4, 8), sequences=2))
+    return TaskJob("tiny", "tiny", Run(training, model), EvaluationSpec((4, 8), sequences=2))
 
 
 def build_automata(root: Path) -> None:

@@ -12,7 +12,14 @@ import torch.distributed as dist
 
 # A server that has imported what takes long, and that every rank is a fork of: a rank is there in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["pytest", "torch._dynamo", "deltaproduct.training.language", "deltaproduct.corpus.writer"]
+PRELOADED = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "deltaproduct.training.distributed",
+    "deltaproduct.training.objectives.language",
+    "deltaproduct.corpus.writer",
+]
 PROCESSES.set_forkserver_preload(PRELOADED)
 LIMIT = 120  # seconds
 

@@ -5,7 +5,7 @@ import torch
 from deltaproduct.experiments.recipes import state_tracking_model
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 4}
 
@@ -13,7 +13,7 @@ TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 4}
 def run_config(**changes):
     short = {"steps": 12, "lengths": (4, 8), "batch_sizes": (8, 4), "stage_steps": (5,), "warmup_steps": 3}
     training = TrainConfig(**{**short, **changes})
-    return RunConfig(training, state_tracking_model(get_task(training.task), **TINY))
+    return Run(training, state_tracking_model(get_task(training.task), **TINY))
 
 
 def weights(folder):

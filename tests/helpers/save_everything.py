@@ -90,7 +90,7 @@ def save_everything() -> None:
     command(*TASK_RUN, "--out", "task-run")
     cut_off("deltaproduct.training.loop.train_step", *TASK_RUN, "--out", "task-run-cut-off")
     command(*LANGUAGE_RUN, "--out", "language-run")
-    cut_off("deltaproduct.training.language.language_step", *LANGUAGE_RUN, "--out", "language-run-cut-off")
+    cut_off("deltaproduct.training.loop.train_step", *LANGUAGE_RUN, "--out", "language-run-cut-off")
     for run in ("language-run", "language-run-cut-off"):  # not where this machine has it
         write_json(Path(run, "data.json"), {"corpus": "/gone/corpus", "corpus_from_here": "../corpus"})
     command("compile", "--group", "S3", "--out", "compiled")

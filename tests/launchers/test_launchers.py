@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(170)  # under heavy load; each takes seconds wh
 CURVE = {"length": list(range(200)), "accuracy": [i / 7 for i in range(200)]}
 HERE = {"local": {}, "slurm": {"cluster": "local"}, "ray": {}}  # options with which each serves on one machine
 # Ray takes ten seconds and more where the others take one.
-WITH_SLOW_RAY = [pytest.param(name, marks=pytest.mark.slow if name == "ray" else ()) for name in LAUNCHERS]
+WITH_SLOW_RAY = [pytest.param(name, marks=pytest.mark.slow("ray") if name == "ray" else ()) for name in LAUNCHERS]
 
 
 class Odd(Exception):
@@ -105,6 +105,8 @@ def outcomes(launcher, calls):
     return ends, len(ticks)
 
 
+@pytest.mark.slow("launchers")
+@pytest.mark.ci("local", "ray")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_every_call_is_settled_once_and_stops_no_other(launch, tmp_path, capfd, name):
     calls = {"mistaken": mistaken, "killed": killed, "broken": broken, "whole": partial(whole, tmp_path)}
@@ -141,6 +143,7 @@ def numbers(results):
     return [{key: value for key, value in result.items() if key != "wall_seconds"} for result in results]
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_a_stopped_sweep_continues_and_gives_the_same_numbers(launch, tmp_path, monkeypatch, name):
     launch(name, tmp_path)
@@ -176,6 +179,7 @@ def children():
     return found
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", WITH_SLOW_RAY)
 def test_an_interrupt_leaves_nothing_running(launch, tmp_path, name):
@@ -228,6 +232,7 @@ echo Submitted batch job 77""",
     return folder
 
 
+@pytest.mark.slow("launchers")
 @pytest.mark.filterwarnings("error:Setting")  # submitit's of a parameter that it has to rename
 def test_slurm_gets_one_array_with_the_options(tmp_path, monkeypatch, slurm_programs):
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJob._results_timeout_s", 0)
@@ -263,6 +268,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, slurm_programs):
         launcher.run(dict.fromkeys("ab", mistaken), lambda *_: None, lambda: None)
 
 
+@pytest.mark.slow("launchers")
 def test_a_machine_without_the_package_is_one_line(launch, tmp_path, monkeypatch):
     launcher = launch("slurm", tmp_path)
     monkeypatch.delenv("PYTHONPATH")  # this file's functions are in no package, so that the job cannot import them
@@ -281,15 +287,16 @@ def test_a_slurm_job_that_is_over_goes_back_into_the_queue():
     assert again.result() == Resumable(partial(dict, a=1), 1)()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ray")
 def test_more_than_ray_has_is_refused(launch, tmp_path, ray_here):
     with pytest.raises(UsageError, match="cpu=400"):
         launch("ray", tmp_path, cpu=400).run({"a": mistaken}, lambda *_: None, lambda: None)
 
 
+@pytest.mark.slow("ray")
 def test_ray_is_stopped_only_where_it_was_started(monkeypatch):
     ray = pytest.importorskip("ray")
-    from deltaproduct.launchers.ray_tune import connected
+    from deltaproduct.launchers.ray_cluster import connected
 
     done = []
     monkeypatch.setattr(ray, "init", lambda address, **settings: done.append(address))

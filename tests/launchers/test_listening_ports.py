@@ -59,6 +59,7 @@ def rank_of_two(rank: int, port: int, answer: Any) -> None:
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
+@pytest.mark.slow("ranks")
 def test_ranks_of_one_machine():
     port = free_port()
     ends = [PROCESSES.Pipe(duplex=False) for _ in range(2)]
@@ -125,7 +126,7 @@ def look_at_ray(folder: Path, ranks: bool) -> None:
         get_launcher("ray", workers=1, folder=folder).run({"a": partial(seen, folder)}, lambda _, end: end(), tick)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ray")
 @pytest.mark.parametrize("ranks", [False, True])
 def test_a_ray_that_is_started_here(tmp_path, ranks):
     pytest.importorskip("ray.train" if ranks else "ray.tune", reason="Ray is not installed")

@@ -28,9 +28,9 @@ from deltaproduct.launchers.options import parse_options
 from deltaproduct.launchers.ranks import LostRank, cause, followed
 from deltaproduct.machine import command_line
 from deltaproduct.models import SequenceModel
-from deltaproduct.training.config import LanguageRun
+from deltaproduct.training import Run, loop
 from deltaproduct.training.distributed import Ranks
-from deltaproduct.training.language import train_language
+from deltaproduct.training.objectives.language import LanguageObjective
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 STEPS = 60
@@ -77,7 +77,9 @@ def launcher(request, monkeypatch):
 
 BOTH = pytest.mark.parametrize("launcher", TWO, indirect=True)
 # Ray takes longer to start here than all else together.
-RAY_IS_SLOW = pytest.mark.parametrize("launcher", ["slurm", pytest.param("ray", marks=pytest.mark.slow)], indirect=True)
+RAY_IS_SLOW = pytest.mark.parametrize(
+    "launcher", ["slurm", pytest.param("ray", marks=pytest.mark.slow("ray"))], indirect=True
+)
 
 
 def train(capsys, corpus: Path, out: Path, launcher: str, *more: str, options: str | None = None):
@@ -92,9 +94,9 @@ def losses(out: Path) -> list[float]:
 
 def plainly(corpus: Path, out: Path, run: Path) -> None:
     """The run of another folder, on whatever ranks this is called on."""
-    config = LanguageRun.from_dict(read_json(run / "config.json"))
+    config = Run.from_dict(read_json(run / "config.json"))
     with Ranks.started("cpu") as ranks:
-        train_language(config, Corpus.open(corpus), out, ranks, log_every=1, show=False)
+        loop.train(config, out, LanguageObjective(config.training, Corpus.open(corpus)), ranks, log_every=1, show=False)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,7 @@ def assert_same(out: Path, plain: Path) -> None:
         torch.testing.assert_close(x, expected[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow("launchers")
 @RAY_IS_SLOW
 def test_the_ranks_of_a_launcher_train_as_plain_processes_do(corpus, tmp_path, monkeypatch, capsys, plain, launcher):
     monkeypatch.chdir(tmp_path)
@@ -134,7 +137,7 @@ def test_the_ranks_of_a_launcher_train_as_plain_processes_do(corpus, tmp_path, m
     assert status == 2 and "already holds a run; add --resume" in error
 
 
-@pytest.mark.slow
+@pytest.mark.slow("launchers")
 @BOTH
 def test_a_mistake_that_only_one_rank_sees_is_one_line(tmp_path, capsys, launcher):
     """The first rank alone compares the corpus with its sums; the others wait for it."""
@@ -188,7 +191,7 @@ def strike(launcher: str, others: list[int], signals: list[signal.Signals]) -> N
         os.kill(pid, what)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @BOTH
 def test_a_killed_rank_loses_nothing(corpus, tmp_path, capsys, plain, launcher):
     out = tmp_path / "run"
@@ -203,7 +206,7 @@ def test_a_killed_rank_loses_nothing(corpus, tmp_path, capsys, plain, launcher):
     assert_same(out, plain(out))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ray")
 @pytest.mark.parametrize("launcher", ["ray"], indirect=True)
 def test_ray_starts_lost_ranks_again(corpus, tmp_path, capsys, plain, launcher):
     out = tmp_path / "run"
@@ -213,7 +216,7 @@ def test_ray_starts_lost_ranks_again(corpus, tmp_path, capsys, plain, launcher):
     assert_same(out, plain(out))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("launcher", ["slurm"], indirect=True)
 def test_a_job_whose_time_is_over_goes_on_from_its_checkpoint(corpus, tmp_path, capsys, plain, launcher):
     out = tmp_path / "run"
@@ -232,7 +235,7 @@ def endless(folder: Path) -> dict:
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @BOTH
 def test_an_interrupt_leaves_nothing_running(tmp_path, launcher):
     place = get_rank_launcher(launcher, tmp_path, parse_options(TWO[launcher]))
@@ -303,6 +306,8 @@ def failing(folder: Path) -> dict:
     return {}
 
 
+@pytest.mark.slow("launchers")
+@pytest.mark.ci
 @pytest.mark.filterwarnings("error:Setting")  # submitit's of a parameter that it has to rename
 def test_slurm_gets_one_job_whose_tasks_are_ranks(tmp_path, monkeypatch, slurm_programs):
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJob.watcher.is_done", lambda *a, **k: False)
@@ -322,7 +327,7 @@ def test_slurm_gets_one_job_whose_tasks_are_ranks(tmp_path, monkeypatch, slurm_p
     assert not (slurm_programs / "cancelled").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("launchers")
 def test_a_mistake_cancels_slurms_job(tmp_path, monkeypatch, slurm_programs):
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJob.watcher.is_done", lambda *a, **k: False)
     launcher = get_rank_launcher("slurm", tmp_path / "out", {"nodes": 2})
@@ -414,7 +419,7 @@ def test_a_launcher_is_not_called_by_torchruns_processes(capsys, corpus, tmp_pat
     assert status == 2 and "without torchrun" in error
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ray")
 @pytest.mark.parametrize("launcher", ["ray"], indirect=True)
 def test_more_than_ray_has_is_refused(capsys, corpus, tmp_path, launcher):
     status, _, error = train(capsys, corpus, tmp_path / "out", launcher, options="num_workers=5")

@@ -233,6 +233,7 @@ def test_a_subclass_of_transformers_model_draws_its_own_additions_alone():
     assert_equal(model, want)
 
 
+@pytest.mark.slow("ranks")
 def test_fsdp_draws_divided_parameters():
     """FSDP's way to build a model that fits no process: "meta", divide, memory, draw."""
     from torch.distributed import destroy_process_group, init_process_group

@@ -48,12 +48,14 @@ REFUSED = [
     pytest.param("attention", "grows with every token"),
     pytest.param("mamba", "calls deltaproduct.selective_scan_forward"),
     pytest.param("ttt_linear", "cannot be traced for any batch size"),
-    pytest.param("rwkv7", "cannot be traced for any batch size", marks=pytest.mark.slow),
-    pytest.param("titans", "cannot be traced for any batch size", marks=pytest.mark.slow),
+    pytest.param("rwkv7", "cannot be traced for any batch size", marks=pytest.mark.slow("export")),
+    pytest.param("titans", "cannot be traced for any batch size", marks=pytest.mark.slow("export")),
 ]
 BOTH = [
     pytest.param("onnx"),
-    pytest.param("aotinductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),  # a C++ compiler's half minute
+    pytest.param(
+        "aotinductor", marks=[pytest.mark.slow("inductor"), pytest.mark.timeout(900)]
+    ),  # a C++ compiler's half minute
 ]
 
 
@@ -92,6 +94,7 @@ def needed(to: str) -> None:
             pytest.importorskip(package)
 
 
+@pytest.mark.slow("export")
 def test_the_traced_step_is_the_model():
     """The graph that both formats are made from."""
     model = build(num_householder=3, use_forget_gate=True, tie_word_embeddings=True)
@@ -100,6 +103,7 @@ def test_the_traced_step_is_the_model():
         assert_program_is_the_model(run, model, batch_size)
 
 
+@pytest.mark.slow("export")
 def test_a_state_that_begins_with_one_tensor_twice():
     """An LSTM's hidden and cell; traced as one input, they would never part."""
     model = build(mixer="lstm")
@@ -118,6 +122,8 @@ def check_exported(out: Path, model: SequenceModel, to: str) -> None:
     check_usage(out, model)
 
 
+@pytest.mark.slow("export")
+@pytest.mark.ci("onnx")
 @pytest.mark.parametrize("to", BOTH)
 def test_the_command(to, tmp_path, capsys):
     needed(to)
@@ -142,7 +148,7 @@ def test_the_command(to, tmp_path, capsys):
         command(source, "--to", "onnx", "--out", tmp_path / "other", "--device", "auto")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("export")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("to", FORMATS)
 def test_layers_of_every_kind(to, tmp_path):
@@ -188,7 +194,7 @@ def check_graph(out: Path) -> None:
         assert shapes == {entry["name"]: entry["shape"] for entry in said[side]}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("export")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("changes", [*SINGLY.values(), *({"mixer": name} for name in TRACED)], ids=[*SINGLY, *TRACED])
@@ -216,6 +222,7 @@ def test_what_cannot_be_exported_is_one_line(mixer, reason, tmp_path, capfd):
     assert capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow("export")
 def test_eager_decoding_still_uses_the_engine(monkeypatch):
     """And an export does not: what it traces is the reference's own loop body."""
     if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):

@@ -61,6 +61,7 @@ def test_histories_of_width_one_and_two_side_by_side():
     assert step.names == ["0.recurrent", "1.recurrent", "1.q_history", "1.k_history", "1.v_history"]
 
 
+@pytest.mark.slow("export")
 def test_the_traced_step_of_an_empty_history():
     model = build(**ODD["width 1"])
     run = trace(DecodingStep(model)).module()
@@ -79,11 +80,12 @@ def check(changes: dict, to: str, folder) -> None:
         assert_program_is_the_model(run, model, batch_size)
 
 
+@pytest.mark.slow("export")
 def test_an_empty_history_in_onnx(tmp_path):
     check(ODD["width 1"], "onnx", tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("export")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("name", ODD)
@@ -91,7 +93,7 @@ def test_odd_sizes(name, to, tmp_path):
     check(ODD[name], to, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("export")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("mixer", EXPORTED)

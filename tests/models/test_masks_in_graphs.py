@@ -138,6 +138,7 @@ class MaskedLogits(Masked):
 GATED = {"use_forget_gate": True, "use_output_gate": True, "num_householder": 3}
 
 
+@pytest.mark.slow("export")
 @torch.no_grad()
 def test_an_exported_model_takes_any_mask():
     """Of any batch size and length: neither is fixed by the one that was traced."""
@@ -156,6 +157,7 @@ def test_an_exported_model_takes_any_mask():
         assert_near(run(tokens, mask), model(tokens, mask=mask))
 
 
+@pytest.mark.slow("graphs")
 @torch.no_grad()
 def test_a_model_compiled_into_one_graph_takes_any_mask():
     torch._dynamo.reset()
@@ -166,7 +168,7 @@ def test_a_model_compiled_into_one_graph_takes_any_mask():
         assert_near(compiled(tokens, state, mask=mask), model(tokens, state, mask=mask))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("export")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", IN_GRAPHS)
 @torch.no_grad()
@@ -181,7 +183,7 @@ def test_every_such_mixer_can_be_exported_and_compiled(name):
         assert_near(compiled(tokens, mask=mask), want)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("graphs")
 @pytest.mark.parametrize("name", sorted(set(MIXERS) - set(IN_GRAPHS)))
 @torch.no_grad()
 def test_a_compiled_model_of_another_mixer_still_packs(name):
@@ -198,7 +200,8 @@ def test_exporting_another_mixer_with_a_mask_is_one_line():
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("inductor")
+@pytest.mark.ci
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", IN_GRAPHS)
 @pytest.mark.parametrize("way", ["compiled", "trained", "aotinductor"])
@@ -233,6 +236,8 @@ class Transformers(nn.Module):
         return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
+@pytest.mark.slow("graphs")
+@pytest.mark.ci("compiled")
 @pytest.mark.parametrize("way", ["exported", "compiled"])
 @torch.no_grad()
 def test_transformers_model_takes_an_attention_mask(way):

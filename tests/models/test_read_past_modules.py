@@ -20,7 +20,7 @@ from deltaproduct.models import Decoder, ModelConfig, SequenceModel
 from deltaproduct.models.sequence_model import Block
 from deltaproduct.models.streaming import Stream
 from deltaproduct.ops import cpu
-from deltaproduct.training.language import LanguageLoss
+from deltaproduct.training.objectives.language import LanguageLoss
 
 pytestmark = pytest.mark.neighbours
 

@@ -23,9 +23,8 @@ from deltaproduct.tasks import get_task
 from deltaproduct.theory.compiler import compile_group
 from deltaproduct.theory.constructions import circuit
 from deltaproduct.theory.verification import verify
-from deltaproduct.training import RunConfig, TrainConfig, train
-from deltaproduct.training.config import LanguageConfig, LanguageRun
-from deltaproduct.training.memory import TRAINED, check_language_run, check_run
+from deltaproduct.training import LanguageConfig, Run, TrainConfig, train
+from deltaproduct.training.loop import check_fits_memory
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 7, "num_labels": 6, "hidden_size": 16, "num_heads": 2, "head_dim": 4}
@@ -93,6 +92,7 @@ def most_taken(code):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_takes_no_less_than_its_bound():
     """A bound that is too high would refuse what fits: measured, at a size far above what else a process takes."""
@@ -100,7 +100,7 @@ def test_a_step_takes_no_less_than_its_bound():
     batch, length = 32, 512
     taken = most_taken(
         "from deltaproduct.models import ModelConfig, SequenceModel\n"
-        "from deltaproduct.tasks import get_task\nfrom deltaproduct.training.loop import masked_loss\n"
+        "from deltaproduct.tasks import get_task\nfrom deltaproduct.training.objectives.task import masked_loss\n"
         f"model = SequenceModel(ModelConfig.build(**{fields!r}))\n"
         "def step(b, t):\n"
         "    x = get_task('S3').sample(b, t, generator=torch.Generator())\n"
@@ -138,24 +138,24 @@ def test_check_memory_at_its_border(monkeypatch):
 def test_a_run_at_the_border_of_memory(monkeypatch):
     model = ModelConfig.build(**SMALL)
     settings = TrainConfig(lengths=(8, 128), batch_sizes=(256, 64), grad_accumulation=2)
-    config = RunConfig(settings, model)
-    needed = num_parameters(model) * TRAINED + size.BLOCK + 32 * 129 * activation_bytes(model)
+    config = Run(settings, model)
+    needed = num_parameters(model) * size.TRAINED + size.BLOCK + 32 * 129 * activation_bytes(model)
     there(monkeypatch, needed)
-    check_run(config, CPU)
+    check_fits_memory(config, CPU)
     there(monkeypatch, needed - 1)
-    one_line(lambda: check_run(config, CPU), "4,128 tokens", "batch_sizes", "grad_accumulation")
-    half = RunConfig(TrainConfig(lengths=(8, 128), batch_sizes=(256, 64), grad_accumulation=4), model)
-    check_run(half, CPU)
+    one_line(lambda: check_fits_memory(config, CPU), "4,128 tokens", "batch_sizes", "grad_accumulation")
+    half = Run(TrainConfig(lengths=(8, 128), batch_sizes=(256, 64), grad_accumulation=4), model)
+    check_fits_memory(half, CPU)
 
 
 def test_a_language_run_at_the_border_of_memory(monkeypatch):
     model = ModelConfig.build(**SMALL | {"num_labels": 7})
-    config = LanguageRun(LanguageConfig(context=64, batch_size=8), model)
+    config = Run(LanguageConfig(context=64, batch_size=8), model)
     weights, token = num_parameters(model), activation_bytes(model)
-    there(monkeypatch, weights * TRAINED + size.BLOCK + 512 * token - 1)
-    one_line(lambda: check_language_run(config, CPU), "512 tokens", "context")
-    check_language_run(config, CPU, processes=2)
-    check_language_run(config, CPU, gradient_checkpointing=True)
+    there(monkeypatch, weights * size.TRAINED + size.BLOCK + 512 * token - 1)
+    one_line(lambda: check_fits_memory(config, CPU), "512 tokens", "context")
+    check_fits_memory(config, CPU, processes=2)
+    check_fits_memory(config, CPU, gradient_checkpointing=True)
     assert activation_bytes(model, gradient_checkpointing=True) < token
 
 
@@ -294,6 +294,7 @@ def test_limits_of_control_groups_and_of_the_process(tmp_path, monkeypatch):
     assert memory._of_groups() == [1500]
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of addresses is Linux's")
 def test_a_limit_of_addresses_is_known_and_kept(tmp_path):
     """A whole command under 4 GiB of addresses: refused in one line, before it takes them."""
@@ -355,6 +356,6 @@ def test_a_check_costs_nothing_where_little_is_asked_for(monkeypatch):
 
 def test_training_that_fits_is_not_refused(tmp_path):
     model = ModelConfig.build(**SMALL)
-    train(RunConfig(TrainConfig(lengths=(4,), batch_sizes=(2,), steps=1, warmup_steps=0), model), tmp_path / "r",
+    train(Run(TrainConfig(lengths=(4,), batch_sizes=(2,), steps=1, warmup_steps=0), model), tmp_path / "r",
           show=False)  # fmt: skip
     assert (tmp_path / "r" / "run.json").exists()

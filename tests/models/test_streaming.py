@@ -204,7 +204,11 @@ def state_bytes(stream: Stream) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 @pytest.mark.parametrize(
-    "decoder", [streaming.decoder_for, pytest.param(ModelDecoder, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    "decoder",
+    [
+        streaming.decoder_for,
+        pytest.param(ModelDecoder, marks=[pytest.mark.slow("exhaustive"), pytest.mark.timeout(900)]),
+    ],
 )
 def test_ten_thousand_tokens_take_no_memory(decoder, monkeypatch):
     """State (here 4 kB), logits and tape are as large at the end as at the beginning. Keeping one state of every token

@@ -40,6 +40,7 @@ def run_span(length: int, n: int, gated: bool, dtype: torch.dtype):
     return o.detach(), end.detach(), [None if x is None else x.grad for x in mine]
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("size", "n", "gated"), [(2, 1, False), (4, 3, False), (3, 2, True)])
 def test_spans_are_one_sequence_in_the_hard_regime(size, n, gated):
     # In float64, so that whatever differs by more than rounding is an error of the division, not of a chunk.
@@ -72,6 +73,7 @@ def run_twice(length: int):
     return first.detach(), second, refusal
 
 
+@pytest.mark.slow("ranks")
 def test_second_derivatives_across_ranks():
     size, length = 2, 3
     for rank, (first, second, refusal) in enumerate(on_ranks(size, run_twice, length)):
@@ -104,6 +106,8 @@ def run_model(length: int, n: int, gated: bool):
     return float(loss.detach()) / length, [p.grad for p in model.parameters()]
 
 
+@pytest.mark.slow("ranks")
+@pytest.mark.ci("2-3-True")
 @pytest.mark.parametrize(("size", "n", "gated"), [(2, 2, False), (4, 2, False), (2, 3, True)])
 def test_a_model_on_4096_tokens_has_the_loss_and_gradients_of_one_process(size, n, gated):
     """In float64, where roundings have grown to 1e-14 at the end of 4,096 tokens. In float32 another order of summation
@@ -134,6 +138,7 @@ def refused(kind: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("kind", "words"), [("short", "looks back"), ("masked", "padded"), ("packed", "packed")])
 def test_what_cannot_be_divided(kind, words):
     assert all(words in message for message in on_ranks(2, refused, kind))

@@ -451,6 +451,7 @@ def test_gradients_pass_through_the_older_order():
     assert not torch.equal(F.normalize(leaves[1], dim=-1), leaves[1])  # so that normalising shows
 
 
+@pytest.mark.slow("graphs")
 def test_one_graph_with_what_is_unused_and_an_older_order():
     given = tensors("chunk_delta_rule")
     leaves = [given[x] for x in ("q", "k", "v", "beta")]

@@ -268,7 +268,7 @@ def hard_ratios(N: int, seed: int = 0) -> dict[tuple[str, str], dict[str, float]
     return ratios
 
 
-STEPS = pytest.mark.parametrize("N", [1, *(pytest.param(N, marks=pytest.mark.slow) for N in (2, 3))])
+STEPS = pytest.mark.parametrize("N", [1, *(pytest.param(N, marks=pytest.mark.slow("exhaustive")) for N in (2, 3))])
 
 
 @STEPS

@@ -102,6 +102,8 @@ def test_the_engine_is_here_where_a_compiler_is():
     assert ENGINE is not None, f"{WHY_NO_ENGINE}; there is {COMPILER}: touch setup.py && make setup"
 
 
+@pytest.mark.slow("native build")
+@pytest.mark.ci
 @builds
 def test_installed_without_a_compiler_the_package_works_and_says_why_it_is_slower(source, tmp_path):
     target = installed(source, **NO_COMPILER)
@@ -114,6 +116,7 @@ def test_installed_without_a_compiler_the_package_works_and_says_why_it_is_slowe
     assert_serves_without_engine(seen, doctor, "/nowhere/c++")
 
 
+@pytest.mark.slow("native build")
 @builds
 @pytest.mark.parametrize(("compiler", "reason"), [("/nowhere/c++", "/nowhere/c++"), ("false", "'false'")])
 def test_built_in_place_the_reason_stays_beside_the_sources_until_a_build_succeeds(source, compiler, reason):
@@ -129,6 +132,7 @@ def test_built_in_place_the_reason_stays_beside_the_sources_until_a_build_succee
     assert not (native / "not_built.txt").exists() and list(native.glob("_engine*"))
 
 
+@pytest.mark.slow("native build")
 @builds
 def test_source_distribution_has_what_a_build_needs(source):
     succeeded(python("setup.py", "-q", "sdist", cwd=source, path=source))
@@ -138,8 +142,8 @@ def test_source_distribution_has_what_a_build_needs(source):
     assert files >= {Path("deltaproduct/ops/native", name) for name in SOURCES} | {Path("setup.py")}
 
 
+@pytest.mark.slow("native build")  # compiles
 @builds
-@pytest.mark.slow  # compiles
 @pytest.mark.skipif(COMPILER is None, reason="there is no compiler")
 def test_installed_with_a_compiler_the_engine_serves(source, tmp_path):
     target = installed(source, DELTAPRODUCT_CXXFLAGS="-O0")
@@ -150,6 +154,7 @@ def test_installed_with_a_compiler_the_engine_serves(source, tmp_path):
     assert "yes (native CPU engine)" in doctor
 
 
+@pytest.mark.slow("native build")
 def test_a_library_that_does_not_load_is_reported_and_not_fatal(tmp_path):
     bad = tmp_path / "bad.so"
     bad.write_bytes(b"")
@@ -207,6 +212,7 @@ def test_kernels_are_chosen_by_name(tmp_path, monkeypatch):
         assert Engine(shutil.copy(ENGINE.path, copy)).kernels == name and ENGINE.kernels == best
 
 
+@pytest.mark.slow("processes")
 @here
 def test_kernels_named_by_the_environment(tmp_path):
     ask = "from deltaproduct.ops.native.library import ENGINE; print(ENGINE.kernels)"
@@ -237,6 +243,7 @@ print(json.dumps([before, seen(), ENGINE.openmp is not None]))
 """
 
 
+@pytest.mark.slow("processes")
 @here
 @linux
 def test_the_engine_runs_on_pytorchs_threads_and_loads_no_runtime_of_its_own(tmp_path):
@@ -244,6 +251,7 @@ def test_the_engine_runs_on_pytorchs_threads_and_loads_no_runtime_of_its_own(tmp
     assert before == after and before[0] and found
 
 
+@pytest.mark.slow("graphs")
 @here
 @pytest.mark.parametrize("how", ["plain", "packed", "no gate", "strided", "value heads"])
 def test_custom_operators_are_well_formed(how):
@@ -279,6 +287,7 @@ def test_exported_with_any_length_equals_eager():
         assert all(torch.equal(a, b) for a, b in zip(program.module()(x), Whole()(x)))
 
 
+@pytest.mark.slow("graphs")
 @here
 def test_compiled_for_any_length_equals_eager():
     torch._dynamo.reset()
@@ -310,6 +319,7 @@ for bad in ([0, 4, 200000], [0, 7, 3, 9], [-5, 4, 9], [0, 4, 8]):
 """
 
 
+@pytest.mark.slow("graphs")
 @here
 def test_bad_cu_seqlens_in_a_compiled_graph_are_refused(tmp_path):
     # The compiler traces no check of values, so that the operator has to check before C++ reads memory by them.

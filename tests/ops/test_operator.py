@@ -467,6 +467,7 @@ def test_compiled_equals_eager(p):
         assert relative_error(compiled[n].grad.numpy(), eager[n].grad.numpy()) <= 1e-12, n
 
 
+@pytest.mark.slow("graphs")
 @pytest.mark.parametrize("p", [Problem(T=9, N=2, H=1), Problem(T=9, N=2, gate=False, initial=False),
                                Problem(T=75, N=3, B=1, cu=CU)], ids=str)  # fmt: skip
 def test_custom_operators_are_well_formed(p):

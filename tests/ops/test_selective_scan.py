@@ -254,6 +254,7 @@ def test_other_dtypes_and_no_tokens(way):
     assert y.shape == (2, 0, 6) and torch.equal(final, tensors["initial_state"])
 
 
+@pytest.mark.slow("graphs")
 @needs_engine
 def test_custom_operators_are_well_formed():
     tensors = list(draw(2, 20, 6, 3).values())
@@ -268,6 +269,7 @@ def test_custom_operators_are_well_formed():
     torch.library.opcheck(scan_backward._opoverload, (packed[0], None, *packed, states, cu_seqlens, True))
 
 
+@pytest.mark.slow("graphs")
 @needs_engine
 def test_compiled_for_any_length_equals_eager():
     torch._dynamo.reset()

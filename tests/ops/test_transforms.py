@@ -245,7 +245,9 @@ def operator(p: Problem, backend: str, **options) -> tuple[Function, list[Tensor
 # Of the other problems, those transformations that between them run every path of `ops/transforms.py`; all are slow.
 FEW = ("jvp", "twice", "jvp of grad", "vmap, some shared", "gradients of samples", "batched cotangents")
 RUNS = [
-    pytest.param(p, name, id=f"{p}-{name}", marks=() if p is PROBLEMS[0] or name in FEW else pytest.mark.slow)
+    pytest.param(
+        p, name, id=f"{p}-{name}", marks=() if p is PROBLEMS[0] or name in FEW else pytest.mark.slow("exhaustive")
+    )
     for p in PROBLEMS
     for name in ALL
 ]
@@ -388,7 +390,9 @@ BATCHED = {"batched cotangents", "autograd.functional.jacobian"}
 
 LONG = {"hessian", "autograd.functional.hessian", "jacfwd", "three times", "forward_ad of one input"}  # of a trace
 CALLS = [
-    pytest.param(what, name, marks=pytest.mark.slow if what == "delta_product_states" and name in LONG else ())
+    pytest.param(
+        what, name, marks=pytest.mark.slow("exhaustive") if what == "delta_product_states" and name in LONG else ()
+    )
     for what in OTHERS
     for name in ALL
 ]
@@ -503,7 +507,7 @@ def test_linearize():
     assert_equal(push(*tangents(xs)), torch.func.jvp(f, tuple(xs), tangents(xs))[1], DOUBLE)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("graphs")
 def test_compiled():
     f, xs = operator(PROBLEMS[0], "auto")
     for name in ("jvp", "grad"):

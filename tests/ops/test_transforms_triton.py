@@ -24,7 +24,10 @@ def interpreted(monkeypatch):
 
 
 REFUSED = ("jvp", "forward_ad", "jvp of grad", "hessian")
-RUNS = [pytest.param(name, marks=() if name in ("grad", "jvp") else pytest.mark.slow) for name in (*SOME, *REFUSED)]
+RUNS = [
+    pytest.param(name, marks=() if name in ("grad", "jvp") else pytest.mark.slow("interpreter"))
+    for name in (*SOME, *REFUSED)
+]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -114,6 +114,8 @@ LONG = [  # in chunks of 64 rows
 ]
 
 
+@pytest.mark.slow("interpreter")
+@pytest.mark.ci("side by side-T300-N1-H1-HV1-K4-V20")
 @pytest.mark.parametrize("p", LONG, ids=str)
 def test_segments(p, short_segments):
     assert_within(errors(outcome(p, draw(p)), solved(p)), FLOAT32)
@@ -155,6 +157,7 @@ def test_float16_keeps_its_own_bits():
     assert_within(errors(got, want), 2**-11 + TF32)
 
 
+@pytest.mark.slow("interpreter")
 def test_float32_is_multiplied_in_tf32_where_pytorch_is_allowed_to(float32_precision):
     float32_precision.allow_tf32 = True
     p = Problem(T=45, N=3, B=1, H=1, HV=2)
@@ -164,6 +167,7 @@ def test_float32_is_multiplied_in_tf32_where_pytorch_is_allowed_to(float32_preci
     assert_within(errors(outcome(p, draw(p), backend="triton_precise"), solved(p)), FLOAT32)
 
 
+@pytest.mark.slow("processes")
 def test_tf32_can_be_asked_for_in_either_way():
     program = """
 import torch
@@ -230,6 +234,7 @@ def test_uninitialised_memory_is_never_read(poisoned):
         assert_within(errors(outcome(p, draw(p)), solved(p)), FLOAT32)
 
 
+@pytest.mark.slow("interpreter")
 def test_uninitialised_memory_is_never_read_between_segments(poisoned, short_segments):
     p = LONG[1]
     assert_within(errors(outcome(p, draw(p)), solved(p)), FLOAT32)
@@ -291,6 +296,7 @@ def hard(kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {n: torch.tensor(a, dtype=torch.float32 if n in floats else dtype) for n, a in x.items()}
 
 
+@pytest.mark.slow("interpreter")
 @pytest.mark.parametrize("kind", ["2 directions", "12 directions", "cosine .99"])
 def test_hard_regime_in_float32(kind):
     x = hard(kind, torch.float32)
@@ -398,6 +404,23 @@ def test_one_token_can_be_differentiated():
         assert relative_error(x[n].grad.double().cpu().numpy(), wide[n].grad.numpy()) <= FLOAT32
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_is_differentiated_by_the_backend_that_was_named(name):
+    """Of bfloat16 inputs, on which the two differ: to the bit what a sequence of length 1 gives."""
+    p = Problem(T=1, N=4, B=1, H=1, HV=1, gate=False)
+    found = []
+    for as_step in (True, False):
+        x = {n: a.bfloat16().to(DEVICE).requires_grad_() for n, a in draw(p).items() if n in ("q", "k", "v", "beta")}
+        state = draw(p)["initial_state"].float().to(DEVICE).requires_grad_()
+        if as_step:
+            o, after = delta_product_step(**{n: a[:, 0] for n, a in x.items()}, state=state, backend=name)
+        else:
+            o, after = delta_product(**x, initial_state=state, output_final_state=True, backend=name)
+        (o.sum() + after.sum()).backward()
+        found.append([o.flatten(), after, *(a.grad for a in x.values()), state.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_sequences_than_an_axis_of_the_grid_is_long(packed, monkeypatch):
     from deltaproduct.ops.triton import operator  # whether kernels are interpreted is decided here
@@ -426,6 +449,7 @@ def test_more_sequences_than_an_axis_of_the_grid_is_long(packed, monkeypatch):
         assert grid[0] >= count and all(side < 1 << 16 for side in grid[1:]), name
 
 
+@pytest.mark.slow("graphs")
 @pytest.mark.parametrize("packed", [False, True])
 def test_as_registered_operators(packed):
     p = Problem(T=40, N=2, B=1, H=1, HV=2, cu=(0, 7, 40) if packed else None)
@@ -436,6 +460,7 @@ def test_as_registered_operators(packed):
     torch.library.opcheck(torch.ops.deltaproduct.triton_forward.default, args, test_utils=checks)
 
 
+@pytest.mark.slow("graphs")
 def test_compiled():
     p = Problem(T=40, N=2, B=1, H=1, HV=2)
     x = {n: a.float().to(DEVICE).requires_grad_() for n, a in draw(p).items() if not n.startswith("d_")}

@@ -23,12 +23,14 @@ ALL_COMPILED = [
 ]
 
 
+@pytest.mark.slow("kernels")
+@pytest.mark.ci("90-bfloat16-size0-which0")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("capability", "mode", "size", "which"),
     [
         (90, "bfloat16", (128, 2), ["--first"]),
-        *(pytest.param(*case, [], marks=pytest.mark.slow) for case in ALL_COMPILED),
+        *((*case, []) for case in ALL_COMPILED),
     ],
 )
 def test_every_kernel_compiles_and_fits(capability, mode, size, which, tmp_path):

@@ -76,12 +76,12 @@ def test_nothing_covers_a_label(name, picture):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (name, a, b)
     (left_end, right_end), (low_end, high_end) = drawn.axes.get_xlim(), drawn.axes.get_ylim()
     for number, (text, left, low, right, high) in enumerate(found):
-        nearest = np.clip(drawn.centres, [left, low], [right, high])
-        inside = np.linalg.norm(drawn.centres - nearest, axis=1) < drawn.radius
+        nearest = np.clip(drawn.centers, [left, low], [right, high])
+        inside = np.linalg.norm(drawn.centers - nearest, axis=1) < drawn.radius
         own = number < len(automaton.states)  # the names come first, each in its circle; all else is in none
         assert np.flatnonzero(inside).tolist() == [number] * own, (name, text)
         if own:
-            assert max(drawn.centres[number] - [left, low]) < drawn.radius, (name, text)
+            assert max(drawn.centers[number] - [left, low]) < drawn.radius, (name, text)
         assert left_end < left and right < right_end and low_end < low and high < high_end, (name, text)
 
 
@@ -91,7 +91,7 @@ def test_arrows_end_at_the_circles_and_keep_clear_of_the_others(name, picture):
     seen = set()
     for arrow, curve in zip(drawn.arrows, drawn.curves, strict=True):
         points = bezier(curve, np.linspace(0, 1, 200))
-        distance = np.linalg.norm(points[:, None] - drawn.centres, axis=2)
+        distance = np.linalg.norm(points[:, None] - drawn.centers, axis=2)
         assert distance[0, arrow.begin] == pytest.approx(drawn.radius + 0.025, abs=0.02)
         assert distance[-1, arrow.end] == pytest.approx(drawn.radius + 0.025, abs=0.02)
         assert distance.min() > drawn.radius
@@ -124,7 +124,7 @@ def test_accepting_states_have_two_circles(picture):
         assert len(circles) == len(automaton.states) + len(automaton.accepting)
 
 
-def test_of_many_states_the_names_stand_outside_and_colours_have_a_legend(picture):
+def test_of_many_states_the_names_stand_outside_and_colors_have_a_legend(picture):
     automaton = group_automaton(build_group("S4"))
     drawn = picture(automaton, generating_symbols(automaton))
     texts = [text for text, *_ in boxes(drawn)]

@@ -291,6 +291,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("name", ENDLESS)
 def test_ctrl_c_ends_what_runs(name):
     if name == "subsets":

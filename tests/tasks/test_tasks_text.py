@@ -452,7 +452,7 @@ def test_a_model_begins_to_learn(one_thread):
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.parametrize("name", ["chess_5", "chess_5_st", "code_swaps_5", "code_temp_5", "code_if_5", "entities_5",
                                   "chess_5_text", "code_swaps_5_text", "code_temp_5_text", "code_if_5_text",
                                   "entities_5_text"])  # fmt: skip

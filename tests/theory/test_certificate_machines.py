@@ -68,12 +68,13 @@ def assert_the_same(names: list[str]) -> None:
         assert not bfloat16["wrong"]
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.timeout(300)
 def test_the_machine_makes_no_difference():
     assert_the_same(["Z60", "a cascade"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes")
 @pytest.mark.timeout(1800)
 def test_the_machine_makes_no_difference_to_what_the_readme_says():
     assert_the_same(list(MODELS))

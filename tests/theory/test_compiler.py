@@ -54,7 +54,7 @@ def test_one_layer_is_right_on_every_token(name, dtype):
     assert result.accuracy == result.sequence_accuracy == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["S3", "S4", "S5", "A5", "Z60", "D12"])
 def test_one_layer_is_right_at_length_100_000(name):
@@ -112,7 +112,7 @@ def test_random_automata_are_compiled(seed):
     assert_compiles(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 def test_two_hundred_random_automata_are_compiled():
     rng = random.Random(1)

@@ -92,7 +92,7 @@ def test_random_automata_with_equal_rows(seed):
     assert_certain(with_equal_rows(random.Random(seed)), 4, 200, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("draw", [random_language, with_equal_rows])
 def test_two_hundred_that_share_situations(draw):

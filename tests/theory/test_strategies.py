@@ -200,7 +200,7 @@ def test_refusals_give_reasons_and_sizes(make, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("name", "strategy"),

@@ -75,7 +75,7 @@ def test_random_automata_agree_with_the_library(seed):
     assert_agrees_with_library(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)), 4, 300, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 def test_two_hundred_random_automata_agree_with_the_library():
     for seed in range(1000, 1200):
@@ -83,7 +83,9 @@ def test_two_hundred_random_automata_agree_with_the_library():
         assert_agrees_with_library(random_automaton(rng, rng.randint(2, 6), rng.randint(2, 5)), 20, 1000, seed)
 
 
-@pytest.mark.parametrize("name", ["S3", "Z60", pytest.param("S5", marks=pytest.mark.slow), "S4", "A5", "D12"])
+@pytest.mark.parametrize(
+    "name", ["S3", "Z60", pytest.param("S5", marks=[pytest.mark.slow("exhaustive"), pytest.mark.ci]), "S4", "A5", "D12"]
+)
 def test_groups_agree_with_the_library(name):
     """The library's automaton of the Cayley table, on 20 words of length 1,000."""
     compiled = compile_group(name)
@@ -100,7 +102,7 @@ def test_expressions_agree_with_the_library(regex):
     assert_regex_is_the_librarys(regex, 4, 200)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 def test_fifty_expressions_agree_with_the_library():
     assert len(set(REGEXES)) == 50
@@ -161,7 +163,7 @@ def test_arithmetic_that_is_refused(mistake):
         mistake()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(600)
 def test_modular_arithmetic_is_right_on_long_expressions():
     compiled = compile_automaton(modular_arithmetic(5))
@@ -172,7 +174,7 @@ def test_modular_arithmetic_is_right_on_long_expressions():
     assert verify(lower, length=max(1, second.guaranteed), words=64).wrong == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 def test_six_states_and_eight_symbols_take_ten_seconds_at_most():
     """With the certificate, the largest of twenty."""
@@ -185,7 +187,7 @@ def test_six_states_and_eight_symbols_take_ten_seconds_at_most():
         assert found[0].complete and found[0].pairs == 48 and found[0].wrong == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(1200)
 def test_ten_thousand_expressions_at_random_end_in_an_automaton_or_in_one_line():
     pytest.importorskip("automata")

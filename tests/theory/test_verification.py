@@ -135,7 +135,7 @@ def test_from_a_run(capsys, tmp_path):
     assert run(capsys, "compile", "--from-run", tmp_path / "nowhere", "--out", tmp_path / "no")[0] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow("exhaustive")
 @pytest.mark.timeout(600)
 def test_a_trained_model_becomes_exact(capsys, tmp_path):
     """What `reproduce s3` trains loses the state beyond its training length; extracted and compiled it does not."""

@@ -767,7 +767,7 @@ def test_its_own_model_class_takes_them(name, monkeypatch):
     its.load_state_dict(state, strict=not case.get("tie_word_embeddings"), assign=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kernels")
 @pytest.mark.timeout(600)  # the interpreter runs every kernel's program one after the other
 def test_its_own_kernels_agree(tmp_path):
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("fla") is None:

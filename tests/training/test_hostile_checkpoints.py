@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import seal_folder
-from deltaproduct.training import train
+from deltaproduct.training import LanguageConfig, TrainConfig, train
 from deltaproduct.training.checkpoint import Progress, load_checkpoint, progress_from
-from deltaproduct.training.distributed_checkpoint import LanguageProgress
-from deltaproduct.training.loop import new_model, new_optimizer
+from deltaproduct.training.loop import OneProcess, new_model, new_optimizer
 from deltaproduct.training.metrics import Metrics, last_metrics
+from deltaproduct.training.objectives.language import LossTrend
+from deltaproduct.training.objectives.task import Curriculum
 from deltaproduct.training.run_folder import trained_as
 
 STEPS = 4
@@ -35,6 +36,11 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def load(checkpoint, model, optimizer):
+    config, alone = run_config(steps=STEPS), OneProcess(torch.device("cpu"))
+    return load_checkpoint(checkpoint, model, optimizer, Curriculum, config, alone)
+
+
 def refused(run, match):
     """The line with which resuming is refused; model and optimiser stay as they were."""
     seal_folder(run / "checkpoint")
@@ -43,7 +49,7 @@ def refused(run, match):
     optimizer = new_optimizer(model, config.training)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(UsageError, match=match) as error:
-        load_checkpoint(run / "checkpoint", model, optimizer)
+        load(run / "checkpoint", model, optimizer)
     assert "\n" not in str(error.value) and str(run / "checkpoint") in str(error.value)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert optimizer.state_dict()["state"] == {}
@@ -58,7 +64,10 @@ ENTRIES = {
     "step that is true": ({"step": True}, "step must be .*, not True"),
     "step beyond the end": ({"step": STEPS + 1}, "step must be a whole number from 0 to 4, not 5"),
     "huge step": ({"step": HUGE}, "step must be a whole number from 0 to 4"),
-    "step that the optimiser has not": ({"step": 3, "stage_start": 0, "stage": 0}, "is 4, and 3 steps are done"),
+    "step that the optimiser has not": (
+        {"step": 3, "stage_start": 0, "stage": 0},
+        "4 times, but the run has done 3 steps",
+    ),
     "stage that does not exist": ({"stage": 2, "stage_start": 3}, "in stage 2, and it has stages 0 to 1"),
     "stage beyond all": ({"stage": HUGE}, "stage must be a whole number"),
     "stage in the future": ({"stage": 1, "stage_start": 5}, "stage_start must be a whole number from 0 to 4"),
@@ -82,7 +91,7 @@ def test_progress_that_no_run_can_have(run, change, match):
         config = run_config(steps=STEPS)
         model = new_model(config)
         seal_folder(run / "checkpoint")
-        assert load_checkpoint(path.parent, model, new_optimizer(model, config.training)).loss_mean == 1e99
+        assert load(path.parent, model, new_optimizer(model, config.training)).kept.loss_mean == 1e99
     else:
         refused(run, match)
 
@@ -130,6 +139,40 @@ def test_a_configuration_that_no_run_has_is_refused_by_evaluate_too(run, capsys)
     assert status == 2 and err.count("\n") == 1 and "training.json" in err
 
 
+# The optimiser as earlier versions saved it, in one file by the parameters' numbers: read for ever.
+
+
+@pytest.fixture
+def earlier(run):
+    checkpoint, config = run / "checkpoint", run_config(steps=STEPS)
+    model = new_model(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = new_optimizer(model, config.training).param_groups
+    moments = load_file(checkpoint / "optimizer-0-of-1.safetensors")
+    tensors = {}
+    for number, p in enumerate(p for group in groups for p in group["params"]):
+        tensors[f"{number}.step"] = torch.tensor(float(STEPS))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{number}.{moment}"] = moments[f"{moment}.{names[id(p)]}"].reshape(p.shape)
+    save_file(tensors, checkpoint / "optimizer.safetensors")
+    for name in ("optimizer-0-of-1.safetensors", "optimizer.json"):
+        (checkpoint / name).unlink()
+    seal_folder(checkpoint)
+    return run
+
+
+def test_an_optimiser_of_an_earlier_version_is_read(trained, earlier):
+    found = []
+    for folder in (trained, earlier):
+        model = new_model(run_config(steps=STEPS))
+        optimizer = new_optimizer(model, run_config(steps=STEPS).training)
+        assert load(folder / "checkpoint", model, optimizer).step == STEPS
+        found.append(optimizer.state_dict()["state"])
+    for number, entries in found[0].items():
+        assert entries.keys() == found[1][number].keys()
+        assert all(torch.equal(x, found[1][number][key]) for key, x in entries.items())
+
+
 def nothing(tensors):
     tensors.clear()
 
@@ -159,20 +202,20 @@ TENSORS = {
 
 
 @pytest.mark.parametrize(("change", "match"), TENSORS.values(), ids=TENSORS)
-def test_an_optimiser_that_no_run_can_have(run, change, match):
-    path = run / "checkpoint" / "optimizer.safetensors"
+def test_an_optimiser_that_no_run_can_have(earlier, change, match):
+    path = earlier / "checkpoint" / "optimizer.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    refused(run, rf"optimizer\.safetensors .*{match}")
+    refused(earlier, rf"optimizer\.safetensors .*{match}")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"x" * 100, (10**18).to_bytes(8, "little") + b"{}", b"\2" + b"\0" * 7 + b"[]"]
 )
-def test_an_optimiser_that_is_no_safetensors_file(run, content):
-    (run / "checkpoint" / "optimizer.safetensors").write_bytes(content)
-    refused(run, r"optimizer\.safetensors is not a safetensors file")
+def test_an_optimiser_that_is_no_safetensors_file(earlier, content):
+    (earlier / "checkpoint" / "optimizer.safetensors").write_bytes(content)
+    refused(earlier, r"optimizer\.safetensors is not a safetensors file")
 
 
 def test_no_run_goes_on_from_weights_that_are_not_finite(run):
@@ -186,18 +229,22 @@ def test_no_run_goes_on_from_weights_that_are_not_finite(run):
 def test_progress_of_another_kind_of_run():
     """The check serves language runs as well, whose means may be null."""
     values = {"step": 3, "seconds": 1, "loss_mean": None, "lowest_mean": 2}
-    found = progress_from(values, LanguageProgress, "training.json", steps=3)
-    assert found == LanguageProgress(3, 1.0, None, 2.0) and isinstance(found.lowest_mean, float)
+    settings = LanguageConfig(steps=3)
+    with pytest.raises(UsageError, match=r"training\.json .* no loss_mean or lowest_mean of 3 steps"):
+        progress_from(values, LossTrend, settings, "training.json")
+    values |= {"step": 0}
+    found = progress_from(values, LossTrend, settings, "training.json")
+    assert found == Progress(LossTrend(None, 2.0), 0, 1.0) and isinstance(found.kept.lowest_mean, float)
     for change, match in (
         ({"step": None}, "step"),
         ({"lowest_mean": "1"}, "lowest_mean"),
         ({"seconds": None}, "seconds"),
     ):
         with pytest.raises(UsageError, match=rf"training\.json .* {match} must be"):
-            progress_from(values | change, LanguageProgress, "training.json", steps=3)
+            progress_from(values | change, LossTrend, settings, "training.json")
     for value in (None, [], "x", 3):
         with pytest.raises(UsageError, match=r"training\.json .* no progress"):
-            progress_from(value, Progress, "training.json", steps=3)
+            progress_from(value, Curriculum, TrainConfig(), "training.json")
 
 
 # metrics.jsonl

@@ -11,29 +11,22 @@ from run_folder import metrics
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
-# Processes are forked off one that has imported and computed everything once, so that a start costs milliseconds.
 KILLED = """
-    import contextlib, io, json, os, random, signal, sys, time, traceback
+    import contextlib, io, json, os, sys, traceback
     from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
+    from kills import kill_and_resume, warmed_up
     from run_folder import steps_done
-    from runs import run_config
     from deltaproduct.cli.main import main
-    from deltaproduct.training import train
 
     place, kills_wanted, steps = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    config, run, stop = run_config(steps=steps), place / "run", place / "stop"
+    run, stop = place / "run", place / "stop"
 
     def evaluate(folder):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             main(["evaluate", str(folder), "--lengths", "2", "--sequences", "1", "--json"])
         return json.loads(out.getvalue())
-
-    train(config, place / "warm", checkpoint_every=steps, log_every=1, show=False)
-    evaluate(place / "warm")
 
     def read_on(number):
         # Until it is told to stop; what it is told instead of an answer goes to a file.
@@ -50,41 +43,24 @@ KILLED = """
         (place / f"reads-{number}").write_text(str(reads))
         os._exit(0)
 
-    def train_on():
-        try:
-            train(config, run, resume=True, checkpoint_every=1, log_every=1, show=False)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+    kills, readers = 0, []
 
-    chance, kills, readers = random.Random(0), 0, []
-    while True:
-        child = os.fork()
-        if child == 0:
-            train_on()
-        if kills < kills_wanted:
-            # Some steps and a part of one: however fast the machine is, the run must not end before the last kill.
-            moment = steps_done(run) + chance.randrange(3)
-            while steps_done(run) < moment and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                time.sleep(0.0005)
-            time.sleep(chance.uniform(0.0, 0.01))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-        elif status:
-            stop.touch()
-            sys.exit(f"resuming failed after {kills} kills")
-        else:
-            break
+    def begin_to_read(done):
+        global kills
+        kills = done
         if not readers and steps_done(run) > 1:  # there is a checkpoint to read
             for number in range(2):
                 reader = os.fork()
                 if reader == 0:
                     read_on(number)
                 readers.append(reader)
-    stop.touch()
+
+    warmed_up(place, steps)
+    evaluate(place / "warm")
+    try:
+        kill_and_resume(run, steps, kills_wanted, begin_to_read)
+    finally:
+        stop.touch()
     for reader in readers:
         os.waitpid(reader, 0)
     print(kills, *((place / f"reads-{number}").read_text() for number in range(2)))
@@ -104,7 +80,7 @@ def check(place: Path, kills: int, steps: int) -> None:
     assert done == kills and min(reads) > kills, f"{done} kills, {reads} reads"
     for number in range(2):
         assert (place / f"reader-{number}").read_text() == "", "a reader saw something that was not whole"
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer-0-of-1.safetensors"):
         warm, run = ((place / which / "checkpoint" / name).read_bytes() for which in ("warm", "run"))
         assert warm == run, name
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in metrics(place / which)]
@@ -114,7 +90,7 @@ def check(place: Path, kills: int, steps: int) -> None:
     assert left == {p.name for p in (place / "warm").iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("readers")
 @pytest.mark.timeout(600)
 def test_a_hundred_kills_beside_readers_lose_nothing_and_show_nothing_broken(tmp_path):
     check(tmp_path, kills=100, steps=400)

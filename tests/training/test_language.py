@@ -20,11 +20,10 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.ops.context_parallel import ContextParallel
-from deltaproduct.training import language
-from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training import LanguageConfig, Run, loop, train
 from deltaproduct.training.distributed import Ranks
-from deltaproduct.training.distributed_checkpoint import LanguageProgress
-from deltaproduct.training.language import LanguageLoss, advance, train_language
+from deltaproduct.training.loop import OneProcess
+from deltaproduct.training.objectives.language import LanguageLoss, LanguageObjective, LossTrend
 
 STEPS = 20
 MODEL = ModelConfig.build(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=2,
@@ -36,16 +35,18 @@ def corpus(tmp_path_factory) -> Corpus:
     return Corpus.open(corpus_of_words(tmp_path_factory.mktemp("corpus")))
 
 
-def settings(corpus: Corpus, changed: dict | None = None) -> LanguageRun:
+def settings(corpus: Corpus, changed: dict | None = None) -> Run[LanguageConfig]:
     values = {"steps": STEPS, "corpus": corpus.fingerprint, "context": 32, "batch_size": 4, "warmup_steps": 4}
-    return LanguageRun(LanguageConfig(**(values | (changed or {}))), MODEL)
+    return Run(LanguageConfig(**(values | (changed or {}))), MODEL)
 
 
 def run(folder: Path, out: Path, changed: dict | None = None, context_parallel: int = 1, **options) -> list[float]:
     """The losses of all steps of a run, on however many ranks this is called on."""
     corpus = Corpus.open(folder)
     with Ranks.started("cpu", context_parallel=context_parallel) as ranks:
-        train_language(settings(corpus, changed), corpus, out, ranks, log_every=1, show=False, **options)
+        config = settings(corpus, changed)
+        objective = LanguageObjective(config.training, corpus)
+        train(config, out, objective, ranks, log_every=1, show=False, **options)
     return [line["loss"] for line in metrics(out)]
 
 
@@ -90,6 +91,8 @@ def several(folder: Path, out: Path, way: str) -> list[float] | None:
     return found if torch.distributed.get_rank() == 0 else None
 
 
+@pytest.mark.slow("ranks")
+@pytest.mark.ci("fsdp")
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "context_parallel"])
 def test_two_processes_have_the_losses_of_one(corpus, tmp_path, way):
     one = run(corpus.folder, tmp_path / "one")
@@ -109,13 +112,13 @@ class CutOff(Exception):
 def cut_off(folder: Path, out: Path, parallel: str, at: int) -> None:
     """Train until the checkpoint of a step, and no further."""
 
-    def saving(*arguments, save=language.save_shards):
+    def saving(*arguments, save=loop.save_checkpoint):
         save(*arguments)
-        if arguments[4].step == at:
+        if arguments[3].step == at:
             raise CutOff
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOff):
-        patch.setattr(language, "save_shards", saving)
+        patch.setattr(loop, "save_checkpoint", saving)
         run(folder, out, parallel=parallel, checkpoint_every=at)
 
 
@@ -123,6 +126,7 @@ def go_on(folder: Path, out: Path, parallel: str) -> None:
     run(folder, out, parallel=parallel, resume=True)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "one"), ("one", "fsdp"), ("ddp", "fsdp")])
 def test_a_run_goes_on_with_another_number_of_processes(corpus, tmp_path, before, after):
     whole = run(corpus.folder, tmp_path / "whole")
@@ -137,6 +141,7 @@ def stubborn(folder: Path, out: Path, steps: int) -> None:
     run(folder, out, {"steps": steps}, checkpoint_every=3, resume=True)
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.timeout(300)  # seven starts of two processes: 20 s where nothing else runs
 def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     steps, draw = 60, random.Random(0)
@@ -159,10 +164,10 @@ def test_killing_a_rank_five_times_changes_no_weight(corpus, tmp_path):
     assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
 
 
-def refusal(corpus: Corpus, out: Path, changed: dict | None = None, ranks: Ranks | None = None, **options) -> str:
-    alone = Ranks(0, 1, torch.device("cpu"))
+def refusal(corpus: Corpus, out: Path, changed: dict | None = None, ranks: OneProcess | None = None, **options) -> str:
     with pytest.raises(UsageError) as error:
-        train_language(settings(corpus, changed), corpus, out, ranks or alone, show=False, **options)
+        config = settings(corpus, changed)
+        train(config, out, LanguageObjective(config.training, corpus), ranks, device="cpu", show=False, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -200,7 +205,7 @@ def test_what_does_not_fit_together_is_said_before_anything_is_written(corpus, t
 def test_a_model_of_another_vocabulary(corpus, tmp_path):
     config = replace(settings(corpus), model=replace(MODEL, vocab_size=300, num_labels=300))
     with pytest.raises(UsageError, match="257 tokens, but the model has vocab_size=300"):
-        train_language(config, corpus, tmp_path / "run", Ranks(0, 1, torch.device("cpu")))
+        train(config, tmp_path / "run", LanguageObjective(config.training, corpus), device="cpu")
 
 
 def test_a_changed_configuration_is_named_on_resuming(corpus, tmp_path):
@@ -214,13 +219,13 @@ def test_a_changed_configuration_is_named_on_resuming(corpus, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
-    step = language.language_step
+    step = loop.train_step
 
-    def failing(wrapped, model, batches, config, number, ranks):
-        found = step(wrapped, model, batches, config, number, ranks)
-        return (float("nan"), found[1]) if number == 5 else found
+    def failing(objective, module, optimizer, progress, ranks):
+        sums, norm = step(objective, module, optimizer, progress, ranks)
+        return ([float("nan")], norm) if progress.step == 5 else (sums, norm)
 
-    monkeypatch.setattr(language, "language_step", failing)
+    monkeypatch.setattr(loop, "train_step", failing)
     message = refusal(corpus, tmp_path / "run", checkpoint_every=4)
     assert "Step 6 has a loss of nan" in message and "last good checkpoint, of step 4, is in" in message
     assert read_json(tmp_path / "run" / "checkpoint" / "training.json")["progress"]["step"] == 4
@@ -233,17 +238,17 @@ def test_a_loss_that_rises_ends_the_run_before_it_spoils_the_checkpoint(corpus, 
     changed = {"lr": 3.0, "clip": 0.0, "warmup_steps": 15, "steps": 200, "max_rise": 1.0}
     message = refusal(corpus, tmp_path / "run", changed, checkpoint_every=1)
     assert "mean loss has risen from" in message
-    kept = LanguageProgress(**read_json(tmp_path / "run" / "checkpoint" / "training.json")["progress"])
-    assert kept.loss_mean - kept.lowest_mean <= 0.5
+    kept = read_json(tmp_path / "run" / "checkpoint" / "training.json")["progress"]
+    assert kept["loss_mean"] - kept["lowest_mean"] <= 0.5
     SequenceModel.from_pretrained(tmp_path / "run" / "checkpoint")
 
 
 def test_the_running_mean():
-    progress, config = LanguageProgress(), LanguageConfig()
-    assert advance(progress, config, 4.0) == 0 and progress.loss_mean == 4
-    assert advance(progress, config, 2.0) == 0 and progress.loss_mean == pytest.approx(3.9)
-    assert advance(progress, config, 5.9) == pytest.approx(0.1) and progress.lowest_mean == pytest.approx(3.9)
-    assert progress.step == 3
+    trend = LossTrend()
+    assert trend.advance(4.0) == (4, 4) and trend == LossTrend(4, 4)
+    mean, lowest = trend.advance(2.0)
+    assert mean == lowest == trend.loss_mean == pytest.approx(3.9)
+    assert trend.advance(5.9) == pytest.approx((4.0, 3.9)) and trend.lowest_mean == pytest.approx(3.9)
 
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(corpus, tmp_path):

@@ -25,25 +25,26 @@ from torch.distributed.tensor import DTensor
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, read_json, replaced_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.training import language
-from deltaproduct.training.config import LanguageConfig, LanguageRun
+from deltaproduct.training import LanguageConfig, Run, loop
+from deltaproduct.training.checkpoint import COUNTED, MOMENTS, Progress, load_checkpoint, save_checkpoint
 from deltaproduct.training.distributed import Ranks
-from deltaproduct.training.distributed_checkpoint import COUNTED, MOMENTS, LanguageProgress, load_shards, save_shards
-from deltaproduct.training.language import LanguageLoss
-from deltaproduct.training.loop import new_optimizer
+from deltaproduct.training.loop import OneProcess, new_optimizer
+from deltaproduct.training.objectives.language import LanguageLoss, LossTrend
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by what saves as it was once
 STEPS, DONE = 20, 8
 MODEL = ModelConfig.build(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4, num_householder=2,
                     intermediate_size=24, tie_word_embeddings=True)  # fmt: skip
-CONFIG = LanguageRun(LanguageConfig(steps=STEPS, corpus="none", context=32, batch_size=4), MODEL)
-ALONE = Ranks(0, 1, torch.device("cpu"))
+CONFIG = Run(LanguageConfig(steps=STEPS, corpus="none", context=32, batch_size=4), MODEL)
+ALONE = OneProcess(torch.device("cpu"))
 SHARD = "optimizer-0-of-1.safetensors"
 OLD = "__0_0.distcp"
-PROGRESS = LanguageProgress(DONE, 1.5, 4.0, 3.5)
+PROGRESS = Progress(LossTrend(4.0, 3.5), DONE, 1.5)
 
 
-def fresh(ranks: Ranks = ALONE, parallel: str = "ddp") -> tuple[torch.nn.Module, SequenceModel, torch.optim.Optimizer]:
+def fresh(
+    ranks: OneProcess = ALONE, parallel: str = "ddp"
+) -> tuple[torch.nn.Module, SequenceModel, torch.optim.Optimizer]:
     """(the module around the model, the model, an optimiser that has not made a step)"""
     torch.manual_seed(0)
     model = SequenceModel(MODEL)
@@ -57,7 +58,7 @@ def moment_of(name: str, moment: str, shape: torch.Size) -> torch.Tensor:
     return torch.rand(shape, generator=generator) + 1e-3
 
 
-def stepped(ranks: Ranks = ALONE, parallel: str = "ddp") -> tuple[Any, SequenceModel, torch.optim.Optimizer]:
+def stepped(ranks: OneProcess = ALONE, parallel: str = "ddp") -> tuple[Any, SequenceModel, torch.optim.Optimizer]:
     """`fresh` with an optimiser that says to have made DONE steps, with the moments of `moment_of`."""
     wrapped, model, optimizer = fresh(ranks, parallel)
     for p in model.parameters():
@@ -76,26 +77,33 @@ def stepped(ranks: Ranks = ALONE, parallel: str = "ddp") -> tuple[Any, SequenceM
 
 
 def save_pickled(
-    folder: Path, wrapped: Any, model: Any, optimizer: Any, progress: Any, config: LanguageRun, ranks: Ranks
+    folder: Path, model: Any, optimizer: Any, progress: Any, config: Run, ranks: OneProcess, wrapped: Any
 ) -> None:
-    """What `save_shards` did before this format was there."""
+    """What `save_checkpoint` did of a language run before this format was there."""
     with replaced_folder(folder) as new:
         dcp.save({"optimizer": get_optimizer_state_dict(wrapped, optimizer)}, checkpoint_id=new, no_dist=True)
         model.write_files(new)
-        write_json(new / "training.json", {"progress": vars(progress), "config": config.to_dict()})
+        write_json(new / "training.json", {"progress": progress.to_dict(), "config": config.to_dict()})
+
+
+def save(
+    folder: Path, wrapped: Any, model: Any, optimizer: Any, *, progress: Any = PROGRESS, ranks: OneProcess = ALONE
+) -> None:
+    save_checkpoint(folder, model, optimizer, progress, CONFIG, ranks, wrapped)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
-    save_shards(folder, *stepped(), PROGRESS, CONFIG, ALONE)
+    save(folder, *stepped())
     return folder
 
 
 @pytest.fixture(scope="module")
 def pickled(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pickled") / "checkpoint"
-    save_pickled(folder, *stepped(), PROGRESS, CONFIG, ALONE)
+    wrapped, model, optimizer = stepped()
+    save_pickled(folder, model, optimizer, PROGRESS, CONFIG, ALONE, wrapped)
     return folder
 
 
@@ -108,9 +116,9 @@ def edited(folder: Path, to: Path, edit: Callable[[Path], Any]) -> Path:
     return to
 
 
-def load(folder: Path, **options: Any) -> tuple[LanguageProgress, SequenceModel, torch.optim.Optimizer]:
+def load(folder: Path, **options: Any) -> tuple[Progress[LossTrend], SequenceModel, torch.optim.Optimizer]:
     wrapped, model, optimizer = fresh()
-    return load_shards(folder, wrapped, model, optimizer, CONFIG, ALONE, **options), model, optimizer
+    return load_checkpoint(folder, model, optimizer, LossTrend, CONFIG, ALONE, wrapped, **options), model, optimizer
 
 
 def refusal(folder: Path, **options: Any) -> str:
@@ -131,17 +139,20 @@ def assert_restored(model: SequenceModel, optimizer: torch.optim.Optimizer) -> N
 
 def save_on(folder: Path, parallel: str) -> None:
     with Ranks.started("cpu") as ranks:
-        save_shards(folder, *stepped(ranks, parallel), PROGRESS, CONFIG, ranks)
+        save(folder, *stepped(ranks, parallel), ranks=ranks)
 
 
 def load_on(folder: Path, parallel: str, allow: bool = False) -> None:
     with Ranks.started("cpu") as ranks:
         wrapped, model, optimizer = fresh(ranks, parallel)
-        progress = load_shards(folder, wrapped, model, optimizer, CONFIG, ranks, allow_pickled_optimizer=allow)
+        progress = load_checkpoint(
+            folder, model, optimizer, LossTrend, CONFIG, ranks, wrapped, allow_pickled_optimizer=allow
+        )
         assert progress == PROGRESS
         assert_restored(model, optimizer)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(
     ("before", "after"),
     [(("fsdp", 3), ("fsdp", 2)), (("fsdp", 2), ("ddp", 3)), (("ddp", 3), ("fsdp", 2)), (("one", 1), ("fsdp", 3))],
@@ -168,7 +179,7 @@ def test_a_parameter_without_a_gradient(tmp_path):
     wrapped, model, optimizer = stepped()
     unused = model.norm.weight
     del optimizer.state[unused]
-    save_shards(tmp_path / "c", wrapped, model, optimizer, PROGRESS, CONFIG, ALONE)
+    save(tmp_path / "c", wrapped, model, optimizer)
     _, model, optimizer = load(tmp_path / "c")
     state = optimizer.state[model.norm.weight]
     assert float(state["step"]) == 0 and not any(state[moment].any() for moment in MOMENTS)
@@ -178,11 +189,11 @@ def test_steps_that_float32_cannot_count(tmp_path):
     wrapped, model, optimizer = stepped()
     for p in model.parameters():
         optimizer.state[p]["step"].fill_(COUNTED).add_(1)
-    config = LanguageRun(LanguageConfig(steps=2**30, corpus="none"), MODEL)
-    progress = LanguageProgress(COUNTED + 5, 1.5, 4.0, 3.5)
-    save_shards(tmp_path / "c", wrapped, model, optimizer, progress, config, ALONE)
+    config = Run(LanguageConfig(steps=2**30, corpus="none"), MODEL)
+    progress = Progress(LossTrend(4.0, 3.5), COUNTED + 5, 1.5)
+    save_checkpoint(tmp_path / "c", model, optimizer, progress, config, ALONE, wrapped)
     wrapped, model, optimizer = fresh()
-    assert load_shards(tmp_path / "c", wrapped, model, optimizer, config, ALONE) == progress
+    assert load_checkpoint(tmp_path / "c", model, optimizer, LossTrend, config, ALONE, wrapped) == progress
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
@@ -272,7 +283,7 @@ ODD = {
     "infinity": (tensors(lambda t: t[HEAD][3].fill_(math.inf)), "impossible numbers in exp_avg_sq of embedding"),
     "a negative square": (tensors(lambda t: t[HEAD][256].neg_()), "impossible numbers in exp_avg_sq of embedding"),
     "no training.json": (lambda d: (d / "training.json").unlink(), "has no training.json"),
-    "training.json of another shape": (text("training.json", "[1]"), "does not say how far the run is"),
+    "training.json of another shape": (text("training.json", "[1]"), "training.json is damaged: it holds no entries"),
     "a progress of another shape": (state(lambda v: v.update(progress=8), "training.json"), "does not say how far"),
     "a field less": (without("progress", "seconds", file="training.json"), "does not say how far"),
     "a field more": (progress(code="x"), "does not say how far"),
@@ -313,10 +324,11 @@ def read_on(folder: Path) -> str:
     with Ranks.started("cpu") as ranks:
         wrapped, model, optimizer = fresh(ranks, "fsdp")
         with pytest.raises(UsageError) as error:
-            load_shards(folder, wrapped, model, optimizer, CONFIG, ranks)
+            load_checkpoint(folder, model, optimizer, LossTrend, CONFIG, ranks, wrapped)
         return str(error.value)
 
 
+@pytest.mark.slow("ranks")
 def test_what_one_rank_reads_and_another_does_not_stops_both(saved, tmp_path):
     folder = edited(saved, tmp_path / "c", tensors(lambda t: t[HEAD][256].neg_()))  # in the last rank's rows
     first, second = on_ranks(2, read_on, folder)
@@ -335,12 +347,13 @@ def fail_on(folder: Path, failing: int, name: str) -> str:
             resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / name).stat().st_size // 2, hard))
         try:
             with pytest.raises(UsageError) as error:
-                save_shards(folder, *parts, LanguageProgress(9, 1.5, 4.0, 3.5), CONFIG, ranks)
+                save(folder, *parts, progress=Progress(LossTrend(4.0, 3.5), 9, 1.5), ranks=ranks)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         return str(error.value)
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize(("rank", "name"), [(1, "optimizer-1-of-2.safetensors"), (0, "model.safetensors")])
 def test_a_rank_without_room_is_named_and_the_old_checkpoint_stays(tmp_path, rank, name):
     on_ranks(2, save_on, tmp_path / "c", "fsdp")
@@ -445,10 +458,11 @@ def test_an_odd_checkpoint_of_an_earlier_version_is_one_line(pickled, tmp_path, 
 def test_another_optimiser_of_an_earlier_version_is_one_line(tmp_path):
     wrapped, model, optimizer = stepped()
     optimizer.param_groups[0]["weight_decay"] = 0.5
-    save_pickled(tmp_path / "c", wrapped, model, optimizer, PROGRESS, CONFIG, ALONE)
+    save_pickled(tmp_path / "c", model, optimizer, PROGRESS, CONFIG, ALONE, wrapped)
     assert "another weight_decay" in refusal(tmp_path / "c", allow_pickled_optimizer=True)
 
 
+@pytest.mark.slow("ranks")
 def test_an_earlier_version_on_one_process_and_on_two(pickled):
     got, model, optimizer = load(pickled, allow_pickled_optimizer=True)
     assert got == PROGRESS
@@ -472,7 +486,7 @@ def test_a_run_of_an_earlier_version_goes_on_bit_for_bit_and_without_pickles(tmp
         save_pickled(*parts)
         raise CutOff
 
-    monkeypatch.setattr(language, "save_shards", saving)
+    monkeypatch.setattr(loop, "save_checkpoint", saving)
     with pytest.raises(CutOff):
         command(capsys, *arguments, "--out", tmp_path / "run")
     monkeypatch.undo()

@@ -26,12 +26,13 @@ from deltaproduct.corpus import Corpus
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, beside, read_json, write_json
 from deltaproduct.models import ModelConfig
-from deltaproduct.training import loop, train
+from deltaproduct.training import LanguageConfig, Run, loop, train
 from deltaproduct.training.checkpoint import Progress, save_checkpoint
-from deltaproduct.training.config import LanguageConfig, LanguageRun
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.interruption import interruptible
-from deltaproduct.training.language import train_language
+from deltaproduct.training.loop import OneProcess
+from deltaproduct.training.objectives.language import LanguageObjective
+from deltaproduct.training.objectives.task import Curriculum, TaskObjective
 from deltaproduct.training.run_folder import is_finished, locate, trained_as, writing_run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -47,9 +48,10 @@ def train_on_text(folder, out, resume=False, **changes):
     """A short language run, on the ranks that all call this."""
     opened = Corpus.open(folder)
     steps = {"steps": 12, "context": 16, "batch_size": 4, "warmup_steps": 2} | changes
-    config = LanguageRun(LanguageConfig(corpus=opened.fingerprint, **steps), MODEL)
+    config = Run(LanguageConfig(corpus=opened.fingerprint, **steps), MODEL)
+    objective = LanguageObjective(config.training, opened)
     with Ranks.started("cpu") as ranks:
-        train_language(config, opened, out, ranks, resume=resume, log_every=1, checkpoint_every=4, show=False)
+        train(config, out, objective, ranks, resume=resume, log_every=1, checkpoint_every=4, show=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,7 @@ def cut_between_renames(folder, *, new=False):
 # ------------------------------------------------------------------------------------------- a run or a checkpoint
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize(("inner", "new"), [("", False), ("checkpoint", True)])
 def test_every_command_finds_the_checkpoint_where_a_writer_died(trained, text, tmp_path, capsys, inner, new):
     task, words = copied(trained, tmp_path / "task"), copied(text, tmp_path / "text")
@@ -123,6 +126,7 @@ def test_one_rule_says_what_a_folder_is(trained, text, tmp_path):
 # ---------------------------------------------------------------------------------------------------- one writer
 
 
+@pytest.mark.slow("processes")
 def test_a_second_process_that_resumes_a_run_is_refused_and_disturbs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     code = """
@@ -166,6 +170,8 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow("kills")
+@pytest.mark.ci("2-130")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_kill_save_the_step_that_was_done(tmp_path, number, status):
     out = tmp_path / "run"
@@ -188,7 +194,7 @@ def test_what_an_interrupted_run_becomes_is_what_it_would_have_been(tmp_path, tr
 
     def interrupted(*arguments):
         found = step(*arguments)
-        if arguments[4].step == 6:
+        if arguments[3].step == 6:
             signal.raise_signal(signal.SIGINT)
         return found
 
@@ -220,25 +226,24 @@ def interrupt_rank(folder, out):
     """Train on several ranks, of which one hears Ctrl-C in the middle."""
     import torch.distributed as dist
 
-    import deltaproduct.training.language as language
-
-    step = language.language_step
+    step = loop.train_step
 
     def interrupted(*arguments):
         found = step(*arguments)
-        if arguments[4] == 5 and dist.get_rank() == 1:
+        if arguments[3].step == 5 and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGINT)
         return found
 
-    language.language_step = interrupted
+    loop.train_step = interrupted
     try:
         train_on_text(folder, out)
     except KeyboardInterrupt as e:
         return str(e)
     finally:
-        language.language_step = step
+        loop.train_step = step
 
 
+@pytest.mark.slow("kills")
 def test_ctrl_c_on_one_of_several_ranks_ends_all_of_them_at_the_same_step(corpus, tmp_path):
     said = on_ranks(2, interrupt_rank, corpus, tmp_path / "run")
     assert "step 6 is saved" in said[0] and said[1] == ""
@@ -311,17 +316,19 @@ def unfinished(trained, place, step=8):
     optimizer = loop.new_optimizer(model, run_config().training)
     out.mkdir()
     write_json(out / "config.json", run_config().to_dict())
-    progress, task = Progress(), loop.get_task("S3")
+    progress, objective = Progress(Curriculum()), TaskObjective(run_config().training)
+    alone = OneProcess(torch.device("cpu"))
     lines = loop.Metrics(out / "metrics.jsonl", after_step=0)
     while progress.step < step:
         for group in optimizer.param_groups:
             group["lr"] = run_config().training.learning_rate(progress.step)
-        loss, *_ = loop.train_step(model, optimizer, task, run_config().training, progress, torch.device("cpu"))
-        loop.advance(progress, run_config().training, loss)
-        lines.write({"step": progress.step, "loss": loss})
+        sums, _ = loop.train_step(objective, model, optimizer, progress, alone)
+        progress.step += 1
+        objective.after_step(progress, sums)
+        lines.write({"step": progress.step, "loss": sums[0]})
     progress.metrics = lines.synced()
     lines.close()
-    save_checkpoint(out / "checkpoint", model, optimizer, progress, run_config())
+    save_checkpoint(out / "checkpoint", model, optimizer, progress, run_config(), alone)
     return out
 
 

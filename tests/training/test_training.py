@@ -18,7 +18,8 @@ from deltaproduct.seeds import evaluation_generator, training_generator
 from deltaproduct.tasks import get_task
 from deltaproduct.training import TrainConfig, train
 from deltaproduct.training.checkpoint import Progress
-from deltaproduct.training.loop import advance, masked_loss, new_model, new_optimizer, sample_batch, train_step
+from deltaproduct.training.loop import OneProcess, new_model, new_optimizer, train_step
+from deltaproduct.training.objectives.task import Curriculum, TaskObjective, masked_loss, sample_batch
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -39,8 +40,10 @@ def test_resuming_reproduces_the_uninterrupted_run_bit_for_bit(tmp_path, monkeyp
         train(config, tmp_path / "cut", checkpoint_every=3, log_every=1, show=False)
     train(config, tmp_path / "cut", resume=True, checkpoint_every=3, log_every=1, show=False)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    optimizers = [(tmp_path / run / "checkpoint" / "optimizer.safetensors").read_bytes() for run in ("whole", "cut")]
-    assert optimizers[0] == optimizers[1]
+    for name in ("optimizer-0-of-1.safetensors", "optimizer.json"):
+        assert (tmp_path / "whole" / "checkpoint" / name).read_bytes() == (
+            tmp_path / "cut" / "checkpoint" / name
+        ).read_bytes()
     lines = []
     for run in ("whole", "cut"):
         lines.append([{k: v for k, v in row.items() if k != "seconds"} for row in metrics(tmp_path / run)])
@@ -48,54 +51,34 @@ def test_resuming_reproduces_the_uninterrupted_run_bit_for_bit(tmp_path, monkeyp
 
 
 KILLED = """
-    import sys
+    import json, sys
     from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
-    from run_folder import steps_done
-    from runs import run_config
-    from deltaproduct.training import train
-    config = run_config(steps=120)
-    train(config, Path(sys.argv[2]) / "warm", show=False)  # imports and first calls, before anyone is killed
-    import json, os, random, signal, time
+    from kills import kill_and_resume, warmed_up
     from deltaproduct.files import recover_folder, verified_folder
-    chance = random.Random(0)
-    run = Path(sys.argv[2]) / "run"
-    checkpoint = run / "checkpoint"
-    kills, reached = 0, 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            train(config, run, resume=True, checkpoint_every=1, log_every=1, show=False)
-            os._exit(0)
-        if kills < 20:
-            # At most two steps and a part of one: however fast the machine, the run must not end before the last kill.
-            moment = steps_done(run) + chance.randrange(3)
-            while steps_done(run) < moment and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                time.sleep(0.0005)
-            time.sleep(chance.uniform(0.0, 0.01))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            recover_folder(checkpoint)
-            if checkpoint.exists():
-                verified_folder(checkpoint, "checkpoint")
-                step = json.loads((checkpoint / "training.json").read_text())["progress"]["step"]
-            else:
-                step = 0
-            if step < reached:
-                sys.exit(f"kill {kills} threw the run back from step {reached} to {step}")
-            reached = step
-        elif status:
-            sys.exit(f"resuming failed after {kills} kills")
-        else:
-            break
+    place = Path(sys.argv[2])
+    checkpoint, reached, kills = place / "run" / "checkpoint", 0, 0
+
+    def check(done):
+        global reached, kills
+        if done == kills:
+            return  # the run has ended
+        kills, step = done, 0
+        recover_folder(checkpoint)
+        if checkpoint.exists():
+            verified_folder(checkpoint, "checkpoint")
+            step = json.loads((checkpoint / "training.json").read_text())["progress"]["step"]
+        if step < reached:
+            sys.exit(f"kill {kills} threw the run back from step {reached} to {step}")
+        reached = step
+
+    warmed_up(place, 120)
+    kill_and_resume(place / "run", 120, 20, check)
     print(kills, reached)
 """
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.timeout(300)  # 20 starts: 10 s where nothing else runs
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     """A checkpoint every step keeps the process inside the file operations most of the time."""
@@ -153,15 +136,15 @@ def test_fixed_sample_count_repeats_its_batches():
 
 def test_gradient_accumulation_is_the_whole_batch():
     """Equal but for float32 rounding of sums in another order: 1e-6 relative, a hundred times the unit roundoff."""
-    config, task = run_config(), get_task("S3")
+    config = run_config()
     results = []
     for parts in (1, 4):
         settings = replace(config.training, grad_accumulation=parts, clip=0.0)
         model = new_model(config)
-        loss, accuracy, norm = train_step(
-            model, new_optimizer(model, settings), task, settings, Progress(), torch.device("cpu")
-        )
-        results.append((loss, accuracy, norm))
+        objective, progress, alone = TaskObjective(settings), Progress(Curriculum()), OneProcess(torch.device("cpu"))
+        sums, norm = train_step(objective, model, new_optimizer(model, settings), progress, alone)
+        figures = objective.after_step(replace(progress, step=1), sums).figures
+        results.append((figures["loss"], figures["accuracy"], norm))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
@@ -186,10 +169,10 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
 
 def test_curriculum_moves_on_when_learnt_or_when_time_is_up():
     settings = TrainConfig(lengths=(4, 8, 16), batch_sizes=(2,), stage_steps=(3, 100), stage_loss=0.5)
-    progress, stages = Progress(), []
-    for loss in (2.0, 2.0, 2.0, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
-        stages.append(progress.stage)
-        advance(progress, settings, loss)
+    curriculum, stages = Curriculum(), []
+    for step, loss in enumerate((2.0, 2.0, 2.0, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1), start=1):
+        stages.append(curriculum.stage)
+        curriculum.advance(settings, step, loss)
 
     # Three steps without learning, then until the running mean of .9, .9, .1, .1, … is below one half.
     def mean(losses):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models.hf.cache import DeltaProductCache
-from deltaproduct.ops.inputs import check_cu_seqlens
+from deltaproduct.ops.inputs import check_cu_seqlens, num_sequences
 
 PACKING = ("position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -40,7 +40,7 @@ class SequenceLayout:
 
     def sequences(self, batch: int) -> int:
         """How many states there are."""
-        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return num_sequences(batch, self.cu_seqlens)
 
     def pack(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B,T,D] as the blocks take it, and the mask that they take beside it: [1,N,D] and None if it is packed."""

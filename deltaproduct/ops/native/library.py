@@ -8,7 +8,7 @@ DELTAPRODUCT_KERNELS the kernels to start with (avx512, avx2 or portable) in pla
 import ctypes
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +89,12 @@ class SelectiveScan(ctypes.Structure):
     )
 
 
+class Empty(Protocol):
+    """`torch.empty` for a result on the device of `like`, and of its dtype where none is named."""
+
+    def __call__(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
 class Engine:
     """The loaded library."""
 
@@ -97,7 +103,11 @@ class Engine:
         self._library = ctypes.CDLL(str(path))
         for name in ("deltaproduct_kernels", "deltaproduct_kernels_here"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        mirrors = {"problem": EngineCall, "instruction": Instruction, "selective_scan": SelectiveScan}
+        mirrors: dict[str, type[ctypes.Structure]] = {
+            "problem": EngineCall,
+            "instruction": Instruction,
+            "selective_scan": SelectiveScan,
+        }
         for name in mirrors:
             getattr(self._library, f"deltaproduct_{name}_bytes").restype = ctypes.c_int64
         self._library.deltaproduct_use_openmp.argtypes = [ctypes.c_void_p]
@@ -109,9 +119,9 @@ class Engine:
         if self.openmp is not None:
             function = ctypes.cast(self.openmp.GOMP_parallel, ctypes.c_void_p)
             self._library.deltaproduct_use_openmp(function)
-        if name := os.environ.get(KERNELS_VARIABLE):
+        if kernels := os.environ.get(KERNELS_VARIABLE):
             try:
-                self.use_kernels(name)
+                self.use_kernels(kernels)
             except UsageError as e:
                 raise UsageError(f"{e} Set {KERNELS_VARIABLE} to one of these, or unset it.") from None
 

@@ -1,8 +1,8 @@
 """The backend "triton": GPU kernels. Nothing here imports Triton before it is used."""
 
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +34,39 @@ def unsupported_size_reason(steps: int, key_dim: int) -> str | None:
     return f"it takes keys of at most {MAX_KEY_DIM}, not {key_dim}" if key_dim > MAX_KEY_DIM else None
 
 
-def fused(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """See `operator.fused`."""
-    from deltaproduct.ops.triton import operator
+@dataclass(frozen=True)
+class Kernels:
+    """The operator in kernels, which are imported when they first run.
 
-    return operator.fused(*inputs)
+    Attributes:
+        precise: operands keep all their bits.
+    """
+
+    precise: bool
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+        cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `operator.fused`."""
+        from deltaproduct.ops.triton import operator
+
+        return operator.fused(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm, precise=self.precise)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+        qk_l2norm: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `operator.decode`."""
+        from deltaproduct.ops.triton import operator
+
+        return operator.decode(q, k, v, beta, g, state, scale, qk_l2norm, precise=self.precise)
 
 
-def fused_precise(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The same with operands that keep all their bits."""
-    from deltaproduct.ops.triton import operator
-
-    return operator.fused(*inputs, precise=True)
-
-
-def decode(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """See `operator.decode`."""
-    from deltaproduct.ops.triton import operator
-
-    return operator.decode(*inputs)
-
-
-def decode_inplace(*inputs: Any) -> Tensor:
+def step_inplace(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
+) -> Tensor:
     """See `operator.triton_step_inplace`."""
     from deltaproduct.ops.triton import operator
 
-    return operator.triton_step_inplace(*inputs)
+    return operator.triton_step_inplace(q, k, v, beta, g, state, scale, qk_l2norm)

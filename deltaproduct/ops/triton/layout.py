@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from deltaproduct.ops.inputs import num_sequences
+
 MIN_TILE = 16  # the smallest side of a matrix product
 WIDE_KEY = 128  # above it, chunks have half the rows: accumulators [C,K] have to fit into registers
 KEPT_EVERY = 8  # chunks from one kept state to the next, where a sequence is run through as a whole
@@ -50,7 +52,7 @@ class Layout:
         rows = max(64 if key_dim <= WIDE_KEY else 32, tile(steps))
         tokens = rows // steps
         packed = cu_seqlens is not None
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = num_sequences(batch, cu_seqlens)
         span, segmented = _division(sequences, length, tokens, packed, v.shape[3], v.shape[4], processors)
         return cls(sequences, length, steps, rows, tokens, tile(tokens), span, segmented, packed)
 
@@ -74,14 +76,14 @@ class Layout:
     def all_segments(self) -> int:
         return self.segments if self.packed else self.sequences * self.segments
 
-    def tables(self, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        """For packed sequences (table, starts, owners), all int32; nothing otherwise.
+    def tables(self, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """For packed sequences (table, starts, owners), all int32; None otherwise.
 
         table [chunks,2]: the first token and the number of tokens of every chunk. starts [S+2,2]: the first chunk and
         the first segment of every sequence, and twice where all end. owners [segments]: whose it is; S is nobody.
         """
         if cu_seqlens is None:
-            return None, None, None
+            return None
         ends = cu_seqlens.long()
         lengths = ends.diff()
         chunks = -(-lengths // self.tokens)

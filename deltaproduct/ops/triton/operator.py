@@ -5,17 +5,19 @@ emits outputs. Backward: both again, now writing every chunk's state and errors,
 chunks at once. Kept in between: the inputs, and the state at every segment's start.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from deltaproduct.ops import transforms
+from deltaproduct.ops.autograd import Gradients, as_given, cotangent_of_output, empty_gradients, register_gradients
 from deltaproduct.ops.differentiable import differentiable
-from deltaproduct.ops.inputs import NORM_EPS
+from deltaproduct.ops.inputs import NORM_EPS, Arguments
+from deltaproduct.ops.transforms import Tensors
 from deltaproduct.ops.triton.decode import decode_kernel
 from deltaproduct.ops.triton.gates import gates_kernel
 from deltaproduct.ops.triton.gradients import gradients_kernel
@@ -72,14 +74,17 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
 
 
-def _on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+def _on_its_device(
+    function: Callable[Concatenate[Tensor, Rest], Result],
+) -> Callable[Concatenate[Tensor, Rest], Result]:
     """Launch kernels where the first argument is, which need not be the current device."""
 
     @wraps(function)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Result:
+    def run(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
         with torch.cuda.device_of(x):
             return function(x, *args, **kwargs)
 
@@ -99,7 +104,8 @@ class _Run:
         self.g = None if g is None else g.contiguous()
         self.scale = scale
         self.layout = layout = Layout.of(k, v, cu_seqlens, processors(k.device))
-        table, self.starts, owners = layout.tables(cu_seqlens)
+        self.starts: Tensor | None
+        table, self.starts, owners = layout.tables(cu_seqlens) or (None, None, None)
         # Where chunks lie, and segments.
         self.chunk_places = table, layout.length, layout.chunks
         self.places = table, self.starts, owners, layout.length, layout.chunks, layout.segments
@@ -184,18 +190,9 @@ class _Run:
 @torch.library.custom_op("deltaproduct::triton_forward", mutates_args=())
 @_on_its_device
 def triton_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-    qk_l2norm: bool = False,
-    precise: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False, precise: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(o, final state, the states at segments' starts, the segments' summaries): the last two for a backward."""
     run = _Run(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, precise)
     layout = run.layout
@@ -206,22 +203,25 @@ def triton_forward(
     if layout.segmented:
         summary = run.empty(layout.all_segments, run.heads, run.key_dim, run.value_dim + run.key_dim)
         run.scan(segmented=True, summary=summary)
-        kept = run.chain(summary, start, final)
+        kept: Tensor | None = run.chain(summary, start, final)
         run.scan(segmented=True, start=kept, o=o)
     else:
         summary, kept = run.empty(0), run.states(layout.all_segments) if keep else None
         run.scan(segmented=False, start=start, o=o, final=final, kept=kept)
-    if not keep:
+    if kept is None or not keep:
         kept, summary = run.empty(0), run.empty(0)
     return o, final, kept, summary
 
 
 @triton_forward.register_fake
-def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False, precise=False):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False, precise: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = Layout.of(k, v, cu_seqlens, processors(k.device))
     heads, key_dim, value_dim = v.shape[3], k.shape[4], v.shape[4]
 
-    def empty(*shape):
+    def empty(*shape: int) -> Tensor:
         return k.new_empty(shape, dtype=torch.float32)
 
     o = torch.empty_like(v[:, :, 0], memory_format=torch.contiguous_format)
@@ -236,20 +236,9 @@ def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, keep, qk_l2norm=False,
 @torch.library.custom_op("deltaproduct::triton_backward", mutates_args=())
 @_on_its_device
 def triton_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    kept: Tensor,
-    summary: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    precise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, kept: Tensor,
+    summary: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, precise: bool,
+) -> Gradients:  # fmt: skip
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     run = _Run(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, precise)
     layout, work = run.layout, run.precision.work
@@ -282,57 +271,33 @@ def triton_backward(
 
 
 @triton_backward.register_fake
-def _(d_o, d_final, q, k, v, beta, g, kept, summary, cu_seqlens, scale, qk_l2norm, precise):
-    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    d_g = v.new_empty(0) if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
-    d_initial = k.new_empty(sequences, v.shape[3], k.shape[4], v.shape[4], dtype=torch.float32)
-    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
-    return *like, d_g, d_initial
+def _(
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, kept: Tensor,
+    summary: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, precise: bool,
+) -> Gradients:  # fmt: skip
+    return empty_gradients(q, k, v, beta, g, kept, cu_seqlens)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    q, k, v, beta, g, initial_state, cu_seqlens, scale, _, qk_l2norm, precise = inputs
-    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[2], output[3])
-    ctx.options = scale, qk_l2norm, precise
-    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+def _first(inputs: Tensors, kept: Sequence[Tensor], cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    x, (scale, _, qk_l2norm, precise) = Arguments._make(inputs), options
+    d_o, d_final = cotangent_of_output(x, cotangents[0]), cotangents[1]
+    return as_given(x, triton_backward(d_o, d_final, *x[:5], *kept, x.cu_seqlens, scale, qk_l2norm, precise))
 
 
-def _autograd(ctx, d_o, d_final, d_kept, d_summary):
-    *inputs, kept, summary = ctx.saved_tensors
-    if transforms.beyond_first(d_o, d_final, *inputs):
-        return *_rule(*ctx.options).once(d_o, d_final, inputs), *([None] * 4)
-    q, k, v, beta, g, _, cu_seqlens = inputs
-    if d_o is None:
-        d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
-    d_q, d_k, d_v, d_beta, d_g, d_initial = triton_backward(
-        d_o, d_final, q, k, v, beta, g, kept, summary, cu_seqlens, *ctx.options
-    )
-    d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
-    return d_q, d_k, d_v, d_beta, None if g is None else d_g, d_initial, *([None] * 5)
-
-
-def _rule(scale: float, qk_l2norm: bool, precise: bool) -> transforms.Rule:
+def _again(inputs: Tensors, cotangents: Tensors, options: Sequence[Any]) -> Tensors:
+    scale, _, qk_l2norm, precise = options
     fast = partial(fused, scale=scale, qk_l2norm=qk_l2norm, precise=precise)
-    return transforms.Rule(fast, partial(differentiable, scale=scale, qk_l2norm=qk_l2norm))
+    rule = transforms.Rule(fast, partial(differentiable, scale=scale, qk_l2norm=qk_l2norm))
+    return rule.once(cotangents[0], cotangents[1], inputs)
 
 
-triton_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(triton_forward, _first, _again)
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    *,
-    precise: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, *, precise: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator in Triton kernels; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state)."""
     given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -349,7 +314,9 @@ def triton_step(
 
 
 @triton_step.register_fake
-def _(q, k, v, beta, g, state, scale, qk_l2norm):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
+) -> tuple[Tensor, Tensor]:
     new_state = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     return torch.empty_like(v[:, 0], memory_format=torch.contiguous_format), new_state
 
@@ -363,7 +330,9 @@ def triton_step_inplace(
 
 
 @triton_step_inplace.register_fake
-def _(q, k, v, beta, g, state, scale, qk_l2norm):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
+) -> Tensor:
     return torch.empty_like(v[:, 0], memory_format=torch.contiguous_format)
 
 
@@ -386,13 +355,14 @@ def _decode(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool
-) -> tuple[Tensor, Tensor]:
-    """One token in one kernel; shapes as in `delta_product_step`. Returns (o [B,HV,V], state)."""
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, qk_l2norm: bool,
+    *, precise: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token, in one kernel unless there is a gradient; shapes as in `delta_product_step`: (o [B,HV,V], state)."""
     given = (x for x in (q, k, v, beta, g, state) if x is not None)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return triton_step(q, k, v, beta, g, state, scale, qk_l2norm)
     g = None if g is None else g.unsqueeze(1)
     q, k, v, beta = (x.unsqueeze(1) for x in (q, k, v, beta))
-    o, state = fused(q, k, v, beta, g, state, None, scale, qk_l2norm)
+    o, state = fused(q, k, v, beta, g, state, None, scale, qk_l2norm, precise=precise)
     return o.squeeze(1), state

@@ -19,8 +19,8 @@ from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.memory import check_memory
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.size import model_bytes
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors
+from deltaproduct.theory.limits import Plan
 
 LARGE = 1e3  # of keys and values before their normalisation: its eps is then below float32's rounding
 ON, OFF = 40.0, -200.0  # logits of β = 2 and 0; sigmoid is 1 and below 1e-86 there, float64 included

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors
+from deltaproduct.theory.limits import Plan
 from deltaproduct.theory.representations import WordProblem
 
 DIRECTIONS_TRIED = 64

@@ -28,8 +28,8 @@ from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.groups import Group, Permutation
 from deltaproduct.theory.constructions.circle import CORNER, FLIP, lines, points
 from deltaproduct.theory.constructions.circuit import MAX_UNITS, Circuit, Unit, Write, all_of
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, from_rotation, transpositions
+from deltaproduct.theory.limits import Plan
 from deltaproduct.theory.representations import inverse, require_permutations, simplex, swap_factors
 from deltaproduct.theory.rotations import compose
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from deltaproduct.theory.cascade import Action, Cascade, Context, Level, the_state
 from deltaproduct.theory.constructions.circuit import Circuit, Unit, Write, all_of, check_weights
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, no_factors, transpositions
+from deltaproduct.theory.limits import Plan
 from deltaproduct.theory.representations import simplex, swaps
 
 

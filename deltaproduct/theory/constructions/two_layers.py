@@ -23,8 +23,8 @@ from torch import Tensor
 from deltaproduct.errors import UsageError
 from deltaproduct.theory.constructions.circle import CORNER, FLIP, lines
 from deltaproduct.theory.constructions.circuit import MAX_UNITS, Circuit, Unit, Write, all_of
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.householder import Factors, from_orthogonal, no_factors
+from deltaproduct.theory.limits import Plan
 from deltaproduct.theory.representations import WordProblem
 
 ONE = torch.ones(1, 1, dtype=torch.float64)

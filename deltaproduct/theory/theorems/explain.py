@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 from deltaproduct.errors import UsageError
 from deltaproduct.tasks.groups import build_group
-from deltaproduct.theory.constructions.plan import Plan
 from deltaproduct.theory.constructions.shallow import Action, shallow
 from deltaproduct.theory.constructions.two_layers import two_layers
-from deltaproduct.theory.limits import MAX_PAIRS
+from deltaproduct.theory.limits import MAX_PAIRS, Plan
 from deltaproduct.theory.representations import of_group
 from deltaproduct.theory.theorems.group_facts import GroupFacts, group_facts
 from deltaproduct.theory.theorems.measured import Measured, measured

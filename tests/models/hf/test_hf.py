@@ -227,7 +227,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow("exhaustive"))])
 @torch.no_grad()
 def test_decoding_does_not_grow_memory(count):
     model, cache, token = build(num_hidden_layers=1), DeltaProductCache(), tokens(2, 1)
@@ -459,7 +459,7 @@ print("logits:", model(torch.tensor([[1, 2, 3]])).logits.flatten().tolist())
 """
 
 
-@pytest.mark.slow  # a second Python imports torch and transformers
+@pytest.mark.slow("processes")  # a second Python imports torch and transformers
 def test_a_folder_loads_where_nobody_imported_this_package(tmp_path):
     model = build()
     model.save_pretrained(tmp_path / "a")

@@ -157,6 +157,7 @@ def test_arguments_that_no_model_has(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow("processes")
 def test_a_broken_torchvision_beside_is_one_line(tmp_path):
     """transformers imports whatever torchvision there is, and one of another PyTorch fails so."""
     package, info = tmp_path / "torchvision", tmp_path / "torchvision-9.0.dist-info"

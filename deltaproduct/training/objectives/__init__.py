@@ -1,0 +1,1 @@
+"""What models are trained for: tasks, and the next token of a corpus."""
