@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import GenerateBenchmark, GenerateTimes
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.benchmarks.workload import token_inputs
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models import Decoder, ModelConfig, SequenceModel
+from deltaproduct.models.size import FLOAT
 from deltaproduct.ops import BACKENDS, delta_product_step
 from deltaproduct.renamed import renamed_names
 
@@ -32,7 +32,6 @@ QUICK_GENERATE_MODEL = GENERATE_MODEL.changed(hidden_size=64, num_hidden_layers=
 REPEATS, QUICK_REPEATS = 20, 5
 CHECKED_LENGTH = 16  # tokens compared between stepwise and whole
 WARM_UP = 3  # calls of each before the first that is timed
-FLOAT = 4  # bytes: weights and states are float32
 COLUMNS = 4096  # of the matrix as which a matrix-vector product reads the weights; from 1024 on it hardly matters
 
 
@@ -141,7 +140,7 @@ def _check(model: SequenceModel, tokens: Tensor, limit: float) -> dict[str, Any]
         ways = _decoders(model, tokens.shape[0])
         got = {way: torch.stack([decode(x) for x in tokens.T], dim=1) for way, decode in ways.items()}
     except Exception as e:
-        return {"status": "failed", "reason": first_line(e)}
+        return {"status": "failed", "reason": first_line(e, with_kind=True)}
     return judge(got, dict.fromkeys(got, whole.double()), limit)
 
 

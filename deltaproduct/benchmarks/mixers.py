@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import MixerRow, MixersBenchmark
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training, resized
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import MIXERS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
@@ -96,7 +95,7 @@ def bench_mixers(
                 row.peak_extra_bytes = peak_extra_bytes(trained.step, settings.device)  # also the warm-up
                 runs[name] = trained.step
         except Exception as e:  # a finding, as in `bench_ops`
-            row = MixerRow(name, status="failed", reason=first_line(e))
+            row = MixerRow(name, status="failed", reason=first_line(e, with_kind=True))
         rows.append(row)
     say(f"timing {len(runs)} rows, {settings.repeats} runs each")
     times = interleaved(runs, repeats=settings.repeats, device=settings.device)

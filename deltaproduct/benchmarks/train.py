@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import TrainBenchmark, TrainRow
 from deltaproduct.benchmarks.settings import BenchmarkSettings, serving
 from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.benchmarks.workload import Workload
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
@@ -87,7 +86,7 @@ def bench_train(
                 runs |= {(name, part): run for part, run in parts.items()}
                 before[name, "backward"] = trained.prepare_backward
         except Exception as e:  # a finding, as in `bench_ops`
-            row = TrainRow(name, status="failed", reason=first_line(e))
+            row = TrainRow(name, status="failed", reason=first_line(e, with_kind=True))
         rows.append(row)
     say(f"timing {sum(row.status == 'timed' for row in rows)} rows, {settings.repeats} runs each")
     runs[SAMPLING] = _sampler(config)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.layers.plain import unusual
 from deltaproduct.models.config import ModelConfig, reasons, strict_converter, usage_error
@@ -235,7 +235,7 @@ class Stream:
                     raise UsageError(f"It has numbers in {name} that are not finite.")
             stream._generator.set_state(tensors["generator"])
         except (UsageError, RuntimeError, TypeError) as e:
-            raise UsageError(f"The {WHAT} {folder} is damaged. {str(e).splitlines()[0]}") from e
+            raise UsageError(f"The {WHAT} {folder} is damaged. {first_line(e)}") from e
         stream._decoder.load(state)
         stream.logits, stream.position = tensors["logits"], saved["position"]
         return stream

@@ -160,9 +160,10 @@ def test_checks_and_steps_are_of_the_runs_last_stage(monkeypatch):
             super().__init__(config, backend, device, dtype)
             made.append((self.model.config.mixer.name, backend, dtype, tuple(self.tokens.shape)))
 
-    def watched(model, optimizer, task, settings, progress, device):
+    def watched(objective, model, optimizer, progress, ranks):
+        settings = objective.settings
         steps.append((model.config.mixer.name, progress.step, settings.batch_size(0), settings.lengths))
-        return real(model, optimizer, task, settings, progress, device)
+        return real(objective, model, optimizer, progress, ranks)
 
     real = train.train_step
     monkeypatch.setattr(train, "train_step", watched)

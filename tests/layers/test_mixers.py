@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from mixer_cases import CASES, OPTIONS, build
+from mixer_cases import CASES, OPTIONS, assert_same, build, noise
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
@@ -27,24 +27,8 @@ from deltaproduct.layers.options import option_names
 
 pytestmark = pytest.mark.numerical
 
-EXACT = 1e-11
 B, T = 3, 23
-PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
-
-
-def noise(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(got, want, tolerance: float = EXACT) -> None:
-    """Two tensors, or two states, agree; relative to the largest entry of each tensor."""
-    got, want = tree_leaves(got), tree_leaves(want)
-    assert len(got) == len(want)
-    for a, b in zip(got, want):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.shape == b.shape
-            assert b.numel() == 0 or (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-30)
+SCANNED = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
 
 
 def in_pieces(mixer, x, state, cuts):
@@ -149,7 +133,7 @@ def test_float32_and_bfloat16(name, options):
     assert (padded.double() - out.double()).norm() <= 2**-8 * y.norm()
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", SCANNED)
 def test_bfloat16_weights(name):
     """A model that is bfloat16 throughout: its outputs are, its states are not."""
     exact = build(name, {}).bfloat16().double()  # weights rounded once, so that only the computing differs
@@ -268,9 +252,9 @@ def test_impossible_sizes_are_refused(name, changed):
 @pytest.mark.parametrize(
     ("mixer", "name", "changed"),
     [
-        *((m, "hidden_size", {"hidden_size": 0}) for m in PEERS),
-        *((m, "head_dim", {"head_dim": 0}) for m in PEERS if "head_dim" in option_names(MIXERS[m].options)),
-        *((m, "norm_eps", {"norm_eps": 0}) for m in PEERS if MIXERS[m].takes_norm_eps),
+        *((m, "hidden_size", {"hidden_size": 0}) for m in SCANNED),
+        *((m, "head_dim", {"head_dim": 0}) for m in SCANNED if "head_dim" in option_names(MIXERS[m].options)),
+        *((m, "norm_eps", {"norm_eps": 0}) for m in SCANNED if MIXERS[m].takes_norm_eps),
         *((m, "num_heads", {"num_heads": 0}) for m in ("linear_attention", "gla", "mlstm")),
         *((m, "expand_v", {"expand_v": bad}) for m in ("linear_attention", "gla", "mlstm") for bad in (0.1, math.inf)),
         *((m, n, {n: 0}) for m in ("mamba2", "mamba") for n in ("expand", "ssm_state_size", "conv_size")),
@@ -281,7 +265,7 @@ def test_impossible_sizes_are_refused(name, changed):
         ("linear_attention", "feature_map", {"feature_map": "exp"}),
     ],
 )
-def test_impossible_sizes_of_the_peers_are_refused(mixer, name, changed):
+def test_impossible_sizes_of_scanned_mixers_are_refused(mixer, name, changed):
     with pytest.raises(UsageError, match=rf"\b{name}\b") as refusal:
         build(mixer, changed)
     assert "\n" not in str(refusal.value)

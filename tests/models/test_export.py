@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from export_cases import V, assert_program_is_the_model, build, needed
 from torch import nn
 
 from deltaproduct.cli.lm_export import LmExport
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel, export
-from deltaproduct.models.export import FORMATS, DecodingStep, export_step, largest_difference, trace
+from deltaproduct.models.export import FORMATS, DecodingStep, export_step, largest_difference, trace_step
 from deltaproduct.ops import cpu, dispatch
 
-V = 11
-STEPS = 40
 # One layer of each kind, so that a single compilation sees them all.
 EVERY_KIND = {
     "num_hidden_layers": 3,
@@ -59,46 +58,11 @@ BOTH = [
 ]
 
 
-def build(**changes) -> SequenceModel:
-    """A model where state tracking is hard: β near 2, no decay unless asked for, keys that are much alike."""
-    settings = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 16, "beta_bias_init": 5.0}
-    torch.manual_seed(0)
-    model = SequenceModel(ModelConfig.build(vocab_size=V, num_labels=V, defaults=settings, **changes)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-        model.embedding.weight[:] = model.embedding.weight[:1] + 0.3 * model.embedding.weight
-    return model
-
-
-@torch.no_grad()
-def assert_program_is_the_model(run, model: SequenceModel, batch_size: int) -> None:
-    """`run` goes on from its own state; the model reads all tokens in one pass, as it would without any step."""
-    tokens = torch.randint(V, (batch_size, STEPS), generator=torch.Generator().manual_seed(2))
-    want, _ = model(tokens)
-    state, logits = DecodingStep(model).initial(batch_size), []
-    for column in tokens.T:
-        now, *state = run(column.contiguous(), *state)
-        assert all(x.is_contiguous() for x in state)  # or compiled code would misread it
-        logits.append(now)
-    got = torch.stack(logits, 1)
-    c = model.config
-    bound = 1e-5 if c.num_hidden_layers == 1 else 8 * 2**-24 * c.num_hidden_layers * (c.hidden_size**0.5 + 3 * STEPS)
-    assert got.shape == want.shape and (got - want).abs().max() <= bound * want.abs().max()
-    assert want[:, -1].std() > 0.1 * want.std()  # the state has not died away, so that this compares something
-
-
-def needed(to: str) -> None:
-    if to == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
-
-
 @pytest.mark.slow("export")
 def test_the_traced_step_is_the_model():
     """The graph that both formats are made from."""
     model = build(num_householder=3, use_forget_gate=True, tie_word_embeddings=True)
-    run = trace(DecodingStep(model)).module()
+    run = trace_step(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 
@@ -107,7 +71,7 @@ def test_the_traced_step_is_the_model():
 def test_a_state_that_begins_with_one_tensor_twice():
     """An LSTM's hidden and cell; traced as one input, they would never part."""
     model = build(mixer="lstm")
-    assert_program_is_the_model(trace(DecodingStep(model)).module(), model, 3)
+    assert_program_is_the_model(trace_step(DecodingStep(model)).module(), model, 3)
 
 
 def check_exported(out: Path, model: SequenceModel, to: str) -> None:
@@ -239,7 +203,7 @@ def test_eager_decoding_still_uses_the_engine(monkeypatch):
         _, state = model(torch.tensor([[1]]))
         model(torch.tensor([[2]]), state)
     assert len(calls) == 2
-    trace(DecodingStep(model))
+    trace_step(DecodingStep(model))
     assert len(calls) == 2
     with torch.no_grad():
         model(torch.tensor([[3]]), state)

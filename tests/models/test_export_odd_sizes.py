@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from test_export import V, assert_program_is_the_model, build, needed
+from export_cases import V, assert_program_is_the_model, build, needed
 
 from deltaproduct.layers import MIXERS
 from deltaproduct.layers.options import option_names
-from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace
+from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace_step
 
 WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in option_names(mixer.options)]
 # Beside the configurations of test_export.py, which have a convolution of width 4 and one layer.
@@ -64,7 +64,7 @@ def test_histories_of_width_one_and_two_side_by_side():
 @pytest.mark.slow("export")
 def test_the_traced_step_of_an_empty_history():
     model = build(**ODD["width 1"])
-    run = trace(DecodingStep(model)).module()
+    run = trace_step(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 

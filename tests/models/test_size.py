@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths, evaluate_range
 from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.layers.registry import MIXERS
-from deltaproduct.memory import check_memory, in_words, why_out_of_memory
+from deltaproduct.memory import check_memory, format_bytes, why_out_of_memory
 from deltaproduct.models import ModelConfig, SequenceModel, size
 from deltaproduct.models.size import activation_bytes, check_stored, model_bytes, num_parameters, stored_shapes
 from deltaproduct.tasks import get_task
@@ -130,7 +130,7 @@ def test_check_memory_at_its_border(monkeypatch):
     )
     monkeypatch.setattr(memory, "available_memory", lambda device=None: None)
     check_memory("X", 10**30, "y")  # where nothing says how much there is, nothing is refused
-    assert [in_words(n) for n in (5, 1023, 1024, 3 << 29, 10**15, 10**40)] == [
+    assert [format_bytes(n) for n in (5, 1023, 1024, 3 << 29, 10**15, 10**40)] == [
         "5 bytes", "1023 bytes", "1.0 KiB", "1.5 GiB", "909.5 TiB", "1,024 PiB"
     ]  # fmt: skip
 

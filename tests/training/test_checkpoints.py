@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import importable
+from mixer_oracles import importable
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F

@@ -8,10 +8,10 @@ import importlib
 import math
 from functools import partial
 
-import peers
+import mixer_oracles
 import pytest
 import torch
-from peers import D, H, K, build, noise
+from mixer_oracles import D, H, K, build, noise
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.numerical
 B, T = 2, 37
 EXACT = 1e-10  # float64 roundings, enlarged where a norm divides by almost nothing, over up to 300 tokens
 SINGLE = 1e-4  # the same of float32
-assert_close = partial(peers.assert_close, tolerance=EXACT)
+assert_close = partial(mixer_oracles.assert_close, tolerance=EXACT)
 
 
 def pick(shape, choices, seed=1):
