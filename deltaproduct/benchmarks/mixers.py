@@ -67,7 +67,7 @@ def bench_mixers(
     training, task = config.training, get_task(config.training.task)
     if training.precision != "float32" or training.grad_accumulation != 1:
         raise UsageError("Mixers are compared in float32 without gradient accumulation.")
-    if training.min_length is not None or config.model.layer_overrides:
+    if training.min_length is not None or config.model.is_hybrid:
         raise UsageError("Mixers are compared on sequences of one length, in layers that are all alike.")
     check_fits(config.model, task)
     if mixers is not None and not mixers:
@@ -80,7 +80,7 @@ def bench_mixers(
     settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     tokens = sample_batch(task, config.training, 0, 0)[0].shape[1]
     # All of them before the first is run: an unknown name is noticed at once.
-    configs = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=name)) for name in names}
+    configs = {name: dataclasses.replace(config, model=config.model.changed(mixer=name)) for name in names}
 
     rows: list[MixerRow] = []
     runs: dict[str, Callable[[], object]] = {}

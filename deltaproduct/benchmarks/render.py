@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -162,7 +163,7 @@ def _scaling(report: ScalingBenchmark, page: _Page) -> None:
 
 
 def _step(report: GenerateBenchmark, page: _Page) -> None:
-    m, t = report.model, report.times
+    m, t = _flat(report.model), report.times
     sizes = f"L{m['num_hidden_layers']} D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
     if t is None:
         page.note(f"{sizes}: not timed, {report.reason}.")
@@ -244,7 +245,7 @@ def _train(report: TrainBenchmark, page: _Page) -> None:
 
 
 def _mixers(report: MixersBenchmark, page: _Page) -> None:
-    m = report.config["model"]
+    m = _flat(report.config["model"])
     sizes = f"D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
     title = f"A training step of {report.config['training']['task']}, B{report.batch_size} T{report.tokens} {sizes}"
     rows = [
@@ -273,6 +274,11 @@ def _mixers(report: MixersBenchmark, page: _Page) -> None:
     page.note("MiB: most memory in tensors beyond the weights, in a first step; native code's own scratch is not seen.")
     page.note("error: max|x − x64| / max|x64| over the loss and all gradients, x64 the same model's in float64;")
     page.note(f"sequences checked: {report.checked_batch}.")
+
+
+def _flat(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's fields and, beside them, its mixer's options: reports are of models whose layers are all alike."""
+    return model | model["mixer"]
 
 
 def _ms(t: Timing | None, factor: float = 1) -> str:

@@ -82,7 +82,7 @@ class Compile:
         config = model.config
         say(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
-              f"{config.num_householder}, width: {config.hidden_size:,}, "
+              f"{max(options.num_householder for options in config.mixers)}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
         shared = found[0].tried > found[0].situations * len(automaton.alphabet)
         print(f"tried: {_count(found[0].tried, 'symbol')} in {_count(found[0].situations, 'situation')}, which are "

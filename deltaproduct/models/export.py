@@ -259,10 +259,10 @@ def tolerance(config: ModelConfig) -> float:
 
     L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench generate`, for one token.
     """
-    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
-    longest = max(max(c.hidden_size, c.mlp_size, c.num_heads * c.head_dim) for c in layers)
-    steps = max(c.num_householder for c in layers)
-    return max(TOLERANCE, 8 * 2**-24 * len(layers) * (longest**0.5 + steps))
+    heads = max(getattr(x, "num_heads", 0) * getattr(x, "head_dim", 0) for x in config.mixers)
+    longest = max(config.hidden_size, config.mlp_size, heads)
+    steps = max(getattr(x, "num_householder", 1) for x in config.mixers)
+    return max(TOLERANCE, 8 * 2**-24 * config.num_hidden_layers * (longest**0.5 + steps))
 
 
 @torch.no_grad()

@@ -264,12 +264,8 @@ def fingerprint(model: SequenceModel) -> str:
 def _check_same(folder: Path, saved: Any, model: SequenceModel) -> None:
     if not isinstance(saved, dict) or set(saved) != {"position", "sampling", "config", "weights"}:
         raise UsageError(f"{folder / STREAM} is of another version of this library: its entries are other ones.")
-    theirs, ours = ModelConfig.from_dict(saved["config"]).to_dict(), model.config.to_dict()
-    if differing := [name for name in ours if theirs[name] != ours[name]]:
-        name = differing[0]
-        raise UsageError(
-            f"The {WHAT} {folder} is with another model: its {name} is {theirs[name]}, this model's {ours[name]}."
-        )
+    for name, (theirs, ours) in ModelConfig.from_dict(saved["config"]).differences(model.config).items():
+        raise UsageError(f"The {WHAT} {folder} is with another model: its {name} is {theirs}, this model's {ours}.")
     if saved["weights"] != fingerprint(model):
         raise UsageError(f"The {WHAT} {folder} is with a model of the same configuration but of other weights.")
 

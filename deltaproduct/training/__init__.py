@@ -1,9 +1,8 @@
 """Training: configuration, loop, checkpoints and metrics of a run."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltaproduct.late import late
-from deltaproduct.renamed import renamed_names
 
 if TYPE_CHECKING:
     from deltaproduct.training.config import LanguageConfig, Run, TrainConfig
@@ -13,15 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LanguageConfig", "Run", "TrainConfig", "train"]
 
-_late, __dir__ = late(
+__getattr__, __dir__ = late(
     __name__,
     {
         "config": ("LanguageConfig", "Run", "TrainConfig"),
         "loop": ("train",),
     },
+    renamed={"RunConfig": "Run"},
 )
-_renamed = renamed_names(__name__, {"RunConfig": "Run"})
-
-
-def __getattr__(name: str) -> Any:
-    return _renamed(name) if name == "RunConfig" else _late(name)

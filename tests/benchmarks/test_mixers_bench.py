@@ -17,6 +17,14 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 
 
+def called(name, mixer):
+    """A mixer as it is registered under another name: with options of that name."""
+    options = dataclasses.make_dataclass(
+        "Options", [], bases=(mixer.options,), namespace={"name": name}, frozen=True, kw_only=True
+    )
+    return type(mixer.__name__, (mixer,), {"options": options})
+
+
 class OffInFloat32(LinearAttention):
     """What loses precision: right in float64, 1% off in float32."""
 
@@ -41,8 +49,12 @@ def quick_mixers():
     return bench_mixers(S3, quick=True, device="cpu", repeats=1)
 
 
-def changed(config, **parts):
-    return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **c) for n, c in parts.items()})
+def changed(config, training=None, model=None):
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **(training or {})),
+        model=config.model.changed(**(model or {})),
+    )
 
 
 def run(names, **options):
@@ -59,7 +71,7 @@ def test_every_registered_mixer_has_a_row(quick_mixers):
         assert row.status == "timed" and 0 <= row.error < 1e-4 and row.worst, name  # what is refused begins at 1e-3
         assert row.step.runs == 1 and row.step.median_ms > 0 and row.peak_extra_bytes > 0
         assert row.ratio == pytest.approx(row.step.median_ms / rows["deltanet"].step.median_ms)
-        assert row.num_parameters == SequenceModel(dataclasses.replace(S3.model, mixer=name)).num_parameters
+        assert row.num_parameters == SequenceModel(S3.model.changed(mixer=name)).num_parameters
     sizes = {name: rows[name].state_size for name in ("deltaproduct", "deltanet", "lstm", "attention")}
     # 4 heads × 16 × 16; two vectors of 4 × 16; and keys and values of 17 tokens, BOS included
     assert sizes == {"deltaproduct": 1024, "deltanet": 1024, "lstm": 128, "attention": 2 * 4 * 16 * 17}
@@ -81,7 +93,7 @@ def test_the_report_is_plain_json_and_its_table_fits_80_columns(quick_mixers):
 def test_slow_mixers_say_why(monkeypatch):
     """Beyond 5 × DeltaNet's time; a reason that nobody has written down is noticed."""
     median_ms = {"deltanet": 10.0, "lstm": 50.0, "gru": 50.1, "mamba": 123.0, "odd": 60.0, "attention": 1.0}
-    monkeypatch.setitem(MIXERS, "odd", LinearAttention)
+    monkeypatch.setitem(MIXERS, "odd", called("odd", LinearAttention))
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: {n: Timing(median_ms[n], 1, 200, 3) for n in runs})
     report = run(list(median_ms), repeats=7)
     assert [row.ratio for row in report.rows] == pytest.approx([1, 5, 5.01, 12.3, 6, 0.1])
@@ -101,8 +113,8 @@ def test_reasons_are_of_registered_mixers():
 
 
 def test_wrong_and_failing_mixers_are_not_timed(monkeypatch):
-    monkeypatch.setitem(MIXERS, "off", OffInFloat32)
-    monkeypatch.setitem(MIXERS, "broken", Broken)
+    monkeypatch.setitem(MIXERS, "off", called("off", OffInFloat32))
+    monkeypatch.setitem(MIXERS, "broken", called("broken", Broken))
     timed = []
     real = mixers.interleaved
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: timed.extend(runs) or real(runs, **kw))
@@ -149,11 +161,11 @@ def test_checks_and_steps_are_of_the_runs_last_stage(monkeypatch):
     class Watched(train.Training):
         def __init__(self, config, backend, device, dtype=torch.float32):
             super().__init__(config, backend, device, dtype)
-            made.append((self.model.config.mixer, backend, dtype, tuple(self.tokens.shape)))
+            made.append((self.model.config.mixer.name, backend, dtype, tuple(self.tokens.shape)))
 
     def watched(objective, model, optimizer, progress, ranks):
         settings = objective.settings
-        steps.append((model.config.mixer, progress.step, settings.batch_size(0), settings.lengths))
+        steps.append((model.config.mixer.name, progress.step, settings.batch_size(0), settings.lengths))
         return real(objective, model, optimizer, progress, ranks)
 
     real = train.train_step
@@ -169,7 +181,7 @@ def test_checks_and_steps_are_of_the_runs_last_stage(monkeypatch):
     order = [("deltanet", 0), ("gru", 0), ("deltanet", 1), ("gru", 1), ("gru", 2), ("deltanet", 2)]
     assert steps == [(name, step, 5, (9,)) for name, step in order]
     assert (report.batch_size, report.tokens) == (5, 10) and report.config["training"]["lengths"] == [9]
-    assert report.config["model"]["mixer"] == "deltaproduct"
+    assert report.config["model"]["mixer"]["name"] == "deltaproduct"
 
 
 def test_quick_is_one_size_whatever_the_run():
@@ -197,10 +209,10 @@ def test_the_command_compares_mixers_at_one_size(monkeypatch):
     command("--all", "--task", "S5", "--num-householder", "3", "--quick", "--repeats", "2", "--device", "cpu")
     (config, _), (other, options) = configs
     model, training = config.model, config.training
-    assert (model.hidden_size, model.num_heads, model.head_dim, model.num_hidden_layers) == (128, 8, 16, 1)
+    assert (model.hidden_size, model.mixer.num_heads, model.mixer.head_dim, model.num_hidden_layers) == (128, 8, 16, 1)
     assert (training.task, training.lengths, training.batch_sizes) == ("S3", (256,), (64,))
-    assert model.num_householder == 2 and model.allow_neg_eigval
-    assert (other.training.task, other.model.num_labels, other.model.num_householder) == ("S5", 120, 3)
+    assert model.mixer.num_householder == 2 and model.mixer.allow_neg_eigval
+    assert (other.training.task, other.model.num_labels, other.model.mixer.num_householder) == ("S5", 120, 3)
     assert options["quick"] and options["repeats"] == 2 and options["device"] == "cpu" and "backends" not in options
 
 
@@ -223,7 +235,7 @@ def test_the_command_prints_and_writes_json(monkeypatch, capsys, tmp_path):
         (lambda: bench_mixers(changed(S3, training={"precision": "bfloat16"})), "float32"),
         (lambda: bench_mixers(changed(S3, training={"grad_accumulation": 2})), "accumulation"),
         (lambda: bench_mixers(changed(S3, training={"min_length": 2})), "one length"),
-        (lambda: bench_mixers(changed(S3, model={"layer_overrides": {"0": {"mixer": "gru"}}})), "all alike"),
+        (lambda: bench_mixers(changed(S3, model={"mixer": ["gru", "deltaproduct"]})), "all alike"),
         (lambda: bench_mixers(changed(S3, training={"task": "S4"})), "vocab_size"),
         (lambda: command("--all", "--quick", "--backends", "chunkwise"), "--backends"),
         (lambda: command("--all", "--num-householder", "0"), "num_householder"),

@@ -6,15 +6,14 @@ Other people's code computes in float32 and in another order: 1e-4 of the larges
 
 import importlib
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
+from mixer_cases import mixer_of
 from mixer_oracles import plain_modeling
 from torch import Tensor
 from torch.nn.functional import softplus
-
-from deltaproduct.layers import get_mixer
 
 pytestmark = [pytest.mark.numerical, pytest.mark.neighbours]
 
@@ -24,8 +23,8 @@ B, T, D = 2, 70, 32
 
 def build(name: str, **settings):
     torch.manual_seed(0)
-    defaults = {"hidden_size": D, "num_heads": 2, "head_dim": 8, "allow_neg_eigval": False, "norm_eps": 1e-5}
-    mixer = get_mixer(name).from_config(SimpleNamespace(**(defaults | settings)))
+    defaults = {"num_heads": 2, "head_dim": 8, "allow_neg_eigval": False}
+    mixer = mixer_of(name, D, defaults | settings, settings.get("norm_eps", 1e-5))
     with torch.no_grad():  # biases and norms that start at 0 or 1 would hide where they are applied
         for parameter_name, p in mixer.named_parameters():
             if parameter_name.endswith(("bias", "norm.weight", "norm_weight", "D")):

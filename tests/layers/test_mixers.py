@@ -14,7 +14,16 @@ from mixer_cases import CASES, OPTIONS, build
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, AttentionState, DeltaNet, DeltaProduct, GatedDeltaNet, get_mixer
+from deltaproduct.layers import (
+    MIXERS,
+    AttentionState,
+    DeltaNet,
+    DeltaProduct,
+    DeltaProductOptions,
+    GatedDeltaNet,
+    get_mixer,
+)
+from deltaproduct.layers.options import option_names
 
 pytestmark = pytest.mark.numerical
 
@@ -190,7 +199,7 @@ def test_keys_and_queries_are_normalised(length):
 
 
 @pytest.mark.parametrize(
-    "options", [o for o in OPTIONS if set(o) <= {*DeltaProduct.arguments()} - {"num_householder"}], ids=str
+    "options", [o for o in OPTIONS if set(o) <= {*option_names(DeltaProductOptions)} - {"num_householder"}], ids=str
 )
 @pytest.mark.parametrize(
     ("preset", "gates"),
@@ -259,12 +268,9 @@ def test_impossible_sizes_are_refused(name, changed):
 @pytest.mark.parametrize(
     ("mixer", "name", "changed"),
     [
-        *(
-            (m, n, {n: 0})
-            for m in SCANNED
-            for n in ("hidden_size", "head_dim", "norm_eps")
-            if n in MIXERS[m].arguments()
-        ),
+        *((m, "hidden_size", {"hidden_size": 0}) for m in SCANNED),
+        *((m, "head_dim", {"head_dim": 0}) for m in SCANNED if "head_dim" in option_names(MIXERS[m].options)),
+        *((m, "norm_eps", {"norm_eps": 0}) for m in SCANNED if MIXERS[m].takes_norm_eps),
         *((m, "num_heads", {"num_heads": 0}) for m in ("linear_attention", "gla", "mlstm")),
         *((m, "expand_v", {"expand_v": bad}) for m in ("linear_attention", "gla", "mlstm") for bad in (0.1, math.inf)),
         *((m, n, {n: 0}) for m in ("mamba2", "mamba") for n in ("expand", "ssm_state_size", "conv_size")),

@@ -361,13 +361,13 @@ def test_impossible_options_are_refused(match, mixer, options):
 @pytest.mark.parametrize(("name", "value"), [("num_kv_heads", 0), ("rope_theta", 0.0)])
 def test_impossible_fields_are_refused(name, value):
     with pytest.raises(UsageError, match=rf"^{name} must be"):
-        ModelConfig(vocab_size=5, num_labels=5, **{name: value})
+        ModelConfig.build(vocab_size=5, num_labels=5, mixer="attention", **{name: value})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_of_peers_stream_and_come_back_from_disk(name, tmp_path):
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(vocab_size=5, num_labels=4, hidden_size=D, num_heads=H, head_dim=K, mixer=name))
+    model = SequenceModel(ModelConfig.build(5, 4, hidden_size=D, num_heads=H, head_dim=K, mixer=name))
     model.save_pretrained(tmp_path / "model")
     again = SequenceModel.from_pretrained(tmp_path / "model")
     tokens = torch.randint(5, (B, 2 * T), generator=torch.Generator().manual_seed(1))

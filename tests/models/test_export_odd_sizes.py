@@ -10,9 +10,10 @@ import torch
 from test_export import V, assert_program_is_the_model, build, needed
 
 from deltaproduct.layers import MIXERS
+from deltaproduct.layers.options import option_names
 from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace_step
 
-WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in mixer.arguments()]
+WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in option_names(mixer.options)]
 # Beside the configurations of test_export.py, which have a convolution of width 4 and one layer.
 ODD = {
     "width 1": {"conv_size": 1},
@@ -20,7 +21,7 @@ ODD = {
         "conv_size": 1, "num_hidden_layers": 2, "tie_word_embeddings": True, "intermediate_size": 0,
     },
     "width 2 beside width 1": {
-        "num_hidden_layers": 2, "layer_overrides": {"0": {"conv_size": 1}, "1": {"conv_size": 2}},
+        "mixer": [{"name": "deltaproduct", "conv_size": 1}, {"name": "deltaproduct", "conv_size": 2}],
     },
     "width 1, four steps, gates": {
         "conv_size": 1, "num_householder": 4, "use_forget_gate": True, "use_output_gate": True,

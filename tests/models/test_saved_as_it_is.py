@@ -15,7 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers import GatedDeltaNet
 from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.checkpoints import read_fla, write_fla
+from deltaproduct.models.fla.checkpoint import read_fla, write_fla
 
 pytestmark = pytest.mark.neighbours
 
@@ -27,7 +27,7 @@ KINDS = pytest.mark.parametrize("kind", ["ours", "transformers"])
 def build(kind: str = "ours", **changes):
     torch.manual_seed(0)
     if kind == "ours":
-        return SequenceModel(ModelConfig(V, V, **(SIZES | changes))).eval()
+        return SequenceModel(ModelConfig.build(V, V, **(SIZES | changes))).eval()
     pytest.importorskip("transformers")
     from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
 
