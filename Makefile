@@ -13,11 +13,14 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
+# Where this is set, every process that tests start, and pytest itself, would compile its sources anew: seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 STAMP := $(VENV)/.installed
 # Each worker would start a thread per core; two workers on two cores would then fight over them.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-all test-portable test-neighbours sanitize lint bench clean
+.PHONY: help setup demo test test-all test-each-kind test-portable test-neighbours sanitize lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -41,13 +44,17 @@ $(STAMP): pyproject.toml setup.py $(ENGINE) $(CONSTRAINTS)
 demo: setup  ## learn S3 from two seeds and draw the accuracy by length, in demo/s3
 	$(VENV)/bin/deltaproduct reproduce s3 --seeds 2 --out demo/s3
 
-test: setup  ## run the tests but the slow ones; PYTEST_ARGS="-k s3" narrows them
+test: setup  ## run the tests that are fast, in at most 3 minutes; PYTEST_ARGS="-k s3" narrows them
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: setup  ## run all tests, and unless PYTEST_ARGS narrows them, also in all ways of the next two
+test-each-kind: setup  ## of the slow tests, run some of each kind: start processes, kill them, compile, export ... (as CI does)
+	$(PYTEST) -m "" --each-kind $(PYTEST_ARGS)
+
+test-all: setup  ## run all tests, and unless PYTEST_ARGS narrows them, also in all ways of the next three
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(VENV)/bin/python tests/portable.py --all)
 	$(if $(PYTEST_ARGS),,$(VENV)/bin/python tests/neighbours.py)
+	$(if $(PYTEST_ARGS),,$(MAKE) sanitize)
 
 test-portable: setup  ## run the numerical tests with the instructions of other processors, one way after another
 	$(VENV)/bin/python tests/portable.py $(PYTEST_ARGS)

@@ -2,9 +2,13 @@
 
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports them: an assertion that fails there says as much as one in a test.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("helpers/*.py")))
 
 if not torch.cuda.is_available():
     # Triton decides on its own import whether its library can be interpreted, and whoever imports it first decides so

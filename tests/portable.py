@@ -1,9 +1,10 @@
-"""The numerical tests as other machines would run them: `python tests/portable.py [--all] [arguments of pytest]`.
+"""The numerical tests as other machines would run them: `python tests/portable.py [--all | --at-once] [pytest's]`.
 
 A processor decides which instructions PyTorch's own loops (ATen), its matrix products (MKL), its convolutions (oneDNN)
 and our engine use, and so in which order they sum. Each way below takes one of these choices away from the processor.
 A tolerance that holds for one order of summation alone fails in one of them. Without --all, each way has the tests of
-the operator and every sixth of the others, another sixth in each.
+the operator and every sixth of the others, another sixth in each. With --at-once, which CI has time for, there is one
+way that takes all choices away together, with as many tests as each of these; where it fails, the others say why.
 """
 
 import os
@@ -23,7 +24,7 @@ MARK = "pytest.mark.numerical"
 # Collecting the others takes ten seconds in each way.
 FILES = sorted(str(path) for path in Path(__file__).parent.rglob("test_*.py") if MARK in path.read_text("utf-8"))
 SAMPLE = 6
-EVERYTHING = "--all"
+EVERYTHING, AT_ONCE = "--all", "--at-once"
 THREADS = "DELTAPRODUCT_TEST_THREADS"  # read by conftest.py
 
 
@@ -61,17 +62,32 @@ WAYS = (
     ),
 )
 
+# What differs most from the processors that tests otherwise run on: no vector instructions, and a second thread.
+TOGETHER = Way(
+    "all of it at once",
+    {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "DELTAPRODUCT_KERNELS": "portable",
+        THREADS: "2",
+    },
+    shows="ATen DEFAULT, engine portable, threads 2",
+    kernels="portable",
+    alone=True,
+)
 
-def run(number: int, arguments: list[str]) -> bool:
-    """Run the numerical tests in one of WAYS; print their outcome in one line, and what they said where they failed."""
-    way = WAYS[number]
+
+def run(way: Way, part: int, arguments: list[str]) -> bool:
+    """Run the numerical tests, or this part of SAMPLE parts of them, in one way; print their outcome in one line, and
+    what they said where they failed."""
     if why := way.why_not():
         print(f"left out: {way.name}: {why}", flush=True)
         return True
     chosen = ["-m", "numerical"] if EVERYTHING in arguments else ["-m", "numerical and not slow"]
     if EVERYTHING not in arguments:
-        chosen += ["--sample", f"{number}/{SAMPLE}"]
-    chosen += [argument for argument in arguments if argument != EVERYTHING]
+        chosen += ["--sample", f"{part}/{SAMPLE}"]
+    chosen += [argument for argument in arguments if argument not in (EVERYTHING, AT_ONCE)]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *FILES, *chosen]
     environment = os.environ | {"OMP_NUM_THREADS": "1", THREADS: "1"} | way.variables
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -91,9 +107,12 @@ def run(number: int, arguments: list[str]) -> bool:
 
 def main() -> int:
     arguments = sys.argv[1:]
+    if AT_ONCE in arguments:
+        return 0 if run(TOGETHER, 0, arguments) else 1
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(lambda n: run(n, arguments), [n for n, way in enumerate(WAYS) if not way.alone]))
-    outcomes += [run(n, arguments) for n, way in enumerate(WAYS) if way.alone]
+        together = [pool.submit(run, way, n, arguments) for n, way in enumerate(WAYS) if not way.alone]
+        outcomes = [future.result() for future in together]
+    outcomes += [run(way, n, arguments) for n, way in enumerate(WAYS) if way.alone]
     return 0 if all(outcomes) else 1
 
 

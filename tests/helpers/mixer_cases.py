@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from deltaproduct.layers import MIXERS, Mixer, get_mixer
 from deltaproduct.layers.options import option_names
@@ -49,3 +50,21 @@ def build(name: str, options: dict, dtype: torch.dtype = torch.float64, hidden_s
     torch.manual_seed(0)
     values = {"num_heads": 2, "head_dim": 4, "hidden_size": hidden_size} | sizes | options
     return mixer_of(name, values["hidden_size"], values, values.get("norm_eps", 1e-5)).to(dtype)
+
+
+EXACT = 1e-11
+
+
+def noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(got, want, tolerance: float = EXACT) -> None:
+    """Two tensors, or two states, agree; relative to the largest entry of each tensor."""
+    got, want = tree_leaves(got), tree_leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.shape == b.shape
+            assert b.numel() == 0 or (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-30)

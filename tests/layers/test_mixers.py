@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from mixer_cases import CASES, OPTIONS, build
+from mixer_cases import CASES, OPTIONS, assert_same, build, noise
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
@@ -27,24 +27,8 @@ from deltaproduct.layers.options import option_names
 
 pytestmark = pytest.mark.numerical
 
-EXACT = 1e-11
 B, T = 3, 23
 SCANNED = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
-
-
-def noise(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(got, want, tolerance: float = EXACT) -> None:
-    """Two tensors, or two states, agree; relative to the largest entry of each tensor."""
-    got, want = tree_leaves(got), tree_leaves(want)
-    assert len(got) == len(want)
-    for a, b in zip(got, want):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.shape == b.shape
-            assert b.numel() == 0 or (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-30)
 
 
 def in_pieces(mixer, x, state, cuts):

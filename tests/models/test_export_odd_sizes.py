@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_export import V, assert_program_is_the_model, build, needed
+from export_cases import V, assert_program_is_the_model, build, needed
 
 from deltaproduct.layers import MIXERS
 from deltaproduct.layers.options import option_names

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_saved_as_it_is import build, logits
+from saved_models import build, logits
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel
@@ -44,7 +44,7 @@ def test_shards(tied, tmp_path):
 
 def test_shards_that_are_not_what_the_index_says(tmp_path):
     """With a manifest that agrees with the files, as of somebody who edits a folder on purpose."""
-    from test_models import seal
+    from saved_models import seal
 
     model = build("transformers")
     folder = tmp_path / "model"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from mixer_cases import build as build_mixer
 from safetensors.torch import load_file, save_file
-from test_mixers import build as build_mixer
 from torch.utils._pytree import tree_map
 
 from deltaproduct.errors import UsageError

@@ -6,9 +6,8 @@ same as outside and on the same numbers: 1e-6 of the largest logit where the com
 
 import pytest
 import torch
-from mixer_cases import known_options
-from test_mixers import EXACT, OPTIONS, assert_same, noise
-from test_mixers import build as build_mixer
+from mixer_cases import EXACT, OPTIONS, assert_same, known_options, noise
+from mixer_cases import build as build_mixer
 from torch import nn
 from torch.utils._pytree import tree_leaves
 

@@ -1,6 +1,5 @@
 """Models: streaming, sizes, configurations; and checkpoints that come back exactly or not at all."""
 
-import hashlib
 import json
 import os
 import resource
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_models import seal
 from torch.utils._pytree import tree_leaves
 
 from deltaproduct import files
@@ -64,16 +64,6 @@ def refusal(folder: Path, match: str) -> str:
 
 def weights(model: SequenceModel) -> dict[str, torch.Tensor]:
     return {name: a.clone() for name, a in model.state_dict().items()}
-
-
-def seal(folder: Path) -> None:
-    """Write a manifest that agrees with the files, as someone would who edits a checkpoint on purpose."""
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-        for p in folder.iterdir()
-        if p.name != "manifest.json"
-    }
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
 
 
 # Running

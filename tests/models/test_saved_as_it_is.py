@@ -7,37 +7,20 @@ import json
 
 import pytest
 import torch
-from test_read_past_modules import LoraLinear, Wrapped, replace_forward, weight_norm
+from changed_modules import LoraLinear, Wrapped, replace_forward, weight_norm
+from saved_models import V, build, logits
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers import GatedDeltaNet
 from deltaproduct.layers.parts import RMSNorm
-from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.models import SequenceModel
 from deltaproduct.models.fla.checkpoint import read_fla, write_fla
 
 pytestmark = pytest.mark.neighbours
 
-V = 11
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "intermediate_size": 24}
 KINDS = pytest.mark.parametrize("kind", ["ours", "transformers"])
-
-
-def build(kind: str = "ours", **changes):
-    torch.manual_seed(0)
-    if kind == "ours":
-        return SequenceModel(ModelConfig.build(V, V, **(SIZES | changes))).eval()
-    pytest.importorskip("transformers")
-    from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
-
-    return DeltaProductForCausalLM(DeltaProductConfig(V, **(SIZES | changes))).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    found = model(torch.tensor([[3, 1, 4, 1, 5]]))
-    return found[0] if isinstance(found, tuple) else found.logits
 
 
 def check_comes_back(model, folder) -> nn.Module:

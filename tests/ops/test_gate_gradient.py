@@ -8,8 +8,8 @@ gradient itself. That is what is asked of chunks here too.
 import numpy as np
 import pytest
 import torch
+from operator_cases import Problem, draw, leaves, run, serving
 from oracle import Answer, oracle
-from test_operator import Problem, leaves, run, serving
 
 pytestmark = pytest.mark.numerical
 
@@ -31,29 +31,11 @@ SEEDS = 3
 ROUNDINGS = 10
 
 
-def drawn(p: Problem, seed: int) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    sequences = p.B if p.cu is None else len(p.cu) - 1
-    k = rng.standard_normal((p.B, p.T, p.N, p.H, p.K))
-    x = {
-        "q": rng.standard_normal((p.B, p.T, p.H, p.K)),
-        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
-        "v": rng.standard_normal((p.B, p.T, p.N, p.HV, p.V)),
-        "beta": rng.uniform(0, 2, (p.B, p.T, p.N, p.HV)),
-        "g": -rng.exponential(0.2, (p.B, p.T, p.HV)),
-        "d_o": rng.standard_normal((p.B, p.T, p.HV, p.V)),
-        "d_final": rng.standard_normal((sequences, p.HV, p.K, p.V)),
-    }
-    if p.initial:
-        x["initial_state"] = rng.standard_normal((sequences, p.HV, p.K, p.V))
-    return {n: torch.tensor(a, dtype=torch.float32).double() for n, a in x.items()}
-
-
 def worst(p: Problem, backend: str) -> dict[str, float]:
     """Over SEEDS, the largest error of each gradient as a multiple of its largest entry."""
     found: dict[str, float] = {}
     for seed in range(SEEDS):
-        x = drawn(p, seed)
+        x = draw(p, seed)
         cu = None if p.cu is None else list(p.cu)
         want: Answer = oracle(**{n: a.numpy() for n, a in x.items()}, cu_seqlens=cu)
         got = run(backend, x, leaves(x, torch.float32), cu_seqlens=None if cu is None else torch.tensor(cu))
@@ -75,7 +57,7 @@ def test_a_gate_that_its_own_steps_wipe_out(p, backend):
 
 @pytest.mark.parametrize("backend", CHUNKED)
 def test_gradients_keep_their_dtypes(backend):
-    x = drawn(SHAPES[0], 0)
+    x = draw(SHAPES[0], 0)
     inputs = {n: a.detach().requires_grad_() for n, a in leaves(x, torch.float32).items()}
     inputs["initial_state"] = inputs["initial_state"].detach().bfloat16().requires_grad_()
     inputs["q"] = inputs["q"].detach().bfloat16().requires_grad_()

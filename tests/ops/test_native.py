@@ -18,10 +18,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hard_regime import T, keys, unit
+from hard_regime import errors as hard_errors
+from operator_cases import CU, Problem, draw, errors, leaves, options, run
 from oracle import l2_normalised, l2_normalised_gradient, oracle, relative_error
-from test_operator import CU, Problem, draw, errors, leaves, options, run
-from test_operator_hard import T, keys, unit
-from test_operator_hard import errors as hard_errors
 
 from deltaproduct.ops import cpu, delta_product
 from deltaproduct.ops.inputs import compute_dtype

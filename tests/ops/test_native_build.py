@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_operator import Problem, draw, leaves, options
+from operator_cases import Problem, draw, leaves, options
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deltaproduct.errors import UsageError

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from test_operator import BACKEND, serving
+from operator_cases import BACKEND, serving
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS, delta_product, delta_product_step

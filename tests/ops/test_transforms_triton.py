@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_operator import Problem
-from test_transforms import ALL, BEYOND, OTHERS, REFUSAL, assert_equal, operator, step
+from operator_cases import Problem
+from transforms import ALL, BEYOND, OTHERS, REFUSAL, assert_equal, operator, step
 
 from deltaproduct.errors import UsageError
 

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from operator_cases import CU, Problem, assert_within, draw, errors, leaves, options, solve, solved
 from oracle import Answer, l2_normalised, l2_normalised_gradient, oracle, relative_error
-from test_operator import CU, Problem, assert_within, draw, errors, leaves, options, solve, solved
 
 from deltaproduct.errors import UsageError
 from deltaproduct.ops import BACKENDS, delta_product, delta_product_step, resolve_backend

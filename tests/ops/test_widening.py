@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_operator import serving
+from operator_cases import serving
 from torch import Tensor
 
 from deltaproduct.errors import UsageError

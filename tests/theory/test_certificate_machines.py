@@ -7,12 +7,13 @@ import sys
 from dataclasses import asdict
 from decimal import ROUND_CEILING, ROUND_FLOOR
 
+import published_certificates
 import pytest
 import torch
 from automaton_cases import from_maps
+from published_certificates import MODELS, published
 
 from deltaproduct.ops.inputs import l2_normalise
-from deltaproduct.tasks.regular import modular_arithmetic
 from deltaproduct.theory.certificate import _normalised, _rounded, certificates, certify
 from deltaproduct.theory.compiler import compile_automaton, compile_group
 from deltaproduct.theory.exploration import explore
@@ -22,35 +23,11 @@ MACHINES: list[dict[str, str]] = [
     {"ATEN_CPU_CAPABILITY": "default"},
     {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 ]
-MODELS = {
-    "Z60": lambda: compile_group("Z60"),
-    "S4": lambda: compile_group("S4"),
-    "a cascade": lambda: compile_automaton(from_maps((1, 2, 3, 0), (1, 0, 3, 3), (0, 2, 1, 1))),
-    "D5 in two layers": lambda: compile_group("D5", "two-layer"),
-    "Z60 in two layers": lambda: compile_group("Z60", "two-layer"),
-    "A5": lambda: compile_group("A5"),
-    "S5": lambda: compile_group("S5"),
-    "arithmetic": lambda: compile_automaton(modular_arithmetic(5)),
-}
-PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_certificate_machines import published
-for name in sys.argv[2:]:
-    print(published(name))
-"""
-
-
-def published(name: str) -> str:
-    """What is published of a model, as text."""
-    compiled = MODELS[name]()
-    return json.dumps([asdict(found) for found in certificates(compiled.model, compiled.automaton)])
 
 
 def published_on(machine: dict[str, str], names: list[str]) -> list[str]:
-    here = os.path.dirname(__file__)
     paths = os.pathsep.join([path for path in sys.path if path])
-    command = [sys.executable, "-c", PROGRAM, here, *names]
+    command = [sys.executable, published_certificates.__file__, *names]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": paths} | machine, capture_output=True, text=True, check=True
     )

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 from commands import run
-from test_theorems import COUNTING_PROOF, DIAGONAL, TASKS, classes
+from theorem_cases import COUNTING_PROOF, DIAGONAL, TASKS, classes
 
 from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError

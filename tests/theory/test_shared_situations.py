@@ -9,7 +9,7 @@ import pytest
 import torch
 from automaton_cases import PARITY
 from commands import run
-from test_theory_acceptance import assert_agrees_with_library
+from libraries import assert_agrees_with_library
 
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.regex_automaton import from_regex

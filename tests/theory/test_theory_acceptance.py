@@ -11,9 +11,9 @@ import pytest
 import torch
 from automaton_cases import library, random_automaton, wrong_labels
 from compiled_sizes import most_steps
+from libraries import assert_agrees_with_library
 
 from deltaproduct.errors import UsageError
-from deltaproduct.tasks.automata import Automaton
 from deltaproduct.tasks.regex_automaton import from_regex
 from deltaproduct.tasks.regular import modular_arithmetic
 from deltaproduct.theory.certificate import certificates
@@ -36,21 +36,6 @@ def accepted_prefixes(dfa, word):
     """Whether each non-empty prefix is accepted, by automata-lib."""
     states = list(dfa.read_input_stepwise(word, ignore_rejection=True))
     return [state in dfa.final_states for state in states[1:]]
-
-
-def assert_agrees_with_library(automaton: Automaton, words: int, length: int, seed: int) -> None:
-    theirs, compiled, n = library(automaton), compile_automaton(automaton), len(automaton.states)
-    config = compiled.model.config
-    assert config.num_hidden_layers <= max(1, 2 * n - 3) and most_steps(config) <= max(n - 1, 2)
-    drawn = draw_words(automaton, words, length, seed)
-    want = [
-        list(theirs.read_input_stepwise([automaton.alphabet[i] for i in word], ignore_rejection=True))[1:]
-        for word in drawn
-    ]
-    bos = torch.full((words, 1), len(automaton.alphabet))
-    with torch.no_grad():
-        logits, _ = compiled.model(torch.cat((bos, torch.from_numpy(drawn)), 1))
-    assert logits.argmax(-1)[:, 1:].tolist() == want
 
 
 def assert_regex_is_the_librarys(regex: str, words: int, length: int) -> Compiled:
