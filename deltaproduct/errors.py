@@ -56,3 +56,12 @@ def quoted(value: object) -> str:
 def as_json(value: object) -> str:
     """A value of a JSON file as a message repeats it: as JSON, the end of a long one left out."""
     return shortened(json.dumps(value, ensure_ascii=False, default=str), QUOTED // 2)
+
+
+def first_line(error: BaseException, *, with_kind: bool = False) -> str:
+    """An exception in one line: the first of its message (`with_kind`: behind its kind), or its kind where there is
+    no message."""
+    lines, kind = str(error).strip().splitlines(), type(error).__name__
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if with_kind else lines[0]

@@ -38,7 +38,8 @@ def check_memory(what: str, needed: int, advice: str, *, device: Any = None) -> 
         return
     where = "on this machine" if device is None or _kind(device) == "cpu" else f"on {device}"
     raise UsageError(
-        f"{what} needs at least {in_words(needed)} of memory, and there are {in_words(there)} {where}; lower {advice}."
+        f"{what} needs at least {format_bytes(needed)} of memory, and there are {format_bytes(there)} {where}; lower "
+        f"{advice}."
     )
 
 
@@ -51,7 +52,7 @@ def available_memory(device: Any = None) -> int | None:
     return min((size for size in found if size is not None), default=None)
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes as a person says them: "3.2 GiB"."""
     if size >= ENDLESS:
         return f"{ENDLESS >> 50:,} PiB"

@@ -26,6 +26,8 @@ MOVED = {
     "deltaproduct.experiments.formal": "deltaproduct.experiments.formal_languages",
     "deltaproduct.experiments.groups": "deltaproduct.experiments.word_problems",
     "deltaproduct.experiments.launchers": "deltaproduct.launchers",
+    "deltaproduct.models.checkpoints": "deltaproduct.models.fla.checkpoint",
+    "deltaproduct.models.fla_config": "deltaproduct.models.fla.config",
     "deltaproduct.ops.compat": "deltaproduct.ops.fla_api",
     "deltaproduct.ops.spans": "deltaproduct.ops.context_parallel",
     "deltaproduct.ops.tape": "deltaproduct.ops.engine_program",

@@ -28,7 +28,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         assert names["logits"].shape == (2, 6)
     exec(exact, {})
     pytest.importorskip("transformers")
-    SequenceModel(ModelConfig(257, 257, hidden_size=8)).save_pretrained(tmp_path / "runs/lm/checkpoint")
+    SequenceModel(ModelConfig.build(257, 257, hidden_size=8)).save_pretrained(tmp_path / "runs/lm/checkpoint")
     monkeypatch.chdir(tmp_path)
     exec(transformers, names)
     assert names["written"].shape == (1, 7 + 20)

@@ -11,7 +11,7 @@ from run_folder import metrics
 from safetensors.torch import load_file
 
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.checkpoints import read_fla
+from deltaproduct.models.fla.checkpoint import read_fla
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures").glob("*.zip"))
 # Of logits of size about 1, from float32 sums whose order is the processor's.

@@ -305,7 +305,7 @@ def test_odd_json_is_one_line(tmp_path):
 
 
 def test_a_checkpoint_in_a_folder_whose_name_is_no_utf8_is_read(tmp_path):
-    model = SequenceModel(ModelConfig(5, 5, hidden_size=8, num_heads=1, head_dim=4))
+    model = SequenceModel(ModelConfig.build(5, 5, hidden_size=8, num_heads=1, head_dim=4))
     folder = tmp_path / os.fsdecode(b"run \xff \xc3\xa9")
     model.save_pretrained(folder)
     loaded = SequenceModel.from_pretrained(folder).state_dict()

@@ -5,7 +5,6 @@ is therefore measured, in the same run and in turn with the step: as many bytes 
 copied as there are states.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,28 +13,25 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import GenerateBenchmark, GenerateTimes
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.benchmarks.workload import token_inputs
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models import Decoder, ModelConfig, SequenceModel
+from deltaproduct.models.size import FLOAT
 from deltaproduct.ops import BACKENDS, delta_product_step
 from deltaproduct.renamed import renamed_names
 
-GENERATE_MODEL = ModelConfig(
+GENERATE_MODEL = ModelConfig.build(
     vocab_size=256, num_labels=256, hidden_size=1024, num_hidden_layers=24, num_heads=8, head_dim=128, num_householder=2
 )
-QUICK_GENERATE_MODEL = dataclasses.replace(
-    GENERATE_MODEL, hidden_size=64, num_hidden_layers=2, num_heads=2, head_dim=16
-)
+QUICK_GENERATE_MODEL = GENERATE_MODEL.changed(hidden_size=64, num_hidden_layers=2, num_heads=2, head_dim=16)
 REPEATS, QUICK_REPEATS = 20, 5
 CHECKED_LENGTH = 16  # tokens compared between stepwise and whole
 WARM_UP = 3  # calls of each before the first that is timed
-FLOAT = 4  # bytes: weights and states are float32
 COLUMNS = 4096  # of the matrix as which a matrix-vector product reads the weights; from 1024 on it hardly matters
 
 
@@ -115,8 +111,8 @@ def stepwise_error_limit(config: ModelConfig) -> float:
     the residual stream adds up what its L layers do. The factor 8 is for the largest of many entries being above
     their typical size.
     """
-    longest = max(config.hidden_size, config.mlp_size, config.num_heads * config.head_dim)
-    steps = CHECKED_LENGTH * config.num_householder
+    longest = max(config.hidden_size, config.mlp_size, *(x.num_heads * x.head_dim for x in config.mixers))
+    steps = CHECKED_LENGTH * max(getattr(x, "num_householder", 1) for x in config.mixers)
     return 8 * 2.0**-24 * config.num_hidden_layers * (longest**0.5 + steps)
 
 
@@ -144,7 +140,7 @@ def _check(model: SequenceModel, tokens: Tensor, limit: float) -> dict[str, Any]
         ways = _decoders(model, tokens.shape[0])
         got = {way: torch.stack([decode(x) for x in tokens.T], dim=1) for way, decode in ways.items()}
     except Exception as e:
-        return {"status": "failed", "reason": first_line(e)}
+        return {"status": "failed", "reason": first_line(e, with_kind=True)}
     return judge(got, dict.fromkeys(got, whole.double()), limit)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaproduct.errors import first_line
 from deltaproduct.ops.inputs import compute_dtype, expand_heads
 from deltaproduct.renamed import renamed_names
 
@@ -47,7 +48,7 @@ class Implementation:
         try:
             self.load()
         except Exception as e:  # importing is running other people's code
-            return first_line(e) if not isinstance(e, ImportError) else str(e).splitlines()[0]
+            return first_line(e, with_kind=not isinstance(e, ImportError))
         return None
 
     @property
@@ -57,12 +58,6 @@ class Implementation:
             return importlib.metadata.version(self.distribution) if self.distribution else None
         except importlib.metadata.PackageNotFoundError:
             return None
-
-
-def first_line(e: Exception) -> str:
-    """An exception in one line."""
-    lines = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {lines[0]}" if lines else type(e).__name__
 
 
 def textbook_loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:

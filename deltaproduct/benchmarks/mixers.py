@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import MixerRow, MixersBenchmark
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.train import QUICK_BATCH, QUICK_LENGTH, Training, resized
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import MIXERS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
@@ -68,7 +67,7 @@ def bench_mixers(
     training, task = config.training, get_task(config.training.task)
     if training.precision != "float32" or training.grad_accumulation != 1:
         raise UsageError("Mixers are compared in float32 without gradient accumulation.")
-    if training.min_length is not None or config.model.layer_overrides:
+    if training.min_length is not None or config.model.is_hybrid:
         raise UsageError("Mixers are compared on sequences of one length, in layers that are all alike.")
     check_fits(config.model, task)
     if mixers is not None and not mixers:
@@ -81,7 +80,7 @@ def bench_mixers(
     settings = BenchmarkSettings.of(device=device, repeats=repeats, seed=training.seed, quick=quick)
     tokens = sample_batch(task, config.training, 0, 0)[0].shape[1]
     # All of them before the first is run: an unknown name is noticed at once.
-    configs = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=name)) for name in names}
+    configs = {name: dataclasses.replace(config, model=config.model.changed(mixer=name)) for name in names}
 
     rows: list[MixerRow] = []
     runs: dict[str, Callable[[], object]] = {}
@@ -96,7 +95,7 @@ def bench_mixers(
                 row.peak_extra_bytes = peak_extra_bytes(trained.step, settings.device)  # also the warm-up
                 runs[name] = trained.step
         except Exception as e:  # a finding, as in `bench_ops`
-            row = MixerRow(name, status="failed", reason=first_line(e))
+            row = MixerRow(name, status="failed", reason=first_line(e, with_kind=True))
         rows.append(row)
     say(f"timing {len(runs)} rows, {settings.repeats} runs each")
     times = interleaved(runs, repeats=settings.repeats, device=settings.device)

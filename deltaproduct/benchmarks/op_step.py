@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import OpStepBenchmark, OpStepRow
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import OP_STEP_SHAPE, QUICK_OP_STEP_SHAPE, OpShape
 from deltaproduct.benchmarks.timing import Timing, interleaved
 from deltaproduct.benchmarks.workload import token_inputs
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.ops import delta_product_step, resolve_backend
 from deltaproduct.ops.reference import token_step
 from deltaproduct.renamed import renamed_names
@@ -85,7 +84,7 @@ def _row(shape: OpShape, batch: int, settings: BenchmarkSettings) -> OpStepRow:
         if row.status == "timed":
             _measure(row, inputs, settings)
     except Exception as e:
-        row.status, row.reason = "failed", first_line(e)
+        row.status, row.reason = "failed", first_line(e, with_kind=True)
     return row
 
 

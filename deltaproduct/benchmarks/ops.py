@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deltaproduct.benchmarks.correctness import error_limit
-from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, first_line
+from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS
 from deltaproduct.benchmarks.report import NotRun, OpsBenchmark, Row, ShapeResult, main_timing
 from deltaproduct.benchmarks.roofline import MatrixProduct, MemoryCopy
 from deltaproduct.benchmarks.settings import BenchmarkSettings, Candidate, serving
 from deltaproduct.benchmarks.shapes import DEFAULT_SHAPES, GPU_SHAPES, QUICK_SHAPES, OpShape
 from deltaproduct.benchmarks.timing import Timing, interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.workload import GIB, Workload
-from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.errors import UsageError, did_you_mean, first_line
 from deltaproduct.ops import BACKENDS, resolve_backend
 
 OURS = ("triton", "triton_precise")  # what other implementations are held against on a GPU
@@ -134,7 +134,7 @@ def _bench_shape(
                 row.peak_extra_bytes = peak_extra_bytes(work, settings.device)
                 workload.forward(name)()
             except Exception as e:
-                row.status, row.reason = "failed", first_line(e)
+                row.status, row.reason = "failed", first_line(e, with_kind=True)
         rows.append(row)
     timed = [row for row in rows if row.status == "timed"]
     say(f"{shape.label}: timing {len(timed)} rows, {settings.repeats} runs each")

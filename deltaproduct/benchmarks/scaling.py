@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deltaproduct.benchmarks.correctness import error_limit
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.ops import LOOPS
 from deltaproduct.benchmarks.report import ScalingBenchmark, ScalingPoint
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import SCALING_SHAPE, OpShape
 from deltaproduct.benchmarks.timing import interleaved, peak_extra_bytes
 from deltaproduct.benchmarks.workload import Workload
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.ops import resolve_backend
 
 SCALING_LENGTHS = (4096, 8192, 16384, 32768, 65536)
@@ -70,7 +69,7 @@ def bench_scaling(
             try:  # the first run at this length is also the warm-up
                 memory[t] = peak_extra_bytes(workload.work(name), settings.device)
             except Exception as e:
-                row.reason = f"T={t} failed: {first_line(e)}"
+                row.reason = f"T={t} failed: {first_line(e, with_kind=True)}"
                 break
         say(f"timing {len(memory)} lengths, {settings.repeats} runs each")
         runs = {t: workloads[t].work(name) for t in memory}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from deltaproduct.benchmarks.correctness import error_limit, judge
-from deltaproduct.benchmarks.implementations import first_line
 from deltaproduct.benchmarks.report import TrainBenchmark, TrainRow
 from deltaproduct.benchmarks.settings import BenchmarkSettings, serving
 from deltaproduct.benchmarks.shapes import OpShape
 from deltaproduct.benchmarks.timing import interleaved
 from deltaproduct.benchmarks.workload import Workload
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
+from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
@@ -86,7 +86,7 @@ def bench_train(
                 runs |= {(name, part): run for part, run in parts.items()}
                 before[name, "backward"] = trained.prepare_backward
         except Exception as e:  # a finding, as in `bench_ops`
-            row = TrainRow(name, status="failed", reason=first_line(e))
+            row = TrainRow(name, status="failed", reason=first_line(e, with_kind=True))
         rows.append(row)
     say(f"timing {sum(row.status == 'timed' for row in rows)} rows, {settings.repeats} runs each")
     runs[SAMPLING] = _sampler(config)
@@ -126,18 +126,19 @@ def operator_shape(config: RunConfig) -> OpShape:
     model, training = config.model, config.training
     if training.precision != "float32" or training.grad_accumulation != 1:
         raise UsageError("bench train measures runs in float32 without gradient accumulation.")
-    if model.mixer != "deltaproduct" or model.layer_overrides:
+    options = model.mixer
+    if not isinstance(options, DeltaProductOptions):
         raise UsageError("bench train measures models whose layers are all alike and DeltaProduct.")
-    if model.num_v_heads not in (None, model.num_heads) or model.expand_v != 1:
+    if options.num_v_heads not in (None, options.num_heads) or options.expand_v != 1:
         raise UsageError("bench train measures layers whose value heads are as many and as wide as the key heads.")
     stage = len(training.lengths) - 1
     return OpShape(
         training.batch_size(stage),
         1 + training.lengths[stage],  # BOS
-        model.num_heads,
-        model.head_dim,
-        model.num_householder,
-        gate=model.use_forget_gate,
+        options.num_heads,
+        options.head_dim,
+        options.num_householder,
+        gate=options.use_forget_gate,
     )
 
 

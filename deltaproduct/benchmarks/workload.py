@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaproduct.benchmarks.correctness import HARD_ERROR_LIMIT, error_limit, judge
-from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, Operator, first_line
+from deltaproduct.benchmarks.implementations import IMPLEMENTATIONS, Operator
 from deltaproduct.benchmarks.report import Row
 from deltaproduct.benchmarks.settings import BenchmarkSettings
 from deltaproduct.benchmarks.shapes import OpShape
+from deltaproduct.errors import first_line
 from deltaproduct.memory import check_memory
 from deltaproduct.ops import delta_product
 from deltaproduct.renamed import renamed_names
@@ -77,7 +78,7 @@ class Workload:
         try:
             got = _outcome(_operator(name), x, d_o)
         except Exception as e:  # a row may be anyone's code: its failure is a finding, and the other rows go on
-            no_backward = first_line(e)
+            no_backward = first_line(e, with_kind=True)
         else:
             return Row(name, **judge(got, self._wanted, limit))
         try:  # it may be the backward alone that cannot run here

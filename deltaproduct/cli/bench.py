@@ -162,7 +162,7 @@ class BenchGenerate(_Bench):
 
         names = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "num_householder")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        config = dataclasses.replace(QUICK_GENERATE_MODEL if self.quick else GENERATE_MODEL, **given)
+        config = (QUICK_GENERATE_MODEL if self.quick else GENERATE_MODEL).changed(**given)
         self._show(bench_generate(config, **self._options("batch_size")))
 
 

@@ -82,14 +82,14 @@ class Compile:
         config = model.config
         say(f"{_count(len(automaton.states), 'state')}, {_count(len(automaton.alphabet), 'symbol')} → {self.out}")
         print(f"strategy: {compiled.strategy}, layers: {config.num_hidden_layers}, Householder factors per token: "
-              f"{config.num_householder}, width: {config.hidden_size:,}, "
+              f"{max(options.num_householder for options in config.mixers)}, width: {config.hidden_size:,}, "
               f"parameters: {model.num_parameters:,}")  # fmt: skip
         shared = found[0].tried > found[0].situations * len(automaton.alphabet)
         print(f"tried: {_count(found[0].tried, 'symbol')} in {_count(found[0].situations, 'situation')}, which are "
               f"{'all' if found[0].complete else 'not all'} that there are"
               f"{', from every state that shares one' if shared else ''}; no label was wrong")  # fmt: skip
         for certificate, words in zip(found, held, strict=True):
-            print(_in_words(certificate, words))
+            print(_format_certificate(certificate, words))
 
     def _compiled(self) -> Compiled:
         from deltaproduct.theory.compiler import compile_automaton, compile_group
@@ -125,7 +125,7 @@ class Compile:
         return given.minimal() if meant else given.reachable()
 
 
-def _in_words(certificate: Certificate, held: Verification) -> str:
+def _format_certificate(certificate: Certificate, held: Verification) -> str:
     guaranteed = f"guaranteed to length {certificate.guaranteed:,}" if certificate.guaranteed else "nothing guaranteed"
     if certificate.guaranteed is None:
         guaranteed = "guaranteed to every length"

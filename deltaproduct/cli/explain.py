@@ -48,11 +48,11 @@ class Explain:
 
         model = ModelClass(self.num_householder, self.layers, self.allow_neg_eigval, self.gated, self.transition)
         found = explain(self.group, model, moves=self.moves)
-        for line in [json.dumps(found.to_dict())] if self.json else in_words(found).split("\n"):
+        for line in [json.dumps(found.to_dict())] if self.json else format_explanation(found).split("\n"):
             say(line)
 
 
-def in_words(found: Explanation) -> str:
+def format_explanation(found: Explanation) -> str:
     """The explanation as lines of text; commands are never wrapped."""
     task = found.group if found.moves is None else f"{found.group} (symbols that move at most {found.moves} points)"
     verdict = VERDICTS[found.verdict].format(model=found.model, task=task)

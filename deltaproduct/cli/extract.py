@@ -98,7 +98,7 @@ class Extract:
               f"length {found.length}, after {found.queries:,} queries")  # fmt: skip
         if found.learned_length < found.length:
             print(f"learned from words of up to {found.learned_length} symbols: on longer ones the model drifts")
-        say(f"transition monoid: {report['monoid']}" + _in_words(report["word_problem"]))
+        say(f"transition monoid: {report['monoid']}" + _format_word_problem(report["word_problem"]))
 
 
 def trained(
@@ -144,7 +144,7 @@ def _monoid(found: Extraction, model: SequenceModel, source: Task | Automaton) -
     return {"monoid": text, "monoid_elements": size, "isomorphic": None, "word_problem": None}
 
 
-def _in_words(word_problem: bool | None) -> str:
+def _format_word_problem(word_problem: bool | None) -> str:
     if word_problem is None:
         return ""
     return "; the automaton is its word problem" if word_problem else "; the automaton is not its word problem"

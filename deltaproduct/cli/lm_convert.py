@@ -13,7 +13,7 @@ from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.files import MANIFEST, read_whole, verified_folder
 
 if TYPE_CHECKING:
-    from deltaproduct.models.fla_config import Layout
+    from deltaproduct.models.fla.config import Layout
 
 NAMES = {"ours": "this library's", "fla": "flash-linear-attention's"}
 LAYOUTS: dict[str, Layout] = {"fla": "fused", "fla-per-step": "per-step", "fla-0.2.1": "0.2.1"}
@@ -45,8 +45,8 @@ class LmConvert:
                 f"There is no layout {self.to!r}{did_you_mean(self.to, TARGETS)}; choose one for --to:\n{choices}."
             )
         from deltaproduct.models import SequenceModel
-        from deltaproduct.models.checkpoints import checkpoint_kind, read_fla, to_fla_config, write_fla
-        from deltaproduct.models.fla_config import USES_NEG_EIGVAL
+        from deltaproduct.models.fla.checkpoint import checkpoint_kind, read_fla, to_fla_config, write_fla
+        from deltaproduct.models.fla.config import USES_NEG_EIGVAL
         from deltaproduct.training.run_folder import locate
 
         folder = locate(self.source, "any layout").checkpoint
@@ -77,7 +77,7 @@ class LmConvert:
 def check_replaceable(out: Path, kind: str) -> None:
     """`UsageError` unless `out` is missing, empty, or holds a checkpoint of this kind that was written here and nothing
     besides, so that replacing it loses nothing of the user's."""
-    from deltaproduct.models.checkpoints import checkpoint_kind
+    from deltaproduct.models.fla.checkpoint import checkpoint_kind
 
     check_folder(out)
     if not out.exists():

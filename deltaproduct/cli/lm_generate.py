@@ -118,7 +118,7 @@ class LmGenerate:
         if self.json:
             print(json.dumps({"text": "".join(pieces), "tokens": tokens} | figures))
         else:
-            print(_in_words(figures), file=sys.stderr)
+            print(_format_figures(figures), file=sys.stderr)
 
     def _prompt(self) -> str:
         """The prompt, after checking what can be before anything takes time."""
@@ -209,7 +209,7 @@ def load_language_model(source: Path, device: str = "auto") -> tuple[SequenceMod
     return model, tokenizer
 
 
-def _in_words(figures: dict[str, Any]) -> str:
+def _format_figures(figures: dict[str, Any]) -> str:
     def rate(name: str) -> str:
         per_second = figures[f"tokens_{name}_per_second"]
         return "" if per_second is None else f" ({per_second:,.0f} tokens/s)"

@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
+from deltaproduct.cli.flags import (
+    BackendName,
+    check_given,
+    chosen_mixers,
+    config_flags,
+    differing_options,
+    model_flags,
+    model_of,
+    stored_values,
+    value_of,
+    values_of,
+    with_options,
+)
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.launchers.options import RAY_RANK_OPTIONS, SLURM_RANK_OPTIONS, parse_options
-from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import LanguageConfig, Run
 from deltaproduct.training.corpus_place import find_corpus, is_corpus
 from deltaproduct.training.folder_kinds import CONFIG, why_not
@@ -25,10 +36,9 @@ if TYPE_CHECKING:
     from deltaproduct.launchers.ranks import RankLauncher
 
 DEFAULT = "tiny"
-_OF_THE_CORPUS = ("vocab_size", "num_labels", "layer_overrides", "corpus")
-_ModelFlags: Any = config_flags("ModelFlags", ModelConfig, preset_model(DEFAULT), leave_out=_OF_THE_CORPUS)
+_ModelFlags: Any = model_flags(preset_model(DEFAULT))
 _TrainFlags: Any = config_flags(
-    "LanguageFlags", LanguageConfig, dict(get_preset(DEFAULT).training), leave_out=_OF_THE_CORPUS
+    "LanguageFlags", LanguageConfig, get_preset(DEFAULT).training, group="training", leave_out=("corpus",)
 )
 
 
@@ -148,8 +158,8 @@ class LmTrain(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         return last_metrics(self.out / METRICS) or {}
 
     def _run_on(self, corpus: Corpus) -> Run[LanguageConfig]:
-        tokens = corpus.vocab_size
-        model = ModelConfig(vocab_size=tokens, num_labels=tokens, **values_of(self, ModelConfig))
+        stored = stored_run(self.out) if self.resume and (self.out / CONFIG).is_file() else None
+        model = model_of(self, corpus.vocab_size, corpus.vocab_size, None if stored is None else stored.model)
         return Run(LanguageConfig(corpus=corpus.fingerprint, **values_of(self, LanguageConfig)), model)
 
 
@@ -174,26 +184,46 @@ def stored_run(out: Path) -> Run[LanguageConfig] | None:
     raise UsageError(f"{out} holds no run to resume; leave out --resume to begin one.")
 
 
+def _stored(arguments: Sequence[str]) -> Run[LanguageConfig] | None:
+    """The run that --resume continues, if these arguments are not a question for help."""
+    out = value_of("--out", arguments)
+    if out is None or "--resume" not in arguments or not {"-h", "--help"}.isdisjoint(arguments):
+        return None
+    return stored_run(Path(out))
+
+
+def _of_preset(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the preset of the arguments says of the model."""
+    name, steps = value_of("--preset", arguments) or DEFAULT, value_of("--num-householder", arguments)
+    plain = steps is not None and steps.isascii() and steps.isdecimal() and len(steps) < 10
+    return preset_model(name, int(steps or 0)) if plain else preset_model(name)
+
+
+def command(arguments: Sequence[str]) -> type[LmTrain]:
+    """`LmTrain` with the options of the mixers that are asked for, or that the run to be continued has.
+
+    Raises:
+        UsageError: a flag is given that none of these mixers has a use for.
+    """
+    stored = _stored(arguments)
+    names = ("deltaproduct",) if stored is None else tuple(options.name for options in stored.model.mixers)
+    mixers = chosen_mixers(arguments, names)
+    check_given(mixers, arguments)
+    leave_out = () if stored is None else differing_options(stored.model)
+    return with_options(LmTrain, mixers, _of_preset(arguments), leave_out)
+
+
 def defaults(arguments: Sequence[str]) -> LmTrain:
     """What the flags default to: with --resume the run in --out and its corpus, else what --preset says."""
     out, name = value_of("--out", arguments), value_of("--preset", arguments) or DEFAULT
-    steps = value_of("--num-householder", arguments)
     missing: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
-    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
-    resumed = "--resume" in arguments and out is not None and not asks_for_help
-    stored = stored_run(Path(out)) if resumed and out is not None else None
+    stored = _stored(arguments)
     if stored is not None and out is not None:
-        values = vars(stored.model) | vars(stored.training)
+        values = stored_values(stored.model) | vars(stored.training)
         if value_of("--data", arguments) is None:
             missing["data"] = find_corpus(Path(out), stored.training.corpus)
     else:
-        plain = steps is not None and steps.isascii() and steps.isdecimal() and len(steps) < 10
-        of_preset = preset_model(name, int(steps or 0)) if plain else preset_model(name)
-        values = of_preset | dict(get_preset(name).training)
-    known = {f.name for f in fields(LmTrain)} - set(_OF_THE_CORPUS)
-    return LmTrain(preset=name, **missing, **{k: v for k, v in values.items() if k in known})
-
-
-def check(command: LmTrain, arguments: Sequence[str]) -> None:
-    """`UsageError` where a flag was given that the model has no use for."""
-    check_given(command.mixer, arguments)
+        values = _of_preset(arguments) | dict(get_preset(name).training)
+    kind = command(arguments)
+    known = {f.name for f in fields(kind)}
+    return kind(preset=name, **missing, **{k: v for k, v in values.items() if k in known})

@@ -159,12 +159,14 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     """The command of that name with the values of its flags."""
     import tyro
 
+    from deltaproduct.cli.flags import flattened, grouped, nested
     from deltaproduct.cli.mistakes import what_is_wrong
     from deltaproduct.cli.renamed import with_new_flags
 
     arguments = with_new_flags(name, arguments, _complain)
     module = import_module(f"deltaproduct.cli.{found.module}")
-    kind = getattr(module, found.name)
+    # Which flags there are can depend on other flags: on --mixer.
+    kind = module.command(arguments) if hasattr(module, "command") else getattr(module, found.name)
     asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
     if not asks_for_help and (wrong := what_is_wrong(name, kind, arguments, only_values=True)):
         _fail(wrong)
@@ -174,13 +176,16 @@ def _command(name: str, found: Command, arguments: list[str]) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
+            groups = grouped(kind)
+            default = given if groups is None or given is None else nested(given, groups)
             command: Any = tyro.cli(
-                kind,
+                groups or kind,
                 prog=f"{PROGRAM} {name}",
                 args=arguments,
-                **({} if given is None else {"default": given}),
+                **({} if default is None else {"default": default}),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+            command = command if groups is None else flattened(command, kind)
     except SystemExit as e:
         if e.code in (0, None):
             sys.stderr.write(errors.getvalue())

@@ -10,18 +10,29 @@ from typing import Annotated, Any
 
 import tyro
 
-from deltaproduct.cli.flags import BackendName, check_given, config_flags, value_of, values_of
+from deltaproduct.cli.flags import (
+    BackendName,
+    check_given,
+    chosen_mixers,
+    config_flags,
+    differing_options,
+    model_flags,
+    model_of,
+    stored_values,
+    value_of,
+    values_of,
+    with_options,
+)
 from deltaproduct.cli.outputs import check_folder, say
 from deltaproduct.errors import UsageError
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.files import read_json
-from deltaproduct.models import ModelConfig
 from deltaproduct.training.config import Run, TrainConfig
 from deltaproduct.training.folder_kinds import CONFIG, why_not
 
-_OF_THE_TASK = ("vocab_size", "num_labels", "layer_overrides")
-_ModelFlags: Any = config_flags("ModelFlags", ModelConfig, STATE_TRACKING, leave_out=_OF_THE_TASK)
-_TrainFlags: Any = config_flags("TrainFlags", TrainConfig, {})
+_OF_THE_TASK = ("vocab_size", "num_labels")
+_ModelFlags: Any = model_flags(STATE_TRACKING)
+_TrainFlags: Any = config_flags("TrainFlags", TrainConfig, {}, group="training")
 # What a run may be continued with that is not its own.
 _NOT_OF_THE_RUN = ("out", "resume", "device", "backend", "log_every", "checkpoint_every")
 
@@ -50,9 +61,10 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         if self.resume:
             if not (self.out / CONFIG).is_file():
                 raise UsageError(_nothing_to_resume(self.out))
-            self._check_unchanged(Run.from_dict(read_json(self.out / CONFIG)))
+            stored = Run.from_dict(read_json(self.out / CONFIG))
+            self._check_unchanged(stored)
         task = get_task(self.task)
-        model = ModelConfig(vocab_size=task.vocab_size, num_labels=task.num_labels, **values_of(self, ModelConfig))
+        model = model_of(self, task.vocab_size, task.num_labels, stored.model if self.resume else None)
         config = Run(TrainConfig(**values_of(self, TrainConfig)), model)
         train(
             config,
@@ -73,12 +85,13 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
         """`UsageError` where a flag asks for something else than the run that is to be continued."""
         from deltaproduct.training.run_folder import check_steps
 
-        changed = []
-        for part in (stored.training, stored.model):
-            for f in fields(part):
-                theirs = getattr(part, f.name)
-                if f.name not in _OF_THE_TASK and (mine := getattr(self, f.name)) != theirs:
-                    changed.append((f.name, mine, theirs))
+        training = {f.name: (getattr(self, f.name), getattr(stored.training, f.name)) for f in fields(stored.training)}
+        asked = model_of(self, stored.model.vocab_size, stored.model.num_labels, stored.model)
+        changed = [
+            (name, mine, theirs)
+            for name, (mine, theirs) in (training | asked.differences(stored.model)).items()
+            if mine != theirs
+        ]
         if not changed:
             return
         names = [name for name, _, _ in changed]
@@ -93,21 +106,36 @@ class Train(_ModelFlags, _TrainFlags):  # type: ignore[misc]
 
 def defaults(arguments: Sequence[str]) -> Train | None:
     """With --resume, the flags' defaults are those of the run in --out, if there is one to continue."""
-    if "--resume" not in arguments:
+    out, stored = value_of("--out", arguments), _stored(arguments)
+    if out is None or stored is None:
         return None
+    kind = command(arguments)
+    values = vars(stored.training) | stored_values(stored.model)
+    known = {f.name for f in fields(kind)}
+    return kind(out=Path(out), resume=True, **{name: value for name, value in values.items() if name in known})
+
+
+def command(arguments: Sequence[str]) -> type[Train]:
+    """`Train` with the options of the mixers that are asked for, or that the run to be continued has.
+
+    Raises:
+        UsageError: a flag is given that none of these mixers has a use for.
+    """
+    stored = _stored(arguments)
+    names = ("deltaproduct",) if stored is None else tuple(options.name for options in stored.model.mixers)
+    mixers = chosen_mixers(arguments, names)
+    check_given(mixers, arguments)
+    return with_options(Train, mixers, STATE_TRACKING, () if stored is None else differing_options(stored.model))
+
+
+def _stored(arguments: Sequence[str]) -> Run[TrainConfig] | None:
+    """The run that --resume continues, if there is one."""
     out = value_of("--out", arguments)
-    if out is None or not (path := Path(out) / CONFIG).is_file():
+    if "--resume" not in arguments or out is None or not (path := Path(out) / CONFIG).is_file():
         return None
     if found := why_not(Path(out), "task run"):
         raise UsageError(found)
-    stored = Run.from_dict(read_json(path))
-    model = {k: v for k, v in vars(stored.model).items() if k not in _OF_THE_TASK}
-    return Train(out=Path(out), resume=True, **vars(stored.training), **model)
-
-
-def check(command: Train, arguments: Sequence[str]) -> None:
-    """`UsageError` where a flag was given that the model has no use for."""
-    check_given(command.mixer, arguments)
+    return Run.from_dict(read_json(path))
 
 
 def _nothing_to_resume(out: Path) -> str:

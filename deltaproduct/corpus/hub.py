@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct.corpus.source import HashedSource, text_field
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 
 
 class HubSource(HashedSource):
@@ -33,7 +33,7 @@ class HubSource(HashedSource):
             except StopIteration:
                 return
             except Exception as e:  # of whatever reads its files
-                raise UsageError(f"The dataset {self._name} cannot be read on: {_reason(e)}") from e
+                raise UsageError(f"The dataset {self._name} cannot be read on: {first_line(e)}") from e
             yield text_field(row, f"The dataset {self._name}"), 1
 
 
@@ -56,9 +56,4 @@ def _load_dataset(path: str, config: str | None) -> Any:
         # Versions before 4 could run a script of the dataset's, and asked whether to.
         return datasets.load_dataset(path, config, split="train", streaming=True, trust_remote_code=False)
     except Exception as e:  # what damaged files make the library raise can be anything; a script, a RuntimeError
-        raise UsageError(f"The dataset {path!r} cannot be loaded: {_reason(e)}") from e
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise UsageError(f"The dataset {path!r} cannot be loaded: {first_line(e)}") from e

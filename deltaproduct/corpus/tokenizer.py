@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct.errors import UsageError, quoted
+from deltaproduct.errors import UsageError, first_line, quoted
 from deltaproduct.files import read_folder, read_json, replaced_folder, write_json, write_text
 
 META = "corpus_tokenizer.json"
@@ -298,7 +298,7 @@ def _read_library_file(path: Path) -> Any:
     try:
         return tokenizers.Tokenizer.from_buffer(path.read_bytes())  # the library opens no file whose name is not UTF-8
     except Exception as e:  # the library raises nothing more specific
-        raise UsageError(f"{path} is not a tokenizer.json of the tokenizers library: {_reason(e)}") from e
+        raise UsageError(f"{path} is not a tokenizer.json of the tokenizers library: {first_line(e)}") from e
 
 
 def _auto_tokenizer(name: str) -> Any:
@@ -315,7 +315,7 @@ def _auto_tokenizer(name: str) -> Any:
         if "trust_remote_code" in str(e):
             raise UsageError(_refused(name)) from e
         raise UsageError(
-            f"The tokenizer {name!r} is neither a folder of a tokenizer nor to be had from the hub: {_reason(e)}"
+            f"The tokenizer {name!r} is neither a folder of a tokenizer nor to be had from the hub: {first_line(e)}"
         ) from e
 
 
@@ -334,12 +334,6 @@ def _refused(name: str) -> str:
         f"The tokenizer {name!r} brings Python code of its own ({CUSTOM_CODE} in {LIBRARY_CONFIG}), which is never run "
         f"here; name its {LIBRARY_FILE} in place of it, if it has one."
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a library's message, or the error's kind where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _utf8(text: str) -> bytes:

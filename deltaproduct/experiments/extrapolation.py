@@ -12,6 +12,7 @@ from typing import Any
 from deltaproduct.experiments.experiment import Experiment, Runs, Scale
 from deltaproduct.experiments.language_job import LanguageJob
 from deltaproduct.experiments.tables import loss_table
+from deltaproduct.models.config import known_fields
 from deltaproduct.plots.language import loss_by_position_figure
 from deltaproduct.training.config import LanguageConfig
 from deltaproduct.training.presets import preset_model
@@ -22,7 +23,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "n1": preset_model("tiny", 1),
     "n2": preset_model("tiny", 2),
     "n3": preset_model("tiny", 3),
-    "transformer": preset_model("tiny", 2) | {"mixer": "attention", "num_heads": 4, "intermediate_size": 352},
+    "transformer": known_fields("attention", preset_model("tiny", 2))
+    | {"mixer": "attention", "num_heads": 4, "intermediate_size": 352},
 }
 LABELS = {"n1": "DeltaNet[-1,1]", "n2": "DeltaProduct_2[-1,1]", "n3": "DeltaProduct_3[-1,1]",
           "transformer": "Transformer"}  # fmt: skip

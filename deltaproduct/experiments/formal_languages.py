@@ -66,13 +66,14 @@ def formal_job(task_name: str, model_name: str, scale: str, seed: int) -> TaskJo
     if task.train_lengths is None or task.test_lengths is None:
         raise UsageError(f"Task {task_name} has no lengths to train and to test at.")
     if scale == "paper":
-        model, training, sequences = sized(task, paper_model(task_name, changes)), paper_training(task, seed), 8192
+        model, sequences = sized(task, paper_model(task_name, changes), **changes), 8192
+        training = paper_training(task, seed)
     else:
         if task_name == "parity":
             layers, steps, lr = 2, PARITY_STEPS, LEARNING_RATES.get(model_name, LEARNING_RATE)
         else:
             layers, steps, lr = 3, ARITHMETIC_STEPS, ARITHMETIC_LEARNING_RATE
-        model, sequences = sized(task, {**SMALL, "num_hidden_layers": layers, **changes}), 2048
+        model, sequences = sized(task, {**SMALL, "num_hidden_layers": layers}, **changes), 2048
         training = small_training(task, seed, lr=lr, steps=steps if scale == "cpu" else 5 * steps)
     evaluation = EvaluationSpec(length_range=task.test_lengths, sequences=sequences)
     return TaskJob(f"{task_name}-{model_name}-seed{seed}", label(model), RunConfig(training, model), evaluation)
@@ -98,9 +99,9 @@ def paper_model(task_name: str, changes: dict[str, Any]) -> dict[str, Any]:
     layers, 3 for arithmetic."""
     if changes.get("mixer", "deltaproduct") in ("deltaproduct", "deltanet"):
         heads = {"num_heads": 12, "head_dim": 32} if "brackets" in task_name else {"num_heads": 1, "head_dim": 128}
-        return {"hidden_size": 128, "num_hidden_layers": 3, **heads, **changes}
+        return {"hidden_size": 128, "num_hidden_layers": 3, **heads}
     layers = 2 if task_name == "parity" else 3
-    return {"hidden_size": 128, "num_hidden_layers": layers, "num_heads": 4, "head_dim": 32, **changes}
+    return {"hidden_size": 128, "num_hidden_layers": layers, "num_heads": 4, "head_dim": 32}
 
 
 def paper_training(task: Task, seed: int) -> TrainConfig:

@@ -13,7 +13,7 @@ import torch
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, seal_folder, write_json
-from deltaproduct.models import SequenceModel
+from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.renamed import renamed_names
 from deltaproduct.training.config import AnyRun
 from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
@@ -137,10 +137,8 @@ class Job(ABC):
         found = {
             "name": self.name,
             "label": self.label,
-            "mixer": config.model.mixer,
+            **mixer_facts(config.model),
             "num_hidden_layers": config.model.num_hidden_layers,
-            "num_householder": config.model.num_householder,
-            "allow_neg_eigval": config.model.allow_neg_eigval,
             "parameters": model.num_parameters,
             "seed": config.training.seed,
             "steps": config.training.steps,
@@ -186,3 +184,14 @@ def _is_number(x: Any) -> bool:
 
 
 __getattr__ = renamed_names(__name__, {"AnyJob": "Job", "Asked": "deltaproduct.experiments.task_job.EvaluationSpec"})
+
+
+def mixer_facts(model: ModelConfig) -> dict[str, Any]:
+    """What results say of a model's mixer, under the same keys for all; where a mixer has no such option, the value
+    that DeltaProduct has by default, as in all earlier results."""
+    options = model.mixers[0]
+    return {
+        "mixer": model.mixer_names,
+        "num_householder": getattr(options, "num_householder", 2),
+        "allow_neg_eigval": getattr(options, "allow_neg_eigval", True),
+    }

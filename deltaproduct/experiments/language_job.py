@@ -28,7 +28,7 @@ class LanguageJob(Job):
 
     Attributes:
         source, tokenizer: as `lm prepare` takes them.
-        model: fields of `ModelConfig` but for the vocabulary, which is the corpus'.
+        model: what `ModelConfig.build` takes, but for the vocabulary, which is the corpus'.
         training: how; its corpus is filled in.
         length: positions up to which the loss is measured, on windows of the validation split.
         sequences: how many windows; None: what `evaluation.windows.evenly_spaced` takes.
@@ -67,9 +67,8 @@ class LanguageJob(Job):
 
     def run_config(self, folder: Path) -> LanguageRun:
         corpus = self._corpus(folder)
-        vocabulary = {"vocab_size": corpus.vocab_size, "num_labels": corpus.vocab_size}
         training = replace(self.training, corpus=corpus.fingerprint)
-        return LanguageRun(training, ModelConfig.from_dict(vocabulary | dict(self.model)))
+        return LanguageRun(training, ModelConfig.build(corpus.vocab_size, corpus.vocab_size, **self.model))
 
     def asked(self) -> dict[str, Any]:
         return {"length": self.length, "sequences": self.sequences}

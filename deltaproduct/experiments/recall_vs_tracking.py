@@ -50,7 +50,7 @@ def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[TaskJob]:
             for head_dim in HEAD_DIMS[:3] if quick else HEAD_DIMS:
                 for model_name, changes in MODELS.items():
                     fields = {**SMALL, "num_hidden_layers": 2, "head_dim": head_dim}
-                    model = sized(get_task(name), fields | changes)
+                    model = sized(get_task(name), fields, **changes)
                     jobs.append(
                         TaskJob(
                             f"{name}-{model_name}-k{head_dim}-seed{seed}",

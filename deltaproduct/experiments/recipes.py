@@ -1,9 +1,10 @@
 """Recipes that several experiments and the command line start from."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from deltaproduct.experiments.state_tracking import STATE_TRACKING
-from deltaproduct.layers import get_mixer
+from deltaproduct.layers.options import option_names
 from deltaproduct.models import ModelConfig
 from deltaproduct.tasks import Task
 from deltaproduct.training import TrainConfig
@@ -28,13 +29,13 @@ PAPER_SAMPLES, PAPER_EPOCHS = 2_000_000, 100
 
 
 def state_tracking_model(task: Task, **changes: Any) -> ModelConfig:
-    """The recipe's model for a task; `changes` are fields of `ModelConfig`."""
-    return sized(task, {**STATE_TRACKING, **changes})
+    """The recipe's model for a task; `changes` are what `ModelConfig.build` takes."""
+    return sized(task, STATE_TRACKING, **changes)
 
 
-def sized(task: Task, fields: dict[str, Any]) -> ModelConfig:
-    """A model for a task, of these fields of `ModelConfig`."""
-    return ModelConfig(**{**fields, "vocab_size": task.vocab_size, "num_labels": task.num_labels})
+def sized(task: Task, recipe: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """A model for a task: a recipe, of which the mixer takes what it has, and what is changed in it."""
+    return ModelConfig.build(task.vocab_size, task.num_labels, defaults=recipe, **changes)
 
 
 def curriculum(task: Task, seed: int, *, longest: int = 128) -> TrainConfig:
@@ -108,9 +109,10 @@ PAPERS_NAMES = {
 
 def label(model: ModelConfig) -> str:
     """As the papers write it: DeltaProduct_2[-1,1], with the range of eigenvalues where the mixer has a choice."""
-    name = PAPERS_NAMES.get(model.mixer, model.mixer)
-    if model.mixer == "deltaproduct":
-        name = f"{'Gated ' if model.use_forget_gate else ''}DeltaProduct_{model.num_householder}"
-    if "allow_neg_eigval" not in get_mixer(model.mixer).arguments():
+    options = model.mixer
+    name = PAPERS_NAMES.get(options.name, options.name)
+    if options.name == "deltaproduct":
+        name = f"{'Gated ' if options.use_forget_gate else ''}DeltaProduct_{options.num_householder}"
+    if "allow_neg_eigval" not in option_names(options):
         return name
-    return f"{name}{'[-1,1]' if model.allow_neg_eigval else '[0,1]'}"
+    return f"{name}{'[-1,1]' if options.allow_neg_eigval else '[0,1]'}"

@@ -25,6 +25,7 @@ from deltaproduct.experiments.recipes import (
     small_curriculum,
     state_tracking_model,
 )
+from deltaproduct.experiments.state_tracking import STATE_TRACKING
 from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.models import ModelConfig
@@ -41,7 +42,7 @@ PAPER_EVALUATION = EvaluationSpec((128, 512), sequences=500_000)
 def group_job(
     name: str, seed: int, *, scale: str, longest: int = 128, prefix: str | None = None, **changes: Any
 ) -> TaskJob:
-    """A run on task `name`; `changes` are fields of `ModelConfig`.
+    """A run on task `name`; `changes` are what `ModelConfig.build` takes.
 
     Args:
         longest: length that is trained at, and tested up to sixteen times of.
@@ -49,9 +50,9 @@ def group_job(
     """
     task = get_task(name)
     if scale == "paper":
-        model, training, evaluation = sized(task, PAPER_MODEL | changes), paper_training(task, seed), PAPER_EVALUATION
+        model, training, evaluation = sized(task, PAPER_MODEL, **changes), paper_training(task, seed), PAPER_EVALUATION
     else:
-        model = state_tracking_model(task, **LARGER_GROUPS, **blocks(changes), **changes)
+        model = sized(task, STATE_TRACKING | LARGER_GROUPS | blocks(changes), **changes)
         training = curriculum(task, seed, longest=longest)
         evaluation = EvaluationSpec(tuple(longest << i for i in range(5)), sequences=256)
     return named(name if prefix is None else prefix, model, training, evaluation)
@@ -81,8 +82,8 @@ def named(prefix: str, model: ModelConfig, training: TrainConfig, evaluation: Ev
     parts = [
         prefix,
         f"l{layers}" if layers > 1 else "",
-        f"n{model.num_householder}",
-        "neg" if model.allow_neg_eigval else "pos",
+        f"n{getattr(model.mixer, 'num_householder', 1)}",
+        "neg" if model.mixer.allow_neg_eigval else "pos",
         f"seed{training.seed}",
     ]
     shown = label(model) + (f", {layers} layers" if layers > 1 else "")
@@ -201,7 +202,7 @@ CYCLIC_MODELS: dict[str, dict[str, Any]] = {
     "range": {"num_householder": 2, "allow_neg_eigval": False},
     "one": {"num_householder": 1},
     "layers": {"num_householder": 1, "num_hidden_layers": 2},
-    "mamba": {"mixer": "mamba", "num_householder": 1, "num_hidden_layers": 2, "use_short_conv": True},
+    "mamba": {"mixer": "mamba", "num_hidden_layers": 2},
 }
 
 

@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · L cached tokens · H query heads · G key/value heads · K head size · S sequences.
 """
 
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options
@@ -49,6 +51,18 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(MixerOptions):
+    """Options of `Attention`."""
+
+    name: ClassVar[str] = "attention"
+
+    num_heads: int = option(4, "H, query/key heads", at_least=1)
+    head_dim: int = option(16, "K, key dimension of a head", at_least=1)
+    num_kv_heads: int | None = option(None, "key/value heads; None: as many as query heads", at_least=1)
+    rope_theta: float | None = option(10_000.0, "base of the rotary positions; None: no positions", positive=True)
+
+
 class Attention(Mixer):
     """Causal softmax attention (arXiv 1706.03762, section 3.2) with rotary positions and grouped key/value heads
     (arXiv 2305.13245): o_t = Σ_{s≤t} softmax_s(k_s · q_t / √K) v_s.
@@ -66,6 +80,9 @@ class Attention(Mixer):
     Raises:
         UsageError: a size is not positive, num_kv_heads does not divide num_heads, or head_dim cannot be rotated.
     """
+
+    options: ClassVar[type[MixerOptions]] = AttentionOptions
+    takes_norm_eps: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ B batch · T tokens · D hidden size · N Householder steps per token · H query
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, emit_linear
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -31,6 +33,34 @@ class DeltaProductState(NamedTuple):
     q_history: Tensor | None  # [B,conv_size−1,H·K]
     k_history: Tensor | None  # [B,conv_size−1,N·H·K]
     v_history: Tensor | None  # [B,conv_size−1,N·HV·V]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeltaOptions(MixerOptions):
+    """What DeltaProduct and its presets have in common."""
+
+    num_heads: int = option(4, "H, query/key heads", at_least=1)
+    head_dim: int = option(16, "K, key dimension of a head", at_least=1)
+    expand_v: float = option(1.0, "V/K, value over key dimension", positive=True)
+    num_v_heads: int | None = option(None, "HV, value heads; None: as many as query/key heads", at_least=1)
+    allow_neg_eigval: bool = option(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
+    use_short_conv: bool = option(True, "causal convolution on q, k and v")
+    conv_size: int = option(4, "width of that convolution", at_least=1)
+    qkv_activation: str = option(
+        "silu", "what q, k and v pass through: silu, relu or identity", one_of=("silu", "relu", "identity")
+    )
+    beta_bias_init: float | None = option(None, "initial bias of β's projection; None: no bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaProductOptions(_DeltaOptions):
+    """Options of `DeltaProduct`."""
+
+    name: ClassVar[str] = "deltaproduct"
+
+    num_householder: int = option(2, "N, Householder steps per token", at_least=1)
+    use_forget_gate: bool = option(False, "gated recurrence")
+    use_output_gate: bool = option(False, "gate the normalised output")
 
 
 class DeltaProduct(Mixer):
@@ -56,6 +86,7 @@ class DeltaProduct(Mixer):
         UsageError: a size is not positive, or num_v_heads is not a multiple of num_heads.
     """
 
+    options: ClassVar[type[MixerOptions]] = DeltaProductOptions
     divisible: ClassVar[bool] = True
     drawn_after: ClassVar[str | None] = "a_proj"
 
@@ -289,18 +320,37 @@ class DeltaProduct(Mixer):
         return DeltaProductState(recurrent, *histories)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetOptions(_DeltaOptions):
+    """Options of `DeltaNet`, which has one Householder step per token."""
+
+    name: ClassVar[str] = "deltanet"
+
+    use_forget_gate: bool = option(False, "gated recurrence")
+    use_output_gate: bool = option(False, "gate the normalised output")
+
+
 class DeltaNet(DeltaProduct):
     """DeltaNet (arXiv 2406.06484): DeltaProduct with one Householder step per token; the other options are its own."""
 
+    options: ClassVar[type[MixerOptions]] = DeltaNetOptions
     fixed: ClassVar[dict[str, Any]] = {"num_householder": 1}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
         super().__init__(hidden_size, num_heads, head_dim, **self.fixed, **options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetOptions(_DeltaOptions):
+    """Options of `GatedDeltaNet`, which has one Householder step per token and both gates."""
+
+    name: ClassVar[str] = "gated_deltanet"
+
+
 class GatedDeltaNet(DeltaProduct):
     """Gated DeltaNet (arXiv 2412.06464): one Householder step per token, a forget gate and an output gate."""
 
+    options: ClassVar[type[MixerOptions]] = GatedDeltaNetOptions
     fixed: ClassVar[dict[str, Any]] = {"num_householder": 1, "use_forget_gate": True, "use_output_gate": True}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):

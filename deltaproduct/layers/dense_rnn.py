@@ -4,8 +4,9 @@ B batch · T tokens · D hidden size · H heads · K, V sizes of a head's state 
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import BiasedLinear, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
@@ -75,6 +77,18 @@ class DenseLinearRNNState(NamedTuple):
     history: Tensor | None  # [B,conv_size−1,D]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseLinearRNNOptions(MixerOptions):
+    """Options of `DenseLinearRNN`."""
+
+    name: ClassVar[str] = "dense_linear_rnn"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+    use_short_conv: bool = option(True, "causal convolution on the input of the projections")
+    conv_size: int = option(4, "width of that convolution", at_least=1)
+
+
 class DenseLinearRNN(Mixer):
     """A linear RNN with dense input-dependent transitions, as in arXiv 2404.08819, section 5 (input-dependent S4), here
     with a matrix for a state; in the papers' table H_i = A(x_i) H_{i−1} + B(x_i) with
@@ -94,6 +108,8 @@ class DenseLinearRNN(Mixer):
     Raises:
         UsageError: a size or norm_eps is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = DenseLinearRNNOptions
 
     def __init__(
         self,

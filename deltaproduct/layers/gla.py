@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · H heads · K, V key and value dimension of a head.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
@@ -23,6 +25,19 @@ class GatedLinearAttentionState(NamedTuple):
     """What one layer carries from token to token."""
 
     recurrent: Tensor  # [B,H,K,V]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedLinearAttentionOptions(MixerOptions):
+    """Options of `GatedLinearAttention`."""
+
+    name: ClassVar[str] = "gla"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, key dimension of a head", at_least=1)
+    expand_v: float = option(1.0, "V/K, value over key dimension", positive=True)
+    gate_low_rank_dim: int = option(16, "rank of the gate's projection", at_least=1)
+    gate_logit_normalizer: int = option(16, "root that is taken of the gate", at_least=1)
 
 
 class GatedLinearAttention(Mixer):
@@ -44,6 +59,8 @@ class GatedLinearAttention(Mixer):
     Raises:
         UsageError: a size is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = GatedLinearAttentionOptions
 
     def __init__(
         self,

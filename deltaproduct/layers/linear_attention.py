@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · H heads · K, V key and value dimension of a head.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
@@ -28,6 +30,18 @@ class LinearAttentionState(NamedTuple):
 
     recurrent: Tensor  # [B,H,K,V]
     normalizer: Tensor | None  # [B,H,K]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionOptions(MixerOptions):
+    """Options of `LinearAttention`."""
+
+    name: ClassVar[str] = "linear_attention"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, key dimension of a head", at_least=1)
+    expand_v: float = option(1.0, "V/K, value over key dimension", positive=True)
+    feature_map: str = option("elu", "φ of queries and keys: elu or identity", one_of=("elu", "identity"))
 
 
 class LinearAttention(Mixer):
@@ -48,6 +62,8 @@ class LinearAttention(Mixer):
     Raises:
         UsageError: a size is not positive, or there is no such feature map.
     """
+
+    options: ClassVar[type[MixerOptions]] = LinearAttentionOptions
 
     def __init__(
         self,

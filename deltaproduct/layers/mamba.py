@@ -4,6 +4,8 @@ B batch · T tokens · D hidden size · I = expand · D inner size · N state si
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,26 @@ from torch.nn import functional as F
 from deltaproduct.layers.initialization import draw_time_steps, fill
 from deltaproduct.layers.mamba2 import MambaState
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
 from deltaproduct.ops.inputs import compute_dtype
 from deltaproduct.ops.selective_scan import selective_scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaOptions(MixerOptions):
+    """Options of `Mamba`."""
+
+    name: ClassVar[str] = "mamba"
+
+    expand: int = option(2, "inner size over D", at_least=1)
+    ssm_state_size: int = option(16, "N, states per channel", at_least=1)
+    time_step_rank: int | None = option(None, "rank of the step sizes' projection; None: D/16, rounded up", at_least=1)
+    conv_size: int = option(4, "width of the causal convolution", at_least=1)
+    allow_neg_eigval: bool = option(True, "decays in [-1,1], in place of [0,1]")
 
 
 class Mamba(Mixer):
@@ -39,6 +55,9 @@ class Mamba(Mixer):
     Raises:
         UsageError: a size is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = MambaOptions
+    takes_norm_eps: ClassVar[bool] = False
 
     def __init__(
         self,

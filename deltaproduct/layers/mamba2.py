@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · I = expand · D inner size · H = I / P heads of P channels · N state size.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm, ShortConvolution, biased_silu
 from deltaproduct.layers.sizes import require_positive
@@ -26,6 +28,19 @@ class MambaState(NamedTuple):
 
     recurrent: Tensor  # Mamba-2: [B,H,N,P]; Mamba: [B,I,N]
     history: Tensor  # of the convolution, [B,conv_size−1,channels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Options(MixerOptions):
+    """Options of `Mamba2`."""
+
+    name: ClassVar[str] = "mamba2"
+
+    head_dim: int = option(16, "P, channels of a head; a divisor of expand · D", at_least=1)
+    expand: int = option(2, "inner size over D", at_least=1)
+    ssm_state_size: int = option(16, "N, states per channel", at_least=1)
+    conv_size: int = option(4, "width of the causal convolution", at_least=1)
+    allow_neg_eigval: bool = option(True, "decays in [-1,1], in place of [0,1]")
 
 
 class Mamba2(Mixer):
@@ -49,6 +64,7 @@ class Mamba2(Mixer):
         UsageError: a size is not positive, or head_dim does not divide I.
     """
 
+    options: ClassVar[type[MixerOptions]] = Mamba2Options
     drawn_after: ClassVar[str | None] = "conv1d"
 
     def __init__(

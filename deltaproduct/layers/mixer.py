@@ -3,7 +3,6 @@
 B batch · T tokens · D width · S packed sequences.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.options import MixerOptions, option_names
 from deltaproduct.layers.states import copied
 from deltaproduct.ops.context_parallel import ContextParallel
 from deltaproduct.ops.engine_program import EngineProgram
@@ -29,6 +29,8 @@ class Mixer(nn.Module, ABC):
     A mixer with parameters of its own, beside its modules', fills them in `reset_parameters`, which draws those alone.
     """
 
+    options: ClassVar[type[MixerOptions]]  # the record in the mixer's file
+    takes_norm_eps: ClassVar[bool] = True  # whether the constructor has a norm_eps, which is the model's
     backend: str = "auto"  # of the operator, for the mixers that have a choice
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself
     divisible: ClassVar[bool] = False  # whether `context_parallel` is looked at
@@ -169,16 +171,17 @@ class Mixer(nn.Module, ABC):
         raise UsageError(f"{type(self).__name__} has no native decoding; call the model token by token.")
 
     @classmethod
-    def arguments(cls) -> list[str]:
-        """What a configuration sets: the class's own arguments and, for a preset, its parent's that are not `fixed`."""
-        inits = [base.__init__ for base in cls.__mro__ if issubclass(base, Mixer) and "__init__" in vars(base)]
-        names = dict.fromkeys(name for init in inits for name in inspect.signature(init).parameters)
-        return [name for name in names if name not in ("self", "options", *cls.fixed)]
+    def from_options(cls, hidden_size: int, options: MixerOptions, *, norm_eps: float = 1e-5) -> Self:
+        """Build the mixer that a record describes, of width D = hidden_size.
 
-    @classmethod
-    def from_config(cls, config: Any) -> Self:
-        """Build from whatever object has this mixer's arguments as attributes of the same names."""
-        return cls(**{name: getattr(config, name) for name in cls.arguments() if hasattr(config, name)})
+        Raises:
+            UsageError: the record is another mixer's, or its options do not go together.
+        """
+        if not isinstance(options, cls.options):
+            raise UsageError(f"{cls.__name__} is built from {cls.options.__name__}, not {type(options).__name__}.")
+        given = {name: getattr(options, name) for name in option_names(options)}
+        kind: Any = cls  # whose constructor takes the options, and norm_eps or not
+        return kind(hidden_size, **given, **({"norm_eps": norm_eps} if cls.takes_norm_eps else {}))
 
 
 def _form_of(state: Any, grows: bool) -> Any:

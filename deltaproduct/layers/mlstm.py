@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · H heads · K, V key and value dimension of a head.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, LayerNorm
 from deltaproduct.layers.sizes import require_positive, value_dim
@@ -36,6 +38,17 @@ def fill_forget(bias: Tensor) -> None:
     fill(bias, torch.linspace(3, 6, bias.numel(), dtype=bias.dtype, device=bias.device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class MLSTMOptions(MixerOptions):
+    """Options of `MLSTM`."""
+
+    name: ClassVar[str] = "mlstm"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, key dimension of a head", at_least=1)
+    expand_v: float = option(1.0, "V/K, value over key dimension", positive=True)
+
+
 class MLSTM(Mixer):
     """mLSTM (arXiv 2405.04517, equations 19–27, with the stabiliser of equations 15–17).
 
@@ -55,6 +68,8 @@ class MLSTM(Mixer):
     Raises:
         UsageError: a size is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = MLSTMOptions
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, expand_v: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()

@@ -4,6 +4,7 @@ B batch · T tokens · D hidden size · H heads · K head size · S packed seque
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -57,9 +59,18 @@ class WideGRU(nn.GRU):
         return super().forward(x, hx) if own else _converted(self, nn.GRU, x, hx)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RNNOptions(MixerOptions):
+    """What both have: a width, as heads times their size."""
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+
+
 class _RNN(Mixer):
     """One layer of a `torch.nn` RNN of width H·K, and the projection back to D."""
 
+    takes_norm_eps: ClassVar[bool] = False
     rnn_class: ClassVar[type[WideLSTM] | type[WideGRU]]
     has_cell: ClassVar[bool]
 
@@ -124,6 +135,13 @@ def _from_torch(last: Tensor | tuple[Tensor, Tensor]) -> RNNState:
     return RNNState(last[0], None) if isinstance(last, Tensor) else RNNState(last[0][0], last[1][0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class LSTMOptions(_RNNOptions):
+    """Options of `LSTM`."""
+
+    name: ClassVar[str] = "lstm"
+
+
 class LSTM(_RNN):
     """The LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), of H·K units:
 
@@ -140,8 +158,17 @@ class LSTM(_RNN):
         UsageError: a size is not positive.
     """
 
+    options: ClassVar[type[MixerOptions]] = LSTMOptions
+
     rnn_class = WideLSTM
     has_cell = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRUOptions(_RNNOptions):
+    """Options of `GRU`."""
+
+    name: ClassVar[str] = "gru"
 
 
 class GRU(_RNN):
@@ -159,6 +186,8 @@ class GRU(_RNN):
     Raises:
         UsageError: a size is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = GRUOptions
 
     rnn_class = WideGRU
     has_cell = False

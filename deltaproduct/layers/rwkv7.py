@@ -5,8 +5,9 @@ B batch · T tokens · D hidden size · H heads · K head size · R low rank · 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection
 from deltaproduct.layers.sizes import require_positive
@@ -59,6 +61,16 @@ def fill_decays(bias: Tensor, head_dim: int) -> None:
     fill(bias, values.repeat(bias.numel() // head_dim))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RWKV7Options(MixerOptions):
+    """Options of `RWKV7`."""
+
+    name: ClassVar[str] = "rwkv7"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+
+
 class RWKV7(Mixer):
     """RWKV-7's time mixing (arXiv 2503.14456, section 4); in the papers' table H_i = A(x_i) H_{i−1} + B(x_i) with
 
@@ -76,6 +88,9 @@ class RWKV7(Mixer):
     Raises:
         UsageError: a size is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = RWKV7Options
+    takes_norm_eps: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int):
         super().__init__()

@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · H heads · K head size, cells per head · S packed sequences.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import ShortConvolution
 from deltaproduct.layers.sizes import require_positive
@@ -29,6 +31,18 @@ class SLSTMState(NamedTuple):
     hidden: Tensor  # h [B,H,K]
     stabiliser: Tensor  # m [B,H,K]
     history: Tensor | None  # [B,conv_size−1,D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSTMOptions(MixerOptions):
+    """Options of `SLSTM`."""
+
+    name: ClassVar[str] = "slstm"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+    use_short_conv: bool = option(True, "causal convolution on the input of the input and forget gates")
+    conv_size: int = option(4, "width of that convolution", at_least=1)
 
 
 class SLSTM(Mixer):
@@ -52,6 +66,7 @@ class SLSTM(Mixer):
         UsageError: a size or norm_eps is not positive.
     """
 
+    options: ClassVar[type[MixerOptions]] = SLSTMOptions
     drawn_after: ClassVar[str | None] = "if_proj"
 
     def __init__(

@@ -3,7 +3,8 @@
 B batch · T tokens · D hidden size · H heads · K head size · C tokens in a chunk · S packed sequences.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection, RMSNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
@@ -103,6 +105,18 @@ class TitansState(NamedTuple):
     history: Tensor | None  # [B,conv_size−1,3·H·K]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TitansOptions(MixerOptions):
+    """Options of `Titans`."""
+
+    name: ClassVar[str] = "titans"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+    use_short_conv: bool = option(True, "causal convolution on q, k and v")
+    conv_size: int = option(4, "width of that convolution", at_least=1)
+
+
 class Titans(Mixer):
     """Titans' neural long-term memory (arXiv 2501.00663, section 3), with a linear memory: a K×K matrix per head.
 
@@ -130,6 +144,8 @@ class Titans(Mixer):
     Raises:
         UsageError: a size or norm_eps is not positive.
     """
+
+    options: ClassVar[type[MixerOptions]] = TitansOptions
 
     def __init__(
         self,

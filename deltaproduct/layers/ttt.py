@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · H heads · K head size · C tokens in a mini-batch · S sequences.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.parts import GateProjection, LayerNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
 from deltaproduct.layers.states import input_options, recurrent_dtype
@@ -25,6 +27,21 @@ class TTTLinearState(NamedTuple):
     gradients: Tensor  # [B,H,K+1,K]: Σ η_s ∂ℓ_s over the mini-batch's tokens so far
     position: Tensor  # [B] ints: how many those are, less than C
     history: Tensor | None  # [B,conv_size−1,D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTLinearOptions(MixerOptions):
+    """Options of `TTTLinear`."""
+
+    name: ClassVar[str] = "ttt_linear"
+
+    num_heads: int = option(4, "H, heads", at_least=1)
+    head_dim: int = option(16, "K, size of a head", at_least=1)
+    ttt_chunk_size: int = option(16, "tokens in an inner mini-batch", at_least=1)
+    ttt_base_lr: float = option(1.0, "largest inner step size, times K", positive=True)
+    use_short_conv: bool = option(True, "causal convolution on the input of the projections")
+    conv_size: int = option(4, "width of that convolution", at_least=1)
+    use_output_gate: bool = option(False, "gate the normalised output")
 
 
 class TTTLinear(Mixer):
@@ -61,6 +78,7 @@ class TTTLinear(Mixer):
         UsageError: a size, ttt_base_lr or norm_eps is not positive.
     """
 
+    options: ClassVar[type[MixerOptions]] = TTTLinearOptions
     drawn_after: ClassVar[str | None] = "lr_proj"
 
     def __init__(

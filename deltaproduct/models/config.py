@@ -1,210 +1,428 @@
-"""What a model is made of: a frozen, validated record that is saved beside the weights."""
+"""What a model is made of: a frozen, validated record that is saved beside the weights.
 
-import math
-import types
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+A model has one mixer for all of its layers, or one for each; a mixer's options are a record in the mixer's own file.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from numbers import Integral, Real
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import cattrs
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, did_you_mean
+from deltaproduct.layers.options import (
+    LARGEST_SIZE,
+    MixerOptions,
+    check_known,
+    check_values,
+    is_of,
+    option,
+    option_names,
+)
+from deltaproduct.layers.options import check_kinds as check_kinds  # under its earlier place
+from deltaproduct.layers.registry import MIXERS, get_mixer
 
-LARGEST_SIZE = 2**28  # of a width or a number of heads or steps, and of a layer's keys or values: no model comes near
 LARGEST_VOCABULARY = 2**31
 MOST_LAYERS = 2**16
+DEFAULT_MIXER = "deltaproduct"
+WHAT = "model configuration"
+Sizes = int | None | tuple[int | None, ...]
 
 
-def described(default: Any, help: str) -> Any:
-    """A field whose meaning also serves the command line's --help."""
-    return field(default=default, metadata={"help": help})
+class _TakesFlatOptions(type):
+    """For one release, `ModelConfig(…, num_heads=4)` is `ModelConfig.build(…, num_heads=4)`, with a warning."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        if values.keys() <= cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
+            return super().__call__(*args, **values)
+        config = _from_earlier(dict(zip(("vocab_size", "num_labels"), args, strict=False)) | values, strict=True)
+        warnings.warn(
+            "ModelConfig takes a mixer's options in the mixer's own record, mixer=DeltaProductOptions(num_heads=4); "
+            "ModelConfig.build takes them by name. Options given to ModelConfig go with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return config
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(metaclass=_TakesFlatOptions):
     """A sequence model's configuration; the names are flash-linear-attention's where it has the field.
+
+    `mixer` is one mixer's record of options, or a tuple of one for each layer; a name stands for that mixer's defaults.
+    `intermediate_size` can be a tuple too. Entries that are all equal become one, so that equal models have equal
+    configurations.
 
     Raises:
         UsageError: a value is impossible; the message names the field.
     """
 
-    vocab_size: int = field(metadata={"help": "input symbols, BOS included"})
-    num_labels: int = field(metadata={"help": "outputs per position"})
-    hidden_size: int = described(64, "D, the width of the residual stream")
-    num_hidden_layers: int = described(1, "blocks")
-    intermediate_size: int | None = described(None, "width of the MLP; None: 8/3·D rounded up to 256; 0: no MLP")
-    mixer: str = described("deltaproduct", "sequence mixer of every block")
-    num_heads: int = described(4, "H, query/key heads")
-    head_dim: int = described(16, "K, key dimension of a head")
-    num_householder: int = described(2, "N, Householder steps per token")
-    expand_v: float = described(1.0, "V/K, value over key dimension")
-    num_v_heads: int | None = described(None, "HV, value heads; None: as many as query/key heads")
-    num_kv_heads: int | None = described(None, "attention's key/value heads; None: as many as query heads")
-    rope_theta: float | None = described(10_000.0, "base of attention's rotary positions; None: no positions")
-    allow_neg_eigval: bool = described(True, "β in [0,2] and eigenvalues in [-1,1], in place of [0,1]")
-    use_forget_gate: bool = described(False, "gated recurrence")
-    use_output_gate: bool = described(False, "gate the normalised output")
-    use_short_conv: bool = described(True, "causal convolution on q, k and v")
-    conv_size: int = described(4, "width of that convolution")
-    qkv_activation: str = described("silu", "what q, k and v pass through: silu, relu or identity")
-    norm_eps: float = described(1e-5, "eps of every RMSNorm")
-    beta_bias_init: float | None = described(None, "initial bias of β's projection; None: no bias")
-    feature_map: str = described("elu", "of linear_attention: elu or identity")
-    gate_low_rank_dim: int = described(16, "of gla: rank of the gate's projection")
-    gate_logit_normalizer: int = described(16, "of gla: root that is taken of the gate")
-    expand: int = described(2, "of mamba and mamba2: inner size over D")
-    ssm_state_size: int = described(16, "of mamba and mamba2: N, states per channel")
-    time_step_rank: int | None = described(None, "of mamba: rank of the step sizes' projection; None: D/16, rounded up")
-    ttt_chunk_size: int = described(16, "of ttt_linear: tokens in an inner mini-batch")
-    ttt_base_lr: float = described(1.0, "of ttt_linear: largest inner step size, times K")
-    initializer_range: float | None = described(0.02, "std of linear weights; None: PyTorch's own initialisation")
-    embedding_init_std: float | None = described(None, "std of the embedding; None: initializer_range, else 1")
-    tie_word_embeddings: bool = described(False, "share the embedding with the head")
-    layer_overrides: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict, metadata={"help": "fields that differ in single layers, by layer number: hybrids"}
+    vocab_size: int = option(help="input symbols, BOS included", at_least=1, below=LARGEST_VOCABULARY)
+    num_labels: int = option(help="outputs per position", at_least=1, below=LARGEST_VOCABULARY)
+    hidden_size: int = option(64, "D, the width of the residual stream", at_least=1)
+    num_hidden_layers: int = option(1, "blocks", at_least=1, below=MOST_LAYERS)
+    intermediate_size: Sizes = option(  # noqa: RUF009
+        None, "width of the MLP; None: 8/3·D rounded up to 256; 0: no MLP"
     )
+    # MixerOptions, or a tuple of them.
+    mixer: Any = option(DEFAULT_MIXER, "sequence mixer of every block; see `deltaproduct mixers list`")  # noqa: RUF009
+    norm_eps: float = option(1e-5, "eps of every RMSNorm", positive=True)
+    initializer_range: float | None = option(
+        0.02, "std of linear weights; None: PyTorch's own initialisation", at_least=0
+    )
+    embedding_init_std: float | None = option(None, "std of the embedding; None: initializer_range, else 1", at_least=0)
+    tie_word_embeddings: bool = option(False, "share the embedding with the head")
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        # Here, as both import PyTorch, for which the help of a command that has this record's fields need not wait.
-        from deltaproduct.layers import get_mixer
-        from deltaproduct.layers.linear_attention import FEATURE_MAPS
-        from deltaproduct.layers.parts import ACTIVATIONS
-
-        for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads", "head_dim"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size", "ttt_chunk_size"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1")
-        self._require("feature_map", self.feature_map in FEATURE_MAPS, f"one of {', '.join(FEATURE_MAPS)}")
-        activations = ", ".join(ACTIVATIONS)
-        self._require("qkv_activation", self.qkv_activation in ACTIVATIONS, f"one of {activations}")
-        for name in ("num_householder", "conv_size"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("num_kv_heads", self.num_kv_heads is None or self.num_kv_heads >= 1, "at least 1")
-        self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive")
-        self._require("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 0, "0 or more")
-        self._require("norm_eps", self.norm_eps > 0, "positive")
-        self._require("ttt_base_lr", self.ttt_base_lr > 0, "positive")
-        self._require("expand_v", self.expand_v > 0, "positive")
-        for name in ("initializer_range", "embedding_init_std"):
+        set_field = object.__setattr__  # the record is frozen for everybody else
+        set_field(self, "mixer", _mixer_of(self.mixer))
+        sizes = self.intermediate_size
+        if isinstance(sizes, Sequence) and not isinstance(sizes, str):
+            set_field(self, "intermediate_size", tuple(sizes))
+        check_values(self)
+        _check_sizes(self.intermediate_size)
+        for name in ("mixer", "intermediate_size"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 0, "0 or more")
-        self._check_sizes()
+            if isinstance(value, tuple):
+                if len(value) != self.num_hidden_layers:
+                    raise UsageError(
+                        f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}; give one for "
+                        "each layer, or one for all."
+                    )
+                if all(entry == value[0] for entry in value):
+                    set_field(self, name, value[0])
+        for options in dict.fromkeys(self.mixers if self.is_hybrid else (self.mixer,)):
+            widest = options.widest(self.hidden_size)
+            if not widest < LARGEST_SIZE:
+                raise UsageError(
+                    f"A layer would have {widest:,.3g} keys or values (heads · head_dim · expand_v · num_householder, "
+                    f"or hidden_size · expand); it can have fewer than {LARGEST_SIZE:,}."
+                )
         if self.tie_word_embeddings and self.vocab_size != self.num_labels:
             raise UsageError(
                 f"tie_word_embeddings needs vocab_size={self.vocab_size} and num_labels={self.num_labels} to be equal."
             )
-        get_mixer(self.mixer)
-        names = {f.name for f in fields(self)} - {"vocab_size", "num_labels", "hidden_size", "layer_overrides"}
-        layers = {str(i) for i in range(self.num_hidden_layers)} if self.layer_overrides else set()
-        for layer, override in self.layer_overrides.items():
-            if layer not in layers:
-                raise UsageError(f"layer_overrides names layer {layer!r}; layers are 0 … {self.num_hidden_layers - 1}.")
-            if not isinstance(override, Mapping):
-                raise UsageError(f"layer_overrides must give layer {layer} a mapping of fields, not {override!r:.40}.")
-            if unknown := set(override) - names:
-                raise UsageError(f"layer_overrides sets what no layer {layer} has: {', '.join(sorted(unknown))}.")
-            self.layer(int(layer))
 
-    def _check_sizes(self) -> None:
-        """That sizes can be multiplied with each other: PyTorch counts the bytes of a tensor in 63 bits."""
-        for name in ("vocab_size", "num_labels"):
-            self._require(name, getattr(self, name) < LARGEST_VOCABULARY, f"below {LARGEST_VOCABULARY:,}")
-        self._require("num_hidden_layers", self.num_hidden_layers < MOST_LAYERS, f"below {MOST_LAYERS:,}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Integral) and f.name not in ("vocab_size", "num_labels", "num_hidden_layers"):
-                self._require(f.name, value < LARGEST_SIZE, f"below {LARGEST_SIZE:,}")
-        heads = max(self.num_heads, self.num_v_heads or 0, self.num_kv_heads or 0)
-        widest = max(heads * self.head_dim * max(1.0, self.expand_v) * self.num_householder,
-                     self.hidden_size * self.expand)  # fmt: skip
-        if not widest < LARGEST_SIZE:
-            raise UsageError(
-                f"A layer would have {widest:,.3g} keys or values (heads · head_dim · expand_v · num_householder, or "
-                f"hidden_size · expand); it can have fewer than {LARGEST_SIZE:,}."
+    if not TYPE_CHECKING:  # for one release
+
+        def __getattr__(self, name: str) -> Any:
+            mixer = self.__dict__.get("mixer")
+            if name.startswith("_") or mixer is None:
+                raise AttributeError(name)
+            found = {getattr(x, name) for x in (mixer if isinstance(mixer, tuple) else (mixer,)) if hasattr(x, name)}
+            if len(found) != 1:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its mixer has the options.")
+            warnings.warn(
+                f"ModelConfig.{name} is now ModelConfig.mixer.{name}; the old name goes with the next release.",
+                DeprecationWarning,
+                stacklevel=2,
             )
+            return found.pop()
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}.")
+    # ------------------------------------------------------------------------------------------------- by name
+
+    @classmethod
+    def build(
+        cls,
+        vocab_size: int,
+        num_labels: int,
+        *,
+        mixer: "str | MixerOptions | Mapping[str, Any] | Sequence[Any] | None" = None,
+        defaults: Mapping[str, Any] | None = None,
+        **values: Any,
+    ) -> "ModelConfig":
+        """A configuration from fields of the model and options of its mixers, all by their names.
+
+        Args:
+            mixer: a mixer's name, its record, or a mapping with its name and some options; or a list of them, one for
+                each layer (then num_hidden_layers is optional).
+            defaults: values for what is not given, `mixer` included; those that this mixer does not have are left out.
+            values: fields of the model; options, which go to each of the mixers that has them. What a mapping in
+                `mixer` says itself stays.
+
+        Raises:
+            UsageError: neither the model nor any of its mixers has such a field, or a value is impossible.
+        """
+        defaults = {} if defaults is None else defaults
+        mixer = defaults.get("mixer", DEFAULT_MIXER) if mixer is None else mixer
+        values = known_fields(mixer, defaults) | values
+        own = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
+        records = _with_options(mixer, values)
+        if isinstance(records, tuple):
+            own.setdefault("num_hidden_layers", len(records))
+        return cls(vocab_size=vocab_size, num_labels=num_labels, mixer=records, **own)
+
+    def changed(self, *, mixer: Any = None, **values: Any) -> "ModelConfig":
+        """The same with other fields of the model and other options, given as to `build`.
+
+        With another `mixer` by its name, options that the earlier one has under the same names keep their values.
+
+        Raises:
+            UsageError: as `build`.
+        """
+        own = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
+        if isinstance(mixer, str) and not self.is_hybrid:
+            kept = set(option_names(self.mixer)).intersection(option_names(get_mixer(mixer).options))
+            values = {name: getattr(self.mixer, name) for name in kept} | values
+        records = _with_options(self.mixer if mixer is None else mixer, values)
+        if mixer is not None and isinstance(records, tuple):
+            own.setdefault("num_hidden_layers", len(records))
+        return replace(self, mixer=records, **own)
+
+    # ------------------------------------------------------------------------------------------------- by layer
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether layers have mixers of several kinds or with several options."""
+        return isinstance(self.mixer, tuple)
+
+    @property
+    def mixers(self) -> tuple[MixerOptions, ...]:
+        """Every layer's options."""
+        return self.mixer if self.is_hybrid else (self.mixer,) * self.num_hidden_layers
+
+    @property
+    def mixer_names(self) -> str:
+        """The mixer's name, or for a hybrid each layer's, with commas."""
+        return ",".join(options.name for options in self.mixer) if self.is_hybrid else self.mixer.name
 
     def layer(self, index: int) -> "ModelConfig":
-        """The configuration that layer `index` is built from."""
-        override = self.layer_overrides.get(str(index), {})
-        return replace(self, layer_overrides={}, **override) if override else self
+        """The configuration that layer `index` is built from: one mixer and one MLP."""
+        sizes = self.intermediate_size
+        if not self.is_hybrid and not isinstance(sizes, tuple):
+            return self
+        return replace(
+            self,
+            mixer=self.mixers[index],
+            intermediate_size=sizes[index] if isinstance(sizes, tuple) else sizes,
+        )
+
+    def kinds_of_layers(self) -> list[tuple["ModelConfig", int]]:
+        """`layer` for one layer of each kind, and how many there are of that kind."""
+        sizes = self.intermediate_size
+        if not self.is_hybrid and not isinstance(sizes, tuple):
+            return [(self, self.num_hidden_layers)]
+        counts: dict[tuple[MixerOptions, int | None], list[int]] = {}
+        each = sizes if isinstance(sizes, tuple) else (sizes,) * self.num_hidden_layers
+        for i, kind in enumerate(zip(self.mixers, each, strict=True)):
+            counts.setdefault(kind, []).append(i)
+        return [(self.layer(layers[0]), len(layers)) for layers in counts.values()]
 
     @property
     def mlp_size(self) -> int:
-        """The MLP's width, 0 for none."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return -(-8 * self.hidden_size // (3 * 256)) * 256
+        """The MLP's width, 0 for none; of the widest layer."""
+        sizes = self.intermediate_size if isinstance(self.intermediate_size, tuple) else (self.intermediate_size,)
+        return max(-(-8 * self.hidden_size // (3 * 256)) * 256 if size is None else size for size in sizes)
+
+    def differences(self, other: "ModelConfig") -> dict[str, tuple[Any, Any]]:
+        """The fields and options in which two differ, by name: (this one's value, the other's). Options are compared
+        where the layers have the same mixers, and the first layer in which they differ counts."""
+        found = {
+            f.name: (mine, theirs)
+            for f in fields(self)
+            if f.name != "mixer" and (mine := getattr(self, f.name)) != (theirs := getattr(other, f.name))
+        }
+        if self.mixer_names != other.mixer_names:
+            return found | {"mixer": (self.mixer_names, other.mixer_names)}
+        for one, another in zip(self.mixers, other.mixers, strict=False):
+            for name in option_names(one) if one.name == another.name else ():
+                mine, theirs = getattr(one, name), getattr(another, name)
+                if mine != theirs:
+                    found.setdefault(name, (mine, theirs))
+        return found
+
+    # -------------------------------------------------------------------------------------------------- as JSON
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; a mixer is its name and its options, in one mapping."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        mixer = [x.to_dict() for x in self.mixer] if self.is_hybrid else self.mixer.to_dict()
+        sizes = self.intermediate_size
+        return own | {"mixer": mixer, "intermediate_size": list(sizes) if isinstance(sizes, tuple) else sizes}
 
     @classmethod
     def from_dict(cls, values: Any) -> "ModelConfig":
-        """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields."""
-        try:
-            return _CONVERTER.structure(values, cls)
-        except UsageError:
-            raise
-        except Exception as e:
-            if found := usage_error(e):
-                raise found from e
-            raise UsageError(f"This is not a model configuration: {reasons(e, 'config')}.") from e
+        """The inverse of `to_dict`; `UsageError` on unknown, missing or mistyped fields.
+
+        It also reads what earlier versions wrote, in which `mixer` was a name, the options of all mixers lay beside the
+        model's fields, and `layer_overrides` had what differed in single layers.
+        """
+        if is_earlier(values):
+            return _from_earlier(values)
+        if isinstance(values, Mapping):
+            _check_fields(values, [f.name for f in fields(cls)])
+        return _structured_as(cls, values, WHAT)
 
 
-def check_kinds(config: Any) -> None:
-    """`UsageError` unless every field of a dataclass has a value of the kind that it is declared with, and every number
-    is finite. Whole numbers serve as floats."""
-    for name, kinds in _kinds(cast(Any, type(config))).items():
-        value = getattr(config, name)
-        if not any(_is_of(value, kind) for kind in kinds):
-            wanted = " or ".join(_KINDS[kind] for kind in kinds)
-            raise UsageError(f"{name} must be {wanted}, not {value!r:.40}.")
+MODEL_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("vocab_size", "num_labels", "mixer"))
+
+
+def _check_sizes(sizes: Any) -> None:
+    """`UsageError` unless intermediate_size is one width, or several."""
+    for size in sizes if isinstance(sizes, tuple) else (sizes,):
+        if size is not None and not is_of(size, int):
+            raise UsageError(f"intermediate_size must be a whole number or none, not {size!r:.40}.")
+        if size is not None and not 0 <= size < LARGEST_SIZE:
+            wanted = "0 or more" if size < 0 else f"below {LARGEST_SIZE:,}"
+            raise UsageError(f"intermediate_size must be {wanted}, not {size}.")
+
+
+# ----------------------------------------------------------------------------------------------------- mixers, by name
+
+
+def _mixer_of(given: Any) -> MixerOptions | tuple[MixerOptions, ...]:
+    """A mixer's options from its record, its name or its mapping, or a tuple of them from a list."""
+    if isinstance(given, MixerOptions):
+        return given
+    if isinstance(given, str):
+        return get_mixer(given).options()
+    if isinstance(given, Mapping):
+        return _options_from(given)
+    if isinstance(given, Sequence) and given and not any(isinstance(x, list | tuple) for x in given):
+        return tuple(_mixer_of(x) for x in given)  # type: ignore[misc]
+    raise UsageError(
+        f"mixer must be a mixer's name or its options, or a list of them for the layers, not {given!r:.40}."
+    )
+
+
+def _options_from(values: Mapping[str, Any]) -> MixerOptions:
+    """A record from what its `to_dict` gave."""
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise UsageError(f"A mixer's options need its name, a string, beside them, not {name!r:.40}.")
+    kind = get_mixer(name).options
+    own = {key: value for key, value in values.items() if key != "name"}
+    check_known(own, [kind()])
+    return _structured_as(kind, own, f"record of the options of {name}")
+
+
+def _with_options(given: Any, values: Mapping[str, Any]) -> MixerOptions | tuple[MixerOptions, ...]:
+    """`_mixer_of` with these options in all mixers that have them, but for those that a mapping sets by itself;
+    `UsageError` for what none has."""
+    records = _mixer_of(given)
+    each = dict.fromkeys(records if isinstance(records, tuple) else (records,))
+    known = {name for record in each for name in option_names(record)}
+    for name in values:
+        if name not in known:
+            near = did_you_mean(name, [*known, *MODEL_FIELDS, "mixer"])
+            mixers = list(dict.fromkeys(record.name for record in each))
+            which = f"the mixer {mixers[0]}" if len(mixers) == 1 else f"any of the mixers {', '.join(mixers)}"
+            raise UsageError(f"{name!r:.60} is no field of a model and no option of {which}{near}.")
+
+    left = set(values)
+
+    def changed(record: MixerOptions, entry: Any) -> MixerOptions:
+        own = entry if isinstance(entry, Mapping) else ()
+        mine = {k: v for k, v in values.items() if k in option_names(record) and k not in own}
+        left.difference_update(mine)
+        return replace(record, **mine)
+
+    result = tuple(map(changed, records, given)) if isinstance(records, tuple) else changed(records, given)
+    if left:
+        raise UsageError(f"{min(left)} is given beside the mixer, which sets it by itself; give it once.")
+    return result
+
+
+def known_fields(mixer: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values, those that are fields of a model or options of a mixer, or of one of several."""
+    records = _mixer_of(mixer)
+    each = set(records) if isinstance(records, tuple) else {records}
+    known = set(MODEL_FIELDS).union(*map(option_names, each))
+    return {name: value for name, value in values.items() if name in known}
+
+
+# ------------------------------------------------------------------------------------------------ the earlier layout
+
+
+def _check_fields(values: Mapping[str, Any], known: list[str]) -> None:
+    """`UsageError` where a name is none of those that are known."""
+    for name in values:
+        if name not in known:
+            is_option = name in every_option()
+            near = " beside its mixer; options belong into that" if is_option else did_you_mean(str(name), known)
+            raise UsageError(f"A model configuration has no field {name!r:.60}{near}.")
+
+
+def is_earlier(values: Any) -> bool:
+    """Whether values are in the layout of earlier versions, in which `mixer` is a name, or left out."""
+    return isinstance(values, Mapping) and not isinstance(values.get("mixer"), Mapping | list | tuple)
+
+
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ModelConfig.from_dict` reads of values with which others have put theirs."""
+    names = {f.name for f in fields(ModelConfig)}
+    if is_earlier(values):
+        names |= {*every_option(), "layer_overrides"}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _from_earlier(values: Mapping[str, Any], *, strict: bool = False) -> ModelConfig:
+    """From the flat layout of earlier versions: options of all mixers lie beside the model's fields.
+
+    strict: refuse options that no mixer of the model has, as in a call; a file has those of every mixer.
+    """
+    own = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+    name, overrides = own.pop("mixer", DEFAULT_MIXER), values.get("layer_overrides", {})
+    flat = {key: value for key, value in values.items() if key not in own.keys() | {"mixer", "layer_overrides"}}
+    if not isinstance(name, str) and strict:  # a record, with options beside it
+        return ModelConfig.build(**own, mixer=name, **flat)
+    if not isinstance(name, str):
+        raise UsageError(f"mixer must be a string, not {name!r:.40}.")
+    get_mixer(name)
+    if not strict:
+        _check_fields(flat, [*(f.name for f in fields(ModelConfig)), *every_option()])
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"layer_overrides must be a mapping, not {overrides!r:.40}.")
+    if not overrides:
+        options = get_mixer(name).options
+        kept = flat if strict else {key: x for key, x in flat.items() if key in option_names(options)}
+        record = _options_from({"name": name, **kept})
+        return _structured_as(ModelConfig, own | {"mixer": record}, WHAT)
+    base = _structured_as(ModelConfig, own, WHAT)
+    layers = base.num_hidden_layers
+    sizes, used = [base.intermediate_size] * layers, set[str]()
+    records = [_layer_from(name, flat, {}, used)] * layers if len(overrides) < layers else [base.mixer] * layers
+    for layer, override in overrides.items():
+        _check_override(base, layer, override)
+        records[int(layer)] = _layer_from(name, flat, override, used)
+        sizes[int(layer)] = override.get("intermediate_size", base.intermediate_size)
+    if strict:
+        _with_options(records, {key: x for key, x in flat.items() if key not in used})
+    return replace(base, mixer=tuple(records), intermediate_size=tuple(sizes))
+
+
+def _layer_from(name: str, flat: Mapping[str, Any], override: Mapping[str, Any], used: set[str]) -> MixerOptions:
+    """A layer's record: the model's options with the layer's own, those of other mixers left out."""
+    if not isinstance(name := override.get("mixer", name), str):
+        raise UsageError(f"A layer's mixer must be a string, not {name!r:.40}.")
+    kind = get_mixer(name).options
+    mine = {key: x for key, x in (dict(flat) | dict(override)).items() if key in option_names(kind)}
+    used |= mine.keys()
+    return _options_from({"name": kind.name, **mine})
+
+
+def _check_override(base: ModelConfig, layer: Any, override: Any) -> None:
+    """`UsageError` unless an entry of `layer_overrides` is one that says what a layer is."""
+    if layer not in map(str, range(base.num_hidden_layers)):
+        raise UsageError(f"layer_overrides names layer {layer!r}; layers are 0 … {base.num_hidden_layers - 1}.")
+    if not isinstance(override, Mapping):
+        raise UsageError(f"layer_overrides must give layer {layer} a mapping of fields, not {override!r:.40}.")
+    known = {*MODEL_FIELDS, "mixer", *every_option()} - {"hidden_size"}
+    if unknown := set(override) - known:
+        raise UsageError(f"layer_overrides sets what no layer {layer} has: {', '.join(sorted(map(str, unknown)))}.")
+    if override.get("norm_eps", base.norm_eps) != base.norm_eps:
+        raise UsageError(f"layer_overrides gives layer {layer} another norm_eps; a model has one for all its layers.")
 
 
 @cache
-def _kinds(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The kinds that a dataclass declares its fields to be of, where they are simple ones."""
-    found = {}
-    hints = get_type_hints(cls)
-    for f in fields(cls):
-        hint = hints[f.name]
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if get_origin(hint) is tuple:
-            kinds = (tuple,)
-        if all(kind in _KINDS for kind in kinds):
-            found[f.name] = kinds
-    return found
+def every_option() -> tuple[str, ...]:
+    """The options of all mixers that earlier versions had."""
+    return tuple(dict.fromkeys(name for mixer in MIXERS.values() for name in option_names(mixer.options)))
 
 
-def _is_of(value: Any, kind: type) -> bool:
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if kind is float:
-        # A whole number of 400 digits is none that math can take.
-        return (isinstance(value, Real) and not isinstance(value, bool)
-                and (abs(int(value)) < 2**1000 if isinstance(value, Integral) else math.isfinite(value)))  # fmt: skip
-    if kind is tuple:
-        return isinstance(value, tuple) and all(_is_of(x, int) and abs(x) < 2**63 for x in value)
-    return isinstance(value, kind)
-
-
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a finite number",
-    str: "a string",
-    bool: "true or false",
-    tuple: "whole numbers",
-    types.NoneType: "none",
-}
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def strict_converter() -> cattrs.Converter:
@@ -214,11 +432,24 @@ def strict_converter() -> cattrs.Converter:
     for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _structured)
     converter.register_structure_hook_func(lambda hint: hint == tuple[int, ...], _structured_tuple)
+    converter.register_structure_hook_func(lambda hint: hint == Sizes, lambda value, _: value)  # ModelConfig checks it
     return converter
 
 
+def _structured_as(kind: Any, values: Any, what: str) -> Any:
+    """A record from JSON's values; `UsageError` says why they are none of `what`."""
+    try:
+        return _CONVERTER.structure(values, kind)
+    except UsageError:
+        raise
+    except Exception as e:
+        if found := usage_error(e):
+            raise found from e
+        raise UsageError(f"This is not a {what}: {reasons(e, 'config')}.") from e
+
+
 def _structured(value: Any, kind: type) -> Any:
-    if not _is_of(value, kind):
+    if not is_of(value, kind):
         raise ValueError
     return kind(value)
 
@@ -245,3 +476,4 @@ def usage_error(e: BaseException) -> UsageError | None:
 
 
 _CONVERTER = strict_converter()
+described = option  # its earlier name

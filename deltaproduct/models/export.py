@@ -68,7 +68,7 @@ class DecodingStep(nn.Module):
         return [named[name] for name in self.names]
 
 
-def trace(step: DecodingStep) -> ExportedProgram:
+def trace_step(step: DecodingStep) -> ExportedProgram:
     """The step as a graph of PyTorch's own operators, for any batch size.
 
     Raises:
@@ -97,7 +97,7 @@ def _write_onnx(step: DecodingStep, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"Exporting to ONNX needs {' and '.join(missing)}; pip install 'deltaproduct[export]'.")
-    program, batch = trace(step), {0: "batch"}
+    program, batch = trace_step(step), {0: "batch"}
     with _one_line("converted to ONNX"):
         found = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=[TOKENS, *step.names],
@@ -122,7 +122,7 @@ def _open_onnx(path: Path) -> Program:
 
 
 def _write_aotinductor(step: DecodingStep, path: Path) -> None:
-    program = trace(step)
+    program = trace_step(step)
     with _one_line("compiled by AOTInductor"), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
@@ -259,10 +259,10 @@ def tolerance(config: ModelConfig) -> float:
 
     L layers, n the longest sum, N Householder steps, u = 2^-24. The bound is that of `bench generate`, for one token.
     """
-    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
-    longest = max(max(c.hidden_size, c.mlp_size, c.num_heads * c.head_dim) for c in layers)
-    steps = max(c.num_householder for c in layers)
-    return max(TOLERANCE, 8 * 2**-24 * len(layers) * (longest**0.5 + steps))
+    heads = max(getattr(x, "num_heads", 0) * getattr(x, "head_dim", 0) for x in config.mixers)
+    longest = max(config.hidden_size, config.mlp_size, heads)
+    steps = max(getattr(x, "num_householder", 1) for x in config.mixers)
+    return max(TOLERANCE, 8 * 2**-24 * config.num_hidden_layers * (longest**0.5 + steps))
 
 
 @torch.no_grad()
@@ -316,4 +316,4 @@ def _one_line(done: str) -> Iterator[None]:
         logging.disable(disabled)
 
 
-__getattr__ = renamed_names(__name__, {"Step": "DecodingStep"})
+__getattr__ = renamed_names(__name__, {"Step": "DecodingStep", "trace": "trace_step"})

@@ -5,7 +5,7 @@ from typing import Any
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, read_json
-from deltaproduct.models.fla_config import ARCHITECTURES
+from deltaproduct.models.fla.config import ARCHITECTURES
 from deltaproduct.models.weights import PICKLED_WEIGHTS
 
 CONFIG = "config.json"
@@ -49,7 +49,7 @@ def _other_kind(folder: Path) -> str | None:
     if kind in ARCHITECTURES:
         return (
             f"{folder} is a checkpoint of flash-linear-attention, of model type {kind!r}. Load it with "
-            f"deltaproduct.models.checkpoints.read_fla, or convert it: deltaproduct lm convert {folder} --to ours "
+            f"deltaproduct.models.fla.checkpoint.read_fla, or convert it: deltaproduct lm convert {folder} --to ours "
             "--out NEW_FOLDER."
         )
     if kind is not None:

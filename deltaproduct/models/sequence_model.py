@@ -5,7 +5,6 @@ B batch · T tokens · D hidden size · S packed sequences.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_folder, read_json, replaced_folder, whole_folder, write_json
-from deltaproduct.layers import Mixer, get_mixer
+from deltaproduct.layers import Mixer
 from deltaproduct.layers.initialization import draw_weights
 from deltaproduct.layers.parts import RMSNorm, SwiGLU
 from deltaproduct.layers.states import device_of
-from deltaproduct.models.config import ModelConfig
+from deltaproduct.models.config import ModelConfig, own_values
 from deltaproduct.models.folders import CONFIG, MODEL_TYPE, why_no_checkpoint
 from deltaproduct.models.saving import check_is_its_configuration, own_class, without_sharing
 from deltaproduct.models.size import check_stored
@@ -46,7 +45,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer: Mixer = get_mixer(config.mixer).from_config(config)
+        self.mixer: Mixer = config.mixer.build(config.hidden_size, config.norm_eps)
         self.mlp: SwiGLU | None = None
         if config.mlp_size:
             self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -265,7 +264,7 @@ class SequenceModel(nn.Module):
             tied = head is None or (embedding is not None and torch.equal(embedding, head))
         if tied == self.config.tie_word_embeddings:
             return self.config
-        return replace(self.config, tie_word_embeddings=tied)
+        return self.config.changed(tie_word_embeddings=tied)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and manifest.json (sizes and sha256), replacing the folder in one step.
@@ -307,7 +306,7 @@ class SequenceModel(nn.Module):
         if kind != MODEL_TYPE:
             raise UsageError(f"The checkpoint {folder} is of model type {kind!r}, not {MODEL_TYPE!r}.")
         if "transformers_version" in values:  # models.hf wrote it, with entries of transformers' beside ours
-            values = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+            values = own_values(values)
         config = ModelConfig.from_dict(values)
         tensors = read_weights(folder, files, pickles=False)
         check_weights(tensors, folder)

@@ -30,12 +30,7 @@ def num_parameters(config: ModelConfig) -> int:
     """
     width, labels = config.hidden_size, config.num_labels
     total = config.vocab_size * width + width + (0 if config.tie_word_embeddings else labels * width)
-    ordinary = config.num_hidden_layers - len(config.layer_overrides)
-    layers = [(config.layer(int(i)), 1) for i in config.layer_overrides]
-    if ordinary:
-        first = next(i for i in range(config.num_hidden_layers) if str(i) not in config.layer_overrides)
-        layers.append((config.layer(first), ordinary))
-    for layer, count in layers:
+    for layer, count in config.kinds_of_layers():
         total += count * _of_block(layer)
     return min(total, ENDLESS)
 
@@ -65,13 +60,9 @@ def activation_bytes(config: ModelConfig, *, gradient_checkpointing: bool = Fals
         gradient_checkpointing: whether blocks keep nothing but their inputs.
         per_float: bytes of an activation; 2 under autocast to bfloat16.
     """
-    inside = 0 if gradient_checkpointing else 3 * sum(_mlp_sizes(config))
+    of_mlps = 3 * sum(count * layer.mlp_size for layer, count in config.kinds_of_layers())
+    inside = 0 if gradient_checkpointing else of_mlps
     return per_float * (config.num_hidden_layers * config.hidden_size + inside) + 2 * FLOAT * config.num_labels
-
-
-def _mlp_sizes(config: ModelConfig) -> list[int]:
-    other = [config.layer(int(i)).mlp_size for i in config.layer_overrides]
-    return [*other, config.mlp_size * (config.num_hidden_layers - len(other))]
 
 
 def check_model(config: ModelConfig, device: Any = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.files import read_json, replaced_folder, verified_folder, write_json
 from deltaproduct.layers.plain import unusual
 from deltaproduct.models.config import ModelConfig, reasons, strict_converter, usage_error
@@ -235,7 +235,7 @@ class Stream:
                     raise UsageError(f"It has numbers in {name} that are not finite.")
             stream._generator.set_state(tensors["generator"])
         except (UsageError, RuntimeError, TypeError) as e:
-            raise UsageError(f"The {WHAT} {folder} is damaged. {str(e).splitlines()[0]}") from e
+            raise UsageError(f"The {WHAT} {folder} is damaged. {first_line(e)}") from e
         stream._decoder.load(state)
         stream.logits, stream.position = tensors["logits"], saved["position"]
         return stream
@@ -264,12 +264,8 @@ def fingerprint(model: SequenceModel) -> str:
 def _check_same(folder: Path, saved: Any, model: SequenceModel) -> None:
     if not isinstance(saved, dict) or set(saved) != {"position", "sampling", "config", "weights"}:
         raise UsageError(f"{folder / STREAM} is of another version of this library: its entries are other ones.")
-    theirs, ours = ModelConfig.from_dict(saved["config"]).to_dict(), model.config.to_dict()
-    if differing := [name for name in ours if theirs[name] != ours[name]]:
-        name = differing[0]
-        raise UsageError(
-            f"The {WHAT} {folder} is with another model: its {name} is {theirs[name]}, this model's {ours[name]}."
-        )
+    for name, (theirs, ours) in ModelConfig.from_dict(saved["config"]).differences(model.config).items():
+        raise UsageError(f"The {WHAT} {folder} is with another model: its {name} is {theirs}, this model's {ours}.")
     if saved["weights"] != fingerprint(model):
         raise UsageError(f"The {WHAT} {folder} is with a model of the same configuration but of other weights.")
 

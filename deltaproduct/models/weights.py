@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from deltaproduct.errors import UsageError
+from deltaproduct.errors import UsageError, first_line
 from deltaproduct.files import is_plain_name, read_json
 
 WEIGHTS = "model.safetensors"
@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as e:
         # Beside its own error: a kind of number that this PyTorch does not know, sizes that overflow.
-        raise UsageError(f"{path} is not a safetensors file: {str(e).splitlines()[0] if str(e) else e!r}.") from e
+        raise UsageError(f"{path} is not a safetensors file: {first_line(e)}.") from e
 
 
 def check_weights(tensors: Mapping[str, Any], where: Path) -> None:

@@ -16,77 +16,43 @@ class Recurrence(Protocol):
     """The operator with its options settled: (o [B,T,HV,V], final state [B or S,HV,K,V])."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        initial_state: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class Forward(Protocol):
     """The operator: (o [B,T,HV,V], final state [B or S,HV,K,V]); differentiable by `backward()` at the least."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        qk_l2norm: bool,
-    ) -> tuple[Tensor, Tensor]: ...
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+        cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class Step(Protocol):
     """One token, B ≥ 1; shapes as in `delta_product_step`: (o [B,HV,V], the state after it [B,HV,K,V])."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        state: Tensor,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
         qk_l2norm: bool,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class StepInplace(Protocol):
     """The same into the given state, which is contiguous and of the dtype of states, without a gradient: o."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        state: Tensor,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
         qk_l2norm: bool,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
 
 
 class States(Protocol):
     """The trace [B,P,HV,K,V], as `delta_product_states` numbers its positions."""
 
     def __call__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        initial_state: Tensor | None,
-        positions: list[int],
+        self, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None, positions: list[int]
     ) -> Tensor: ...
 
 

@@ -143,15 +143,9 @@ def _forward(
 
 
 def _backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    d_states: Tensor | None,
-    x: Inputs,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> tuple[Inputs, Tensor]:
+    d_o: Tensor, d_final: Tensor | None, d_states: Tensor | None, x: Inputs, states: Tensor, cu_seqlens: Tensor | None,
+    scale: float, c: int,
+) -> tuple[Inputs, Tensor]:  # fmt: skip
     heads, dtype = x.v.shape[3], backward_dtype(x.k, x.g, states.dtype)
     chunks = Chunks.of(x, cu_seqlens, c)
     d_g = None if x.g is None else torch.empty_like(x.g)
@@ -244,16 +238,9 @@ def _gate_gradient(*, pair: Tensor, seen: Tensor, ends: Tensor, whole: Tensor) -
 
 @torch.library.custom_op("deltaproduct::chunkwise_forward", mutates_args=())
 def chunkwise_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, c: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
         return _forward(Inputs(q, k, v, beta, g), initial_state, cu_seqlens, scale, c)
 
@@ -275,19 +262,9 @@ def _(
 
 @torch.library.custom_op("deltaproduct::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    d_states: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    c: int,
-) -> Gradients:
+    d_o: Tensor, d_final: Tensor | None, d_states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    g: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, scale: float, c: int,
+) -> Gradients:  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
         x = Inputs(q, k, v, beta, g)
         grads, d_initial = _backward(d_o, d_final, d_states, x, states, cu_seqlens, scale, c)
@@ -327,16 +304,9 @@ register_gradients(chunkwise_forward, _first, _again)
 
 
 def chunkwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator in chunks; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
     q, k = normalised(q, k, qk_l2norm)
     o, final, _ = chunkwise_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, chunk_tokens(k.shape[2]))

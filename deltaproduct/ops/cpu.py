@@ -102,17 +102,9 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def _engine_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    dtype: torch.dtype,
-    chunking: Chunking,
-) -> EngineCall:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    qk_l2norm: bool, dtype: torch.dtype, chunking: Chunking,
+) -> EngineCall:  # fmt: skip
     batch, length, steps, value_heads, value_dim = v.shape
     sequences = num_sequences(batch, cu_seqlens)
     threads = torch.get_num_threads()
@@ -157,17 +149,9 @@ def token_call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, 
 
 @torch.library.custom_op("deltaproduct::cpu_forward", mutates_args=())
 def cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-    qk_l2norm: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B,T,HV,V], final state [B or S,HV,K,V], the states that a backward needs, none unless `keep`)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, k)  # a compiled graph has not, and C++ reads memory by these numbers
@@ -212,18 +196,9 @@ def _(
 
 @torch.library.custom_op("deltaproduct::cpu_backward", mutates_args=())
 def cpu_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool = False,
-) -> Gradients:
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+    states: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool = False,
+) -> Gradients:  # fmt: skip
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     dtype, heads, key_heads = backward_dtype(k, g, states.dtype), v.shape[3], k.shape[3]
     chunking = Chunking.of(v.shape[2], k.shape[4], v.shape[4], states.dtype)  # the forward's
@@ -296,16 +271,9 @@ register_gradients(cpu_forward, _first, _again)
 
 
 def cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on the engine; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state [B or S,HV,K,V])."""
     given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)

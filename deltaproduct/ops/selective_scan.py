@@ -77,15 +77,9 @@ def selective_scan(
 
 
 def _formula(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     allow_neg_eigval: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """In plain PyTorch operations."""
     given = [x, dt, A, B, C] if initial_state is None else [x, dt, A, B, C, initial_state]
     dtype = compute_dtype(*given)
@@ -136,16 +130,9 @@ def _is_native(given: list[Tensor]) -> bool:
 
 @torch.library.custom_op("deltaproduct::selective_scan_forward", mutates_args=())
 def scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    allow_neg_eigval: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    allow_neg_eigval: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y [B,T,I], final state [B or S,I,N], the states that a backward needs, none unless `keep`)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)  # a compiled graph has not, and C++ reads memory by these numbers
@@ -204,17 +191,9 @@ def _(
 
 @torch.library.custom_op("deltaproduct::selective_scan_backward", mutates_args=())
 def scan_backward(
-    d_y: Tensor,
-    d_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    allow_neg_eigval: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_y: Tensor, d_final: Tensor | None, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor,
+    cu_seqlens: Tensor | None, allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, dt, a, b, c and the initial state."""
     call, _alive = _engine_call(x, dt, a, b, c, cu_seqlens, allow_neg_eigval)
     d_y, d_final = cpu.aligned(d_y), None if d_final is None else d_final.contiguous()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         transpositions,
     )
     from deltaproduct.theory.limits import Limits
-    from deltaproduct.theory.theorems import Explanation, ModelClass, explain
+    from deltaproduct.theory.theorems.explain import Explanation, explain
+    from deltaproduct.theory.theorems.model_class import ModelClass
     from deltaproduct.theory.verification import Verification, load, verify
 
 __all__ = [

@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.deltaproduct import DeltaProductState
 from deltaproduct.layers.plain import first_unusual
 from deltaproduct.models import SequenceModel
 from deltaproduct.ops.inputs import compute_dtype, l2_normalise
@@ -237,6 +236,7 @@ class _Evidence:
         self.dtype = model.embedding.weight.dtype
         # A float32 model's sums come out differently by the machine: what is measured of it is measured of this one.
         self.measured = copy.deepcopy(model).double() if self.dtype == torch.float32 else model
+        self.layers = layers_of(self.measured)
         self.table = torch.tensor(automaton.transitions)
         _, self.start = self.measured(torch.tensor([[len(automaton.alphabet)]]))
         # In another dtype BOS writes another length: codes are taken to be longer or shorter as much.
@@ -258,24 +258,29 @@ class _Evidence:
             for held, own in zip(self.held, holds, strict=True)
         ]
 
-        def given(dtype: torch.dtype) -> list[DeltaProductState]:
-            return [layer._replace(recurrent=s.to(dtype)) for layer, s in zip(self.start, states, strict=True)]
-
-        tokens, want = symbols[:, None], self.table[self.exploration.state_of[before], symbols]
-        with operator_inputs(self.measured, _normalised) as inputs, self._watched():
-            logits, _ = self.measured(tokens, given(compute_dtype(self.measured.embedding.weight)))
-        right, others = _scores(logits[:, 0], want)
+        want = self.table[self.exploration.state_of[before], symbols]
+        with self._watched():
+            inputs, logits = self._run(self.measured, symbols, states, compute_dtype(self.measured.embedding.weight))
+        right, others = _scores(logits, want)
         self.margin = min(self.margin, float((right - others).min()))
         self.largest = max(self.largest, float(logits.abs().max()))
         if self.measured is not self.model:  # labels are its own, and so are keys along axes
-            with operator_inputs(self.model, _normalised) as own_inputs:
-                logits, _ = self.model(tokens, given(torch.float32))
-            right, others = _scores(logits[:, 0], want)
+            own_inputs, logits = self._run(self.model, symbols, states, torch.float32)
+            right, others = _scores(logits, want)
             inputs[0] = self._as_in_float32(inputs[0], own_inputs[0])
             inputs[1:] = [self._as_in_float32(x, x) for x in inputs[1:]]
         self.wrong += int((~(right > others)).sum())
         for layer, ((q, k, v, beta), s) in enumerate(zip(inputs, states, strict=True)):
             self._layer(layer, s, q[:, 0], k[:, 0], v[:, 0], beta[:, 0], before, after)
+
+    def _run(
+        self, model: SequenceModel, symbols: Tensor, states: list[Tensor], dtype: torch.dtype
+    ) -> tuple[list[_Inputs], Tensor]:
+        """What the layers' recurrences are given, and the logits [P,labels], for symbols [P] read in these states."""
+        given = [layer._replace(recurrent=s.to(dtype)) for layer, s in zip(self.start, states, strict=True)]
+        with operator_inputs(model, _normalised) as inputs:
+            logits, _ = model(symbols[:, None], given)
+        return inputs, logits[:, 0]
 
     @staticmethod
     def _as_in_float32(exact: _Inputs, own: _Inputs) -> _Inputs:
@@ -295,9 +300,9 @@ class _Evidence:
             if gate is not None:
                 self.clear[layer] = min(self.clear[layer], float((out @ gate.T).abs().min()))
 
-        layers = layers_of(self.measured)
-        hooks = [self.measured.norm.register_forward_hook(partial(look, -1, None))] if layers[-1][0].mlp is None else []
-        for i, (block, _) in enumerate(layers):
+        last = self.layers[-1][0]
+        hooks = [self.measured.norm.register_forward_hook(partial(look, -1, None))] if last.mlp is None else []
+        for i, (block, _) in enumerate(self.layers):
             if block.mlp is not None:
                 hooks.append(block.mlp_norm.register_forward_hook(partial(look, i, block.mlp.gate_proj.weight)))
         try:
@@ -386,7 +391,7 @@ class _Evidence:
         """
         model, slack = self.measured, SLACK * ROUNDING[self.dtype]
         result = []
-        for (block, mixer), gain, clear in zip(layers_of(model), self.gains, self.clear, strict=True):
+        for (block, mixer), gain, clear in zip(self.layers, self.gains, self.clear, strict=True):
             if mixer.head_v_dim == 1:
                 result.append(0.5)
                 continue

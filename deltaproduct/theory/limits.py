@@ -26,9 +26,14 @@ class Plan:
     build: Callable[[], SequenceModel]
 
     @property
+    def num_householder(self) -> int:
+        """The most Householder factors per token in any layer."""
+        return max(options.num_householder for options in self.config.mixers)
+
+    @property
     def cost(self) -> tuple[int, int, int]:
         """Layers, Householder factors per token, width: the fewer the better, in this order."""
-        return self.config.num_hidden_layers, self.config.num_householder, self.config.hidden_size
+        return self.config.num_hidden_layers, self.num_householder, self.config.hidden_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Limits:
         config = plan.config
         sizes = [
             (config.num_hidden_layers, self.layers, "layers"),
-            (config.num_householder, self.num_householder, "Householder factors per token"),
+            (plan.num_householder, self.num_householder, "Householder factors per token"),
             (config.hidden_size, self.width, "slots of width"),
         ]
         return [too_many(n, limit, things) for n, limit, things in sizes if limit is not None and n > limit]

@@ -1,12 +1,13 @@
 """What a training run is: data, model, optimisation, seed. Everything that decides a run's numbers is in here."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers.options import check_kinds
 from deltaproduct.models import ModelConfig
-from deltaproduct.models.config import check_kinds, described, reasons, strict_converter, usage_error
+from deltaproduct.models.config import described, reasons, strict_converter, usage_error
 from deltaproduct.renamed import renamed_names
 
 _CONVERTER = strict_converter()
@@ -176,7 +177,7 @@ class Run(Generic[Settings]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {"training": asdict(self.training), "model": self.model.to_dict()}
 
     @staticmethod
     def from_dict(values: Any) -> "Run[Any]":
@@ -201,13 +202,10 @@ class Run(Generic[Settings]):
         """The fields in which two runs differ, as "name: mine and theirs"; or what each is trained on."""
         if type(self.training) is not type(other.training):
             return [f"training on {self.training.kind} and on {other.training.kind}"]
-        found = []
-        for mine, theirs in ((self.training, other.training), (self.model, other.model)):
-            for f in fields(mine):
-                a, b = getattr(mine, f.name), getattr(theirs, f.name)
-                if a != b:
-                    found.append(f"{f.name}: {a} and {b}")
-        return found
+        mine, theirs = vars(self.training), vars(other.training)
+        pairs = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        pairs |= self.model.differences(other.model)
+        return [f"{name}: {a} and {b}" for name, (a, b) in pairs.items()]
 
 
 if TYPE_CHECKING:  # a type checker would take any name for one of this module's

@@ -105,4 +105,4 @@ def preset_model(name: str, num_householder: int = 2) -> dict[str, Any]:
 
 def preset_config(name: str, num_householder: int = 2, *, vocab_size: int = PAPERS_VOCABULARY) -> ModelConfig:
     """The preset's model for a vocabulary of that size."""
-    return ModelConfig(vocab_size=vocab_size, num_labels=vocab_size, **preset_model(name, num_householder))
+    return ModelConfig.build(vocab_size, vocab_size, **preset_model(name, num_householder))

@@ -74,10 +74,9 @@ def counting_model():
     """A head whose state is known: token i of 1 … 3 writes its own value at its own key, in the first of three steps;
     token 0, which begins documents, erases all three keys, one in each step. So the rank is how many different tokens
     the document has had so far."""
-    config = ModelConfig(
+    config = ModelConfig.build(
         vocab_size=4, num_labels=4, hidden_size=4, num_heads=1, head_dim=3, num_householder=3, intermediate_size=0,
-        use_short_conv=False, qkv_activation="identity", layer_overrides={"0": {"mixer": "attention", "head_dim": 2}},
-        num_hidden_layers=2,
+        use_short_conv=False, qkv_activation="identity", mixer=[{"name": "attention", "head_dim": 2}, "deltaproduct"],
     )  # fmt: skip
     model = SequenceModel(config).double().eval()
     mixer = model.blocks[1].mixer
@@ -128,7 +127,7 @@ HARD = {"allow_neg_eigval": True, "beta_bias_init": 20.0, "use_short_conv": Fals
         {"num_householder": 3, "use_forget_gate": True, "num_v_heads": 4, "expand_v": 2.0},
         {"num_householder": 2, **HARD},
         {"mixer": "gated_deltanet"},
-        {"layer_overrides": {"1": {"mixer": "attention"}, "2": {"num_householder": 1}}},
+        {"mixer": ["deltaproduct", "attention", {"name": "deltaproduct", "num_householder": 1}]},
     ],
     ids=["conv", "gated", "hard", "gated_deltanet", "hybrid"],
 )
@@ -137,7 +136,7 @@ def test_the_trace_is_what_the_model_carries(options, piece):
     """The state after each token's last step is the one that the model hands on when it reads token by token; the first
     steps of the trace are those of the reference's loop in one piece."""
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = ModelConfig.build(
         vocab_size=3, num_labels=3, hidden_size=16, num_heads=2, head_dim=4, num_hidden_layers=3, intermediate_size=16,
         initializer_range=0.5, **options,
     )  # fmt: skip
@@ -147,7 +146,7 @@ def test_the_trace_is_what_the_model_carries(options, piece):
     for layer, start, states in trace(model, tokens, piece=piece):
         assert start == sum(x.shape[1] for x in found.get(layer, []))
         found.setdefault(layer, []).append(states)
-    assert list(found) == [i for i in range(3) if config.layer(i).mixer != "attention"]
+    assert list(found) == [i for i in range(3) if config.mixers[i].name != "attention"]
     state = None
     with torch.no_grad():
         for t in range(50):
@@ -168,7 +167,7 @@ def test_ranks_where_float32_states_are_hard_to_follow():
     is off by ε of its norm has singular values off by as much (Weyl); at 600·3 steps of 6e-8 that is below 1e-4, and
     the rank of a 4×4 state moves by less than 4·4·1e-4·ln 1e4 of itself."""
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = ModelConfig.build(
         vocab_size=3, num_labels=3, hidden_size=16, num_heads=2, head_dim=4, num_householder=3, intermediate_size=16,
         initializer_range=0.5, **HARD,
     )  # fmt: skip
@@ -184,7 +183,7 @@ def test_memory_does_not_grow_with_length():
     much."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "num_hidden_layers": 2, "intermediate_size": 16}
-    model = SequenceModel(ModelConfig(vocab_size=5, num_labels=5, **sizes)).eval()
+    model = SequenceModel(ModelConfig.build(vocab_size=5, num_labels=5, **sizes)).eval()
     text, peaks = random_stream(40, 50, 5), {}
     for length in (40, 240):
         with LiveBytes() as memory:
@@ -197,12 +196,12 @@ def test_memory_does_not_grow_with_length():
 def test_what_has_no_ranks():
     sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 4, "num_hidden_layers": 2}
     text = random_stream(2, 20, 5)
-    transformer = SequenceModel(ModelConfig(vocab_size=5, num_labels=5, mixer="attention", **sizes))
+    transformer = SequenceModel(ModelConfig.build(vocab_size=5, num_labels=5, mixer="attention", **sizes))
     with pytest.raises(UsageError, match=r"No layer of this model has states to trace.* Attention\."):
         effective_ranks(transformer, text, length=10)
     with pytest.raises(UsageError, match=r"No layer of this model has states to trace"):
         next(trace(transformer, text.tokens(0, 10)[None]))
-    model = SequenceModel(ModelConfig(vocab_size=5, num_labels=5, **sizes))
+    model = SequenceModel(ModelConfig.build(vocab_size=5, num_labels=5, **sizes))
     for length, message in ((0, "at least 1"), (40, "40 tokens; a window of 40")):
         with pytest.raises(UsageError, match=message):
             effective_ranks(model, text, length=length)

@@ -301,10 +301,10 @@ def s3_run(tmp_path_factory):
 
 def test_a_cache_is_nothing_to_cluster():
     """Attention keeps its tokens, alone or beside other layers: such a model can be asked, not watched."""
-    for overrides in ({}, {"1": {"mixer": "deltaproduct"}}):
+    for mixer in ("attention", ["attention", "deltaproduct"]):
         torch.manual_seed(0)
         sizes = {"vocab_size": 3, "num_labels": 2, "hidden_size": 8, "num_heads": 2, "head_dim": 4}
-        config = ModelConfig(**sizes, mixer="attention", num_hidden_layers=2, layer_overrides=overrides)
+        config = ModelConfig.build(**sizes, mixer=mixer, num_hidden_layers=2)
         model = SequenceModel(config)
         assert model.state_size_after(5) > model.state_size
         with pytest.raises(UsageError, match="keeps a cache; use lstar"):

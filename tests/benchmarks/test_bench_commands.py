@@ -56,8 +56,8 @@ def test_bench_train_runs_what_reproduce_runs(monkeypatch):
     monkeypatch.setattr("deltaproduct.benchmarks.render.render", lambda *a: None)
     command(cli.BenchTrain)
     command(cli.BenchTrain, "--task", "S5", "--num-householder", "4")
-    assert configs[0] == S3 and S3.model.num_householder == 2 and S3.model.allow_neg_eigval
-    assert configs[1].training.task == "S5" and configs[1].model.num_householder == 4
+    assert configs[0] == S3 and S3.model.mixer.num_householder == 2 and S3.model.mixer.allow_neg_eigval
+    assert configs[1].training.task == "S5" and configs[1].model.mixer.num_householder == 4
     assert configs[1].model.num_labels == 120 and configs[1].training.lengths == S3.training.lengths
 
 
@@ -196,8 +196,12 @@ def test_flags_of_the_other_kind_are_refused(flags):
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def changed(config, **parts):
-    return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **c) for n, c in parts.items()})
+def changed(config, training=None, model=None):
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **(training or {})),
+        model=config.model.changed(**(model or {})),
+    )
 
 
 @pytest.mark.parametrize(

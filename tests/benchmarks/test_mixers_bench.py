@@ -41,8 +41,12 @@ def quick_mixers():
     return bench_mixers(S3, quick=True, device="cpu", repeats=1)
 
 
-def changed(config, **parts):
-    return dataclasses.replace(config, **{n: dataclasses.replace(getattr(config, n), **c) for n, c in parts.items()})
+def changed(config, training=None, model=None):
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **(training or {})),
+        model=config.model.changed(**(model or {})),
+    )
 
 
 def run(names, **options):
@@ -149,11 +153,12 @@ def test_checks_and_steps_are_of_the_runs_last_stage(monkeypatch):
     class Watched(train.Training):
         def __init__(self, config, backend, device, dtype=torch.float32):
             super().__init__(config, backend, device, dtype)
-            made.append((self.model.config.mixer, backend, dtype, tuple(self.tokens.shape)))
+            made.append((self.model.config.mixer.name, backend, dtype, tuple(self.tokens.shape)))
 
-    def watched(model, optimizer, task, settings, progress, device):
-        steps.append((model.config.mixer, progress.step, settings.batch_size(0), settings.lengths))
-        return real(model, optimizer, task, settings, progress, device)
+    def watched(objective, model, optimizer, progress, ranks):
+        settings = objective.settings
+        steps.append((model.config.mixer.name, progress.step, settings.batch_size(0), settings.lengths))
+        return real(objective, model, optimizer, progress, ranks)
 
     real = train.train_step
     monkeypatch.setattr(train, "train_step", watched)
@@ -196,10 +201,10 @@ def test_the_command_compares_mixers_at_one_size(monkeypatch):
     command("--all", "--task", "S5", "--num-householder", "3", "--quick", "--repeats", "2", "--device", "cpu")
     (config, _), (other, options) = configs
     model, training = config.model, config.training
-    assert (model.hidden_size, model.num_heads, model.head_dim, model.num_hidden_layers) == (128, 8, 16, 1)
+    assert (model.hidden_size, model.mixer.num_heads, model.mixer.head_dim, model.num_hidden_layers) == (128, 8, 16, 1)
     assert (training.task, training.lengths, training.batch_sizes) == ("S3", (256,), (64,))
-    assert model.num_householder == 2 and model.allow_neg_eigval
-    assert (other.training.task, other.model.num_labels, other.model.num_householder) == ("S5", 120, 3)
+    assert model.mixer.num_householder == 2 and model.mixer.allow_neg_eigval
+    assert (other.training.task, other.model.num_labels, other.model.mixer.num_householder) == ("S5", 120, 3)
     assert options["quick"] and options["repeats"] == 2 and options["device"] == "cpu" and "backends" not in options
 
 
@@ -222,7 +227,7 @@ def test_the_command_prints_and_writes_json(monkeypatch, capsys, tmp_path):
         (lambda: bench_mixers(changed(S3, training={"precision": "bfloat16"})), "float32"),
         (lambda: bench_mixers(changed(S3, training={"grad_accumulation": 2})), "accumulation"),
         (lambda: bench_mixers(changed(S3, training={"min_length": 2})), "one length"),
-        (lambda: bench_mixers(changed(S3, model={"layer_overrides": {"0": {"mixer": "gru"}}})), "all alike"),
+        (lambda: bench_mixers(changed(S3, model={"mixer": ["gru", "deltaproduct"]})), "all alike"),
         (lambda: bench_mixers(changed(S3, training={"task": "S4"})), "vocab_size"),
         (lambda: command("--all", "--quick", "--backends", "chunkwise"), "--backends"),
         (lambda: command("--all", "--num-householder", "0"), "num_householder"),

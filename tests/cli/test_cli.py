@@ -95,8 +95,8 @@ def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp
         assert {"num_householder", "allow_neg_eigval", "seed", "steps", "wall_seconds"} <= set(entry)
         assert set(entry["accuracy"]) == set(entry["sequence_accuracy"]) == {"16", "32"}
         model = SequenceModel.from_pretrained(out / entry["checkpoint"])
-        assert model.config.num_householder == entry["num_householder"]
-        assert model.config.allow_neg_eigval == entry["allow_neg_eigval"]
+        assert model.config.mixer.num_householder == entry["num_householder"]
+        assert model.config.mixer.allow_neg_eigval == entry["allow_neg_eigval"]
     asked = {(entry["num_householder"], entry["allow_neg_eigval"]) for entry in summary["runs"]}
     assert asked == {(1, False), (2, True)}
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")

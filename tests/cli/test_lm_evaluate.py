@@ -38,12 +38,12 @@ def corpus(monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     """A run's folder, of a hybrid."""
-    return write_run(tmp_path / "run", layer_overrides={"1": {"mixer": "attention"}})
+    return write_run(tmp_path / "run", mixer=["deltaproduct", "attention"])
 
 
 def write_run(folder, context=CONTEXT, **options):
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = ModelConfig.build(
         vocab_size=VOCAB, num_labels=VOCAB, hidden_size=16, num_heads=2, head_dim=4, num_hidden_layers=2,
         intermediate_size=16, **options,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from deltaproduct.models.streaming import Stream
 
 def build(vocab_size: int = 257) -> SequenceModel:
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=vocab_size, num_labels=vocab_size, hidden_size=16, num_heads=2, head_dim=4)
+    config = ModelConfig.build(vocab_size=vocab_size, num_labels=vocab_size, hidden_size=16, num_heads=2, head_dim=4)
     return SequenceModel(config).eval()
 
 

@@ -179,7 +179,7 @@ def no_work(monkeypatch):
         "deltaproduct.evaluation.perplexity.perplexity",
         "deltaproduct.training.loop.train",
         "deltaproduct.experiments.runner.run_jobs",
-        "deltaproduct.models.checkpoints.write_fla",
+        "deltaproduct.models.fla.checkpoint.write_fla",
         "deltaproduct.models.SequenceModel.from_pretrained",
         *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "decode", "step", "train")),
     ):

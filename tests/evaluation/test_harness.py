@@ -33,14 +33,14 @@ TRACKING = {"num_householder": 2, "beta_bias_init": 6.0}
 MODELS = {
     "deltaproduct": TRACKING,
     "gated": {"num_householder": 3, "use_forget_gate": True, "use_output_gate": True},
-    "hybrid": TRACKING | {"layer_overrides": {"1": {"mixer": "attention"}}},
+    "hybrid": TRACKING | {"mixer": ["deltaproduct", "attention"]},
 }
 
 
 def language_model(vocab_size: int = BYTES.vocab_size, **fields) -> SequenceModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab_size, "num_labels": vocab_size, "initializer_range": None}
-    return SequenceModel(ModelConfig(**SMALL | sizes | fields)).eval()
+    return SequenceModel(ModelConfig.build(**SMALL | sizes | fields)).eval()
 
 
 def harness_model(model, tokenizer=BYTES, batch_size=3):
@@ -66,7 +66,7 @@ class Chain(torch.nn.Module):
     def __init__(self, successors: dict[int, int], scale: float = 50.0):
         super().__init__()
         size = BYTES.vocab_size
-        self.config = ModelConfig(vocab_size=size, num_labels=size)
+        self.config = ModelConfig.build(vocab_size=size, num_labels=size)
         self.embedding = torch.nn.Embedding(1, 1)
         self.head = torch.nn.Identity()
         self.successor, self.scale = torch.arange(size), scale
@@ -486,7 +486,7 @@ class Halved(SequenceModel):
 
 @with_lm_eval
 def test_a_model_whose_call_is_more_than_its_parts_is_refused():
-    config = ModelConfig(BYTES.vocab_size, BYTES.vocab_size, **SMALL)
+    config = ModelConfig.build(BYTES.vocab_size, BYTES.vocab_size, **SMALL)
     hooked, replaced = SequenceModel(config), SequenceModel(config)
     hooked.register_forward_hook(lambda model, given, done: (done[0] / 2, done[1]))
     replaced.forward = Halved(config).forward

@@ -26,7 +26,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of fewer than a thousand
 def language_model(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "intermediate_size": 16}
-    config = ModelConfig(vocab_size=11, num_labels=11, initializer_range=0.3, **sizes, **options)
+    config = ModelConfig.build(vocab_size=11, num_labels=11, initializer_range=0.3, **sizes, **options)
     return SequenceModel(config).double().eval()
 
 
@@ -41,7 +41,7 @@ class Counting(torch.nn.Module):
     def __init__(self, vocab, sure, until):
         super().__init__()
         self.embedding = torch.nn.Embedding(1, 1)
-        self.config = ModelConfig(vocab_size=vocab, num_labels=vocab)
+        self.config = ModelConfig.build(vocab_size=vocab, num_labels=vocab)
         self.sure, self.until = sure, until
 
     def forward(self, tokens, state=None):
@@ -91,7 +91,7 @@ def test_the_loss_of_a_bigram_model_is_known(piece):
         {"num_householder": 2},
         {"num_householder": 3, "use_forget_gate": True},
         {"beta_bias_init": 20.0, "use_short_conv": False},  # reflections: β = 2 to rounding, and no decay
-        {"layer_overrides": {"1": {"mixer": "attention"}}},
+        {"mixer": ["deltaproduct", "attention"]},
     ],
     ids=["conv", "gated", "reflections", "hybrid"],
 )
@@ -258,4 +258,4 @@ def test_another_vocabulary_is_refused():
     with pytest.raises(UsageError, match="vocab_size=11, but the data have a vocabulary of 257"):
         check_vocabulary(language_model().config, 257)
     with pytest.raises(UsageError, match="num_labels=6"):
-        check_vocabulary(ModelConfig(vocab_size=7, num_labels=6), 7)
+        check_vocabulary(ModelConfig.build(vocab_size=7, num_labels=6), 7)

@@ -32,7 +32,7 @@ SCALES = [(name, scale) for name, e in EXPERIMENTS.items() if name not in ON_LAN
 
 def tiny(job, **changes):
     """The job with a model of hidden 8, two steps, and little asked."""
-    model = replace(job.config.model, hidden_size=8, num_heads=1, head_dim=8, intermediate_size=0)
+    model = job.config.model.changed(hidden_size=8, num_heads=1, head_dim=8, intermediate_size=0)
     training = replace(
         job.config.training, **({"steps": 2, "lengths": (6,), "batch_sizes": (2,), "stage_steps": ()} | changes)
     )

@@ -32,7 +32,7 @@ def test_the_models_are_equally_large_and_are_trained_alike():
     for scale in ("cpu", "cpu-long"):
         jobs = extrapolation(scale, [0, 1, 2])
         with torch.device("meta"):
-            sizes = [SequenceModel(ModelConfig(257, 257, **job.model)).num_parameters for job in jobs]
+            sizes = [SequenceModel(ModelConfig.build(257, 257, **job.model)).num_parameters for job in jobs]
         assert max(sizes) / min(sizes) < 1.01
         assert len({replace(job.training, seed=0) for job in jobs}) == 1
         assert len({job.name for job in jobs}) == len(jobs) == (4 if scale == "cpu" else 24)

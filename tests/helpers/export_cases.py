@@ -15,7 +15,7 @@ def build(**changes) -> SequenceModel:
     """A model where state tracking is hard: β near 2, no decay unless asked for, keys that are much alike."""
     settings = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 16, "beta_bias_init": 5.0}
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(vocab_size=V, num_labels=V, **(settings | changes))).eval()
+    model = SequenceModel(ModelConfig.build(vocab_size=V, num_labels=V, defaults=settings, **changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape))

@@ -51,7 +51,7 @@ def compare_models(folder: Path) -> dict[str, float]:
     """Logits of its model saved by transformers and read here, then of ours written here and read by its class."""
     import fla.models
 
-    from deltaproduct.models.checkpoints import from_fla_config, read_fla, to_fla_config, write_fla
+    from deltaproduct.models.fla.checkpoint import from_fla_config, read_fla, to_fla_config, write_fla
 
     found = {}
     tokens = torch.randint(3, (1, 10))

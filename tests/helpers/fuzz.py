@@ -204,7 +204,7 @@ def build_conversation(root: Path) -> None:
 def language_model() -> SequenceModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = ModelConfig(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)
+        config = ModelConfig.build(vocab_size=257, num_labels=257, hidden_size=16, num_heads=2, head_dim=4)
         return SequenceModel(config).eval()
 
 

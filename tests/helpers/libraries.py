@@ -2,6 +2,7 @@
 
 import torch
 from automaton_cases import library
+from compiled_sizes import most_steps
 
 from deltaproduct.tasks.automata import Automaton
 from deltaproduct.theory.compiler import compile_automaton
@@ -11,7 +12,7 @@ from deltaproduct.theory.verification import draw_words
 def assert_agrees_with_library(automaton: Automaton, words: int, length: int, seed: int) -> None:
     theirs, compiled, n = library(automaton), compile_automaton(automaton), len(automaton.states)
     config = compiled.model.config
-    assert config.num_hidden_layers <= max(1, 2 * n - 3) and config.num_householder <= max(n - 1, 2)
+    assert config.num_hidden_layers <= max(1, 2 * n - 3) and most_steps(config) <= max(n - 1, 2)
     drawn = draw_words(automaton, words, length, seed)
     want = [
         list(theirs.read_input_stepwise([automaton.alphabet[i] for i in word], ignore_rejection=True))[1:]

@@ -3,13 +3,14 @@
 A new mixer is under test as soon as it is in the registry; options that it does not take are left out.
 """
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from deltaproduct.layers import MIXERS, get_mixer
+from deltaproduct.layers import MIXERS, Mixer, get_mixer
+from deltaproduct.layers.options import option_names
 
 OPTIONS = [
     {},
@@ -31,14 +32,24 @@ CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name, mixer in MIXERS.items()
     for options in OPTIONS
-    if set(options) <= set(mixer.arguments())
+    if set(options) <= set(option_names(mixer.options))
 ]
+
+
+def known_options(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Of the values, those that the mixer has as options."""
+    return {key: value for key, value in values.items() if key in option_names(get_mixer(name).options)}
+
+
+def mixer_of(name: str, hidden_size: int, values: dict[str, Any], norm_eps: float = 1e-5) -> Mixer:
+    """A mixer with those of the values that it has as options."""
+    return get_mixer(name).options(**known_options(name, values)).build(hidden_size, norm_eps)
 
 
 def build(name: str, options: dict, dtype: torch.dtype = torch.float64, hidden_size: int = 12, **sizes):
     torch.manual_seed(0)
-    settings = {"hidden_size": hidden_size, "num_heads": 2, "head_dim": 4} | sizes | options
-    return get_mixer(name).from_config(SimpleNamespace(**settings)).to(dtype)
+    values = {"num_heads": 2, "head_dim": 4, "hidden_size": hidden_size} | sizes | options
+    return mixer_of(name, values["hidden_size"], values, values.get("norm_eps", 1e-5)).to(dtype)
 
 
 EXACT = 1e-11

@@ -36,14 +36,14 @@ def save_mixers(folder: Path) -> None:
     logits = {"tokens": tokens}
     sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 8}
     configs = {
-        name: ModelConfig(
+        name: ModelConfig.build(
             7, 5, mixer=name, intermediate_size=16, **sizes, **(ALL_OPTIONS if name == "deltaproduct" else {})
         )
         for name in MIXERS
     }
-    configs["hybrid"] = ModelConfig(
+    configs["hybrid"] = ModelConfig.build(
         7, 7, num_hidden_layers=3, intermediate_size=0, tie_word_embeddings=True, **sizes,
-        layer_overrides={"1": {"mixer": "attention"}, "2": {"mixer": "mamba2"}},
+        mixer=["deltaproduct", "attention", "mamba2"],
     )  # fmt: skip
     for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)

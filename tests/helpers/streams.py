@@ -33,7 +33,7 @@ def random_stream(documents, length, vocab_size, seed=0):
 def bigram_model(log_p):
     """A `SequenceModel` in float64 that predicts from the last token alone: its logits are the rows of log_p [V,V]."""
     vocab = len(log_p)
-    config = ModelConfig(
+    config = ModelConfig.build(
         vocab_size=vocab, num_labels=vocab, hidden_size=vocab, num_heads=1, head_dim=4, intermediate_size=0
     )
     model = SequenceModel(config).double().eval()

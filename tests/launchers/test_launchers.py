@@ -134,7 +134,7 @@ def test_an_error_that_cannot_be_read_elsewhere_still_says_what_it_was():
 
 
 def tiny(seed):
-    model = ModelConfig(hidden_size=8, num_heads=1, head_dim=4, vocab_size=7, num_labels=6)
+    model = ModelConfig.build(hidden_size=8, num_heads=1, head_dim=4, vocab_size=7, num_labels=6)
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(8,), seed=seed)
     return TaskJob(f"run-{seed}", "tiny", RunConfig(training=training, model=model), EvaluationSpec((8,), sequences=4))
 

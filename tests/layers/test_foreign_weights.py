@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, get_mixer
+from deltaproduct.layers import MIXERS
 from deltaproduct.layers.parts import GateProjection, ShortConvolution
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.streaming import Stream
@@ -24,10 +24,9 @@ def build(name: str, **options) -> SequenceModel:
     """Two layers of a mixer with all its options that bring projections with them, and its convolution."""
     torch.manual_seed(0)
     wanted = {"use_forget_gate": True, "use_output_gate": True, "beta_bias_init": 0.5}
-    chosen = {n: v for n, v in wanted.items() if n in get_mixer(name).arguments()}
-    config = ModelConfig(
-        vocab_size=VOCAB, num_labels=VOCAB, hidden_size=16, num_heads=2, head_dim=8, num_hidden_layers=2, mixer=name,
-        intermediate_size=16, initializer_range=0.2, **(chosen | options),
+    config = ModelConfig.build(
+        VOCAB, VOCAB, mixer=name, defaults=wanted | {"num_heads": 2, "head_dim": 8}, hidden_size=16,
+        num_hidden_layers=2, intermediate_size=16, initializer_range=0.2, **options,
     )  # fmt: skip
     return SequenceModel(config).eval()
 

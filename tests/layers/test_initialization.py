@@ -1,10 +1,8 @@
 """Weights can be drawn a second time: a model that was built without memory becomes the one built with it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from mixer_cases import CASES
+from mixer_cases import CASES, mixer_of
 from torch import nn
 
 from deltaproduct.errors import UsageError
@@ -34,14 +32,14 @@ def assert_equal(got: nn.Module, want: nn.Module) -> None:
 
 def config(name: str, **options) -> ModelConfig:
     wanted = {"use_forget_gate": True, "use_output_gate": True, "beta_bias_init": 0.5}
-    chosen = {n: v for n, v in wanted.items() if n in get_mixer(name).arguments()}
-    return ModelConfig(**(SIZES | chosen | {"num_hidden_layers": 2, "mixer": name, "intermediate_size": 32} | options))
+    sizes = {"vocab_size": 9, "num_labels": 9, "num_hidden_layers": 2, "intermediate_size": 32}
+    return ModelConfig.build(mixer=name, defaults=SIZES | wanted, **sizes | options)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_mixer_is_drawn_again_as_its_constructor_draws_it(name, options):
     def build():
-        return get_mixer(name).from_config(SimpleNamespace(**(SIZES | options)))
+        return mixer_of(name, SIZES["hidden_size"], SIZES | options)
 
     torch.manual_seed(3)
     want = build()
@@ -117,7 +115,7 @@ def time_steps(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ORDERS)
 def test_a_seed_gives_the_weights_that_it_always_gave(name):
     torch.manual_seed(3)
-    mixer = get_mixer(name).from_config(SimpleNamespace(**SIZES))
+    mixer = mixer_of(name, SIZES["hidden_size"], SIZES)
     torch.manual_seed(3)
     for path in ORDERS[name].split():
         owner, _, last = path.rpartition(".")

@@ -14,12 +14,21 @@ from mixer_cases import CASES, OPTIONS, assert_same, build, noise
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import MIXERS, AttentionState, DeltaNet, DeltaProduct, GatedDeltaNet, get_mixer
+from deltaproduct.layers import (
+    MIXERS,
+    AttentionState,
+    DeltaNet,
+    DeltaProduct,
+    DeltaProductOptions,
+    GatedDeltaNet,
+    get_mixer,
+)
+from deltaproduct.layers.options import option_names
 
 pytestmark = pytest.mark.numerical
 
 B, T = 3, 23
-PEERS = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
+SCANNED = ("linear_attention", "gla", "mlstm", "mamba2", "mamba", "titans", "ttt_linear")
 
 
 def in_pieces(mixer, x, state, cuts):
@@ -124,7 +133,7 @@ def test_float32_and_bfloat16(name, options):
     assert (padded.double() - out.double()).norm() <= 2**-8 * y.norm()
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", SCANNED)
 def test_bfloat16_weights(name):
     """A model that is bfloat16 throughout: its outputs are, its states are not."""
     exact = build(name, {}).bfloat16().double()  # weights rounded once, so that only the computing differs
@@ -174,7 +183,7 @@ def test_keys_and_queries_are_normalised(length):
 
 
 @pytest.mark.parametrize(
-    "options", [o for o in OPTIONS if set(o) <= {*DeltaProduct.arguments()} - {"num_householder"}], ids=str
+    "options", [o for o in OPTIONS if set(o) <= {*option_names(DeltaProductOptions)} - {"num_householder"}], ids=str
 )
 @pytest.mark.parametrize(
     ("preset", "gates"),
@@ -243,7 +252,9 @@ def test_impossible_sizes_are_refused(name, changed):
 @pytest.mark.parametrize(
     ("mixer", "name", "changed"),
     [
-        *((m, n, {n: 0}) for m in PEERS for n in ("hidden_size", "head_dim", "norm_eps") if n in MIXERS[m].arguments()),
+        *((m, "hidden_size", {"hidden_size": 0}) for m in SCANNED),
+        *((m, "head_dim", {"head_dim": 0}) for m in SCANNED if "head_dim" in option_names(MIXERS[m].options)),
+        *((m, "norm_eps", {"norm_eps": 0}) for m in SCANNED if MIXERS[m].takes_norm_eps),
         *((m, "num_heads", {"num_heads": 0}) for m in ("linear_attention", "gla", "mlstm")),
         *((m, "expand_v", {"expand_v": bad}) for m in ("linear_attention", "gla", "mlstm") for bad in (0.1, math.inf)),
         *((m, n, {n: 0}) for m in ("mamba2", "mamba") for n in ("expand", "ssm_state_size", "conv_size")),
@@ -254,7 +265,7 @@ def test_impossible_sizes_are_refused(name, changed):
         ("linear_attention", "feature_map", {"feature_map": "exp"}),
     ],
 )
-def test_impossible_sizes_of_the_peers_are_refused(mixer, name, changed):
+def test_impossible_sizes_of_scanned_mixers_are_refused(mixer, name, changed):
     with pytest.raises(UsageError, match=rf"\b{name}\b") as refusal:
         build(mixer, changed)
     assert "\n" not in str(refusal.value)

@@ -93,13 +93,15 @@ def test_a_cache_without_the_columns_of_other_rows_owns_what_is_left():
     assert_owned(short, state)
 
 
-HYBRID = {"layer_overrides": {"1": {"mixer": "mamba"}, "2": {"mixer": "attention"}}}
+HYBRID = {"mixer": ["deltaproduct", "mamba", "attention"]}
 
 
 def language_model() -> SequenceModel:
     torch.manual_seed(0)
     return SequenceModel(
-        ModelConfig(9, 9, hidden_size=16, num_heads=2, head_dim=8, intermediate_size=0, num_hidden_layers=3, **HYBRID)
+        ModelConfig.build(
+            9, 9, hidden_size=16, num_heads=2, head_dim=8, intermediate_size=0, num_hidden_layers=3, **HYBRID
+        )
     ).eval()
 
 

@@ -20,7 +20,7 @@ from deltaproduct.ops.native import library
 if reason := cpu.unsupported_reason(torch.device("cpu"), torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
-TINY = ModelConfig(
+TINY = ModelConfig.build(
     vocab_size=11, num_labels=7, hidden_size=48, num_hidden_layers=2, num_heads=2, head_dim=16, num_householder=2
 )
 TOKENS = 24

@@ -19,7 +19,7 @@ from torch import nn
 from deltaproduct.cli.lm_export import LmExport
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel, export
-from deltaproduct.models.export import FORMATS, DecodingStep, export_step, largest_difference, trace
+from deltaproduct.models.export import FORMATS, DecodingStep, export_step, largest_difference, trace_step
 from deltaproduct.ops import cpu, dispatch
 
 # One layer of each kind, so that a single compilation sees them all.
@@ -62,7 +62,7 @@ BOTH = [
 def test_the_traced_step_is_the_model():
     """The graph that both formats are made from."""
     model = build(num_householder=3, use_forget_gate=True, tie_word_embeddings=True)
-    run = trace(DecodingStep(model)).module()
+    run = trace_step(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 
@@ -71,7 +71,7 @@ def test_the_traced_step_is_the_model():
 def test_a_state_that_begins_with_one_tensor_twice():
     """An LSTM's hidden and cell; traced as one input, they would never part."""
     model = build(mixer="lstm")
-    assert_program_is_the_model(trace(DecodingStep(model)).module(), model, 3)
+    assert_program_is_the_model(trace_step(DecodingStep(model)).module(), model, 3)
 
 
 def check_exported(out: Path, model: SequenceModel, to: str) -> None:
@@ -203,7 +203,7 @@ def test_eager_decoding_still_uses_the_engine(monkeypatch):
         _, state = model(torch.tensor([[1]]))
         model(torch.tensor([[2]]), state)
     assert len(calls) == 2
-    trace(DecodingStep(model))
+    trace_step(DecodingStep(model))
     assert len(calls) == 2
     with torch.no_grad():
         model(torch.tensor([[3]]), state)

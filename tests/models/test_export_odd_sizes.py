@@ -10,9 +10,10 @@ import torch
 from export_cases import V, assert_program_is_the_model, build, needed
 
 from deltaproduct.layers import MIXERS
-from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace
+from deltaproduct.layers.options import option_names
+from deltaproduct.models.export import FORMATS, DecodingStep, describe, export_step, trace_step
 
-WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in mixer.arguments()]
+WITH_CONVOLUTION = [name for name, mixer in MIXERS.items() if "conv_size" in option_names(mixer.options)]
 # Beside the configurations of test_export.py, which have a convolution of width 4 and one layer.
 ODD = {
     "width 1": {"conv_size": 1},
@@ -20,7 +21,7 @@ ODD = {
         "conv_size": 1, "num_hidden_layers": 2, "tie_word_embeddings": True, "intermediate_size": 0,
     },
     "width 2 beside width 1": {
-        "num_hidden_layers": 2, "layer_overrides": {"0": {"conv_size": 1}, "1": {"conv_size": 2}},
+        "mixer": [{"name": "deltaproduct", "conv_size": 1}, {"name": "deltaproduct", "conv_size": 2}],
     },
     "width 1, four steps, gates": {
         "conv_size": 1, "num_householder": 4, "use_forget_gate": True, "use_output_gate": True,
@@ -63,7 +64,7 @@ def test_histories_of_width_one_and_two_side_by_side():
 @pytest.mark.slow("export")
 def test_the_traced_step_of_an_empty_history():
     model = build(**ODD["width 1"])
-    run = trace(DecodingStep(model)).module()
+    run = trace_step(DecodingStep(model)).module()
     for batch_size in (1, 5):
         assert_program_is_the_model(run, model, batch_size)
 

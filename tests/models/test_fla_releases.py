@@ -23,8 +23,8 @@ from deltaproduct.cli.lm_convert import TARGETS, LmConvert
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.checkpoints import from_fla_config, read_fla, to_fla_config, write_fla
-from deltaproduct.models.fla_config import DEFAULTS
+from deltaproduct.models.fla.checkpoint import from_fla_config, read_fla, to_fla_config, write_fla
+from deltaproduct.models.fla.config import DEFAULTS
 
 pytestmark = pytest.mark.neighbours
 
@@ -142,8 +142,12 @@ PAPERS = {
 def test_the_papers_configurations():
     """As in its repository (language_modeling/model_configs/delta_product_-1_1_2_s5.json)."""
     config = from_fla_config(PAPERS)
-    assert (config.num_householder, config.allow_neg_eigval, config.use_forget_gate) == (10, True, False)
-    assert not config.use_output_gate and config.tie_word_embeddings and config.intermediate_size == 2816
+    assert (config.mixer.num_householder, config.mixer.allow_neg_eigval, config.mixer.use_forget_gate) == (
+        10,
+        True,
+        False,
+    )
+    assert not config.mixer.use_output_gate and config.tie_word_embeddings and config.intermediate_size == 2816
     for name, value in {"clamp_min": -5.0, "norm_first": True, "use_beta_conv1d": True}.items():
         with pytest.raises(UsageError, match=f"has {name}={value!r}; this library computes only"):
             from_fla_config(PAPERS | {name: value})
@@ -173,14 +177,14 @@ def test_multiples_survive_being_cut_off():
         sizes = {"hidden_size": 100, "num_heads": 1, "head_dim": key, "expand_v": value / key}
         common = {"vocab_size": 11, "num_labels": 11, "num_hidden_layers": 1, "intermediate_size": 8} | sizes
         for mixer in ("deltanet", "deltaproduct"):
-            config = ModelConfig(mixer=mixer, num_householder=1, **common)
+            config = ModelConfig.build(mixer=mixer, defaults={"num_householder": 1}, **common)
             written = to_fla_config(config)
             if mixer == "deltanet":
                 assert int(100 * written["expand_k"]) == key and int(100 * written["expand_v"]) == value
             else:
                 assert int(written["head_dim"] * written["expand_v"]) == value
             again = from_fla_config(written)
-            assert again.head_dim == key and round(key * again.expand_v) == value
+            assert again.mixer.head_dim == key and round(key * again.mixer.expand_v) == value
 
 
 # The layout of 0.2.0, 0.2.1 and the paper's code
@@ -192,7 +196,7 @@ SMALL = {"vocab_size": 11, "hidden_size": 12, "num_hidden_layers": 2, "intermedi
 def ours(**changed: Any) -> SequenceModel:
     torch.manual_seed(0)
     plain = SMALL | {"num_labels": 11, "initializer_range": 0.3, "num_householder": 3, "allow_neg_eigval": True}
-    return SequenceModel(ModelConfig(**(plain | changed))).eval()
+    return SequenceModel(ModelConfig.build(**(plain | changed))).eval()
 
 
 def logits(model: SequenceModel) -> Tensor:
@@ -295,10 +299,11 @@ def test_there_and_back_through_every_layout(tmp_path):
         (
             {
                 "num_hidden_layers": 3,
-                "layer_overrides": {
-                    "0": {"mixer": "attention", "num_heads": 3, "head_dim": 4},
-                    "2": {"mixer": "attention", "num_heads": 6, "head_dim": 2},
-                },
+                "mixer": [
+                    {"name": "attention", "num_heads": 3, "head_dim": 4},
+                    "deltaproduct",
+                    {"name": "attention", "num_heads": 6, "head_dim": 2},
+                ],
             },
             "its attention layers differ from one another",
         ),

@@ -9,7 +9,7 @@ from saved_models import build, logits
 
 from deltaproduct.errors import UsageError
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.checkpoints import write_fla
+from deltaproduct.models.fla.checkpoint import write_fla
 from deltaproduct.models.streaming import Stream
 
 
@@ -148,6 +148,6 @@ def test_other_kinds(tmp_path):
 
 
 def test_a_folder_that_a_dead_process_left_is_put_right_first(tmp_path):
-    SequenceModel(ModelConfig(5, 5, hidden_size=8, num_heads=1, head_dim=8)).save_pretrained(tmp_path / "model")
+    SequenceModel(ModelConfig.build(5, 5, hidden_size=8, num_heads=1, head_dim=8)).save_pretrained(tmp_path / "model")
     shutil.move(tmp_path / "model", tmp_path / ".model.old")
     SequenceModel.from_pretrained(tmp_path / "model")

@@ -25,7 +25,7 @@ native = pytest.mark.skipif(
 def model_of(**changes) -> SequenceModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": D, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
-    return SequenceModel(ModelConfig(V, V, **(sizes | changes))).eval()
+    return SequenceModel(ModelConfig.build(V, V, **(sizes | changes))).eval()
 
 
 def state_after(mixer, batch: int = B, tokens: int = 3):
@@ -169,7 +169,7 @@ def wrong_states(model: SequenceModel) -> dict[str, tuple[object, str]]:
         "no convolution": (model_of(use_short_conv=False)(tokens)[1], "q_history is a NoneType"),
         "more steps": (model_of(num_householder=3)(tokens)[1], "k_history has shape"),
         "other mixers": (model_of(mixer="mamba2")(tokens)[1], "is a MambaState and should be a DeltaProductState"),
-        "another order": (tuple(reversed(model_of(layer_overrides={"0": {"mixer": "gla"}})(tokens)[1])), "GatedLinear"),
+        "another order": (tuple(reversed(model_of(mixer=["gla", "deltaproduct"])(tokens)[1])), "GatedLinear"),
     }
 
 

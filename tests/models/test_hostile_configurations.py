@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from deltaproduct.errors import UsageError
 from deltaproduct.files import parse_json, read_json, seal_folder
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.checkpoints import read_fla, write_fla
+from deltaproduct.models.fla.checkpoint import read_fla, write_fla
 from deltaproduct.models.sampling import Sampling
 from deltaproduct.models.streaming import Stream
 from deltaproduct.training.config import RunConfig, TrainConfig
@@ -23,7 +23,7 @@ HUGE = 10**19
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    SequenceModel(ModelConfig(**TINY)).save_pretrained(tmp_path / "model")
+    SequenceModel(ModelConfig.build(**TINY)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -64,38 +64,76 @@ FIELDS = {
     ],
 }  # fmt: skip
 CASES = [(name, value) for name, values in FIELDS.items() for value in values]
+MIXER_OF = {"num_kv_heads": "attention", "rope_theta": "attention", "expand": "mamba", "ssm_state_size": "mamba",
+            "feature_map": "linear_attention"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{n}={v!r:.30}" for n, v in CASES])
 def test_a_field_of_another_kind_or_beyond_all_sizes(saved, name, value):
-    refused(lambda: ModelConfig.from_dict(TINY | {name: value}), name if name != "layer_overrides" else None)
+    """In the layout of earlier versions, in which all options lie beside the model's fields, and in today's."""
+    mixer = MIXER_OF.get(name, "deltaproduct")
+    flat = TINY | {"mixer": mixer} | {name: value}
+    if name != "mixer" or not isinstance(value, list):
+        refused(lambda: ModelConfig.from_dict(flat), name if name != "layer_overrides" else None)
     path = saved / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    values = json.loads(path.read_text())
+    options = {"name": mixer} if name in MIXER_OF else values["mixer"]
+    in_mixer = name in options or name in MIXER_OF
+    path.write_text(json.dumps(values | ({"mixer": options | {name: value}} if in_mixer else {name: value})))
     seal_folder(saved)
-    refused(lambda: SequenceModel.from_pretrained(saved), None)
+    refused(lambda: SequenceModel.from_pretrained(saved), name if value != 10**400 else "401 digits")
+
+
+@pytest.mark.parametrize(("mixer", "match"), [
+    ({"name": "lstm", "num_householder": 4}, "The mixer lstm has no option 'num_householder'"),
+    ({"name": "gru", "num_haeds": 4}, r"\(did you mean 'num_heads'\?\); there are num_heads, head_dim"),
+    ([{"name": "gru"}, {"name": "gla", "rope_theta": 1.0}], "The mixer gla has no option 'rope_theta'"),
+    ({"num_heads": 4}, "need its name"), ({"name": None}, "need its name"), ({"name": "x"}, "There is no mixer 'x'"),
+    ([], "mixer must be"), ([[]], "mixer must be"), ([1], "mixer must be"),
+    ([{"name": "gru"}] * 2, "mixer has 2 entries"),
+])  # fmt: skip
+def test_options_that_a_mixer_has_not_in_json(saved, mixer, match):
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mixer": mixer}))
+    seal_folder(saved)
+    refused(lambda: SequenceModel.from_pretrained(saved), match)
+
+
+def test_options_beside_a_mixer_of_the_new_layout_are_refused():
+    values = ModelConfig.build(5, 5, mixer="lstm").to_dict()
+    refused(lambda: ModelConfig.from_dict(values | {"num_heads": 2}), "no field 'num_heads' beside its mixer; options")
+    refused(lambda: ModelConfig.from_dict(values | {"hiden_size": 2}), "did you mean 'hidden_size'")
+    refused(lambda: ModelConfig.from_dict(values | {"layer_overrides": {}}), "no field 'layer_overrides'")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["expand_v", "norm_eps", "rope_theta", "initializer_range", "beta_bias_init",
                                   "ttt_base_lr", "embedding_init_std"])  # fmt: skip
 def test_numbers_that_are_not_finite(name, value):
-    refused(lambda: ModelConfig(**TINY, **{name: value}), f"{name} must be a finite number")
+    mixer = {"rope_theta": "attention", "ttt_base_lr": "ttt_linear"}.get(name, "deltaproduct")
+    refused(lambda: ModelConfig.build(mixer=mixer, **TINY, **{name: value}), f"{name} must be a finite number")
 
 
 @pytest.mark.parametrize("change", [
-    {"head_dim": 2**27, "num_heads": 2**27}, {"head_dim": 2**20, "num_householder": 2**20}, {"expand": 2**27},
+    {"head_dim": 2**27, "num_heads": 2**27}, {"head_dim": 2**20, "num_householder": 2**20},
+    {"mixer": {"name": "mamba", "expand": 2**27}},
     {"expand_v": 1e9}, {"num_v_heads": 2**27},
 ])  # fmt: skip
 def test_sizes_that_only_together_are_too_large(change):
-    refused(lambda: ModelConfig(**TINY | change), "A layer would have")
+    refused(lambda: ModelConfig.build(TINY["vocab_size"], TINY["num_labels"], defaults=TINY, **change), "A layer would")
 
 
 def test_what_models_have_is_taken_as_before():
     """Whole numbers for floats, sizes of the largest models, and numpy's integers."""
-    large = ModelConfig(vocab_size=10**6, num_labels=10**6, hidden_size=2**15, num_heads=256, head_dim=512, expand_v=2,
-                        num_hidden_layers=1000, num_householder=4)  # fmt: skip
+    large = ModelConfig.build(
+        10**6, 10**6, hidden_size=2**15, num_heads=256, head_dim=512, expand_v=2, num_hidden_layers=1000,
+        num_householder=4,
+    )  # fmt: skip
     assert ModelConfig.from_dict(large.to_dict()) == large
-    assert ModelConfig.from_dict(TINY | {"rope_theta": 500_000}).rope_theta == 500_000.0
+    read = ModelConfig.from_dict(
+        {"vocab_size": 7, "num_labels": 7, "mixer": {"name": "attention", "rope_theta": 500_000}}
+    )
+    assert type(read.mixer.rope_theta) is float and read.mixer.rope_theta == 500_000.0
 
 
 TRAINING = {
@@ -110,7 +148,7 @@ TRAINING_CASES = [(name, value) for name, values in TRAINING.items() for value i
 
 @pytest.mark.parametrize(("name", "value"), TRAINING_CASES, ids=[f"{n}={v!r:.30}" for n, v in TRAINING_CASES])
 def test_a_runs_field_of_another_kind(name, value):
-    values = RunConfig(TrainConfig(), ModelConfig(**TINY)).to_dict()
+    values = RunConfig(TrainConfig(), ModelConfig.build(**TINY)).to_dict()
     refused(lambda: RunConfig.from_dict(values | {"training": values["training"] | {name: value}}), name)
 
 
@@ -210,7 +248,7 @@ def test_a_model_of_very_many_layers_is_refused_before_it_is_built(saved, monkey
 def test_a_pickle_of_others_is_refused_in_one_line(tmp_path, capfd):
     """PyTorch's warnings of the pickle's protocol stay away."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=7, num_labels=7, hidden_size=8, num_heads=2, head_dim=4, mixer="deltanet")
+    config = ModelConfig.build(vocab_size=7, num_labels=7, hidden_size=8, num_heads=2, head_dim=4, mixer="deltanet")
     write_fla(SequenceModel(config), tmp_path / "fla")
     (tmp_path / "fla" / "model.safetensors").unlink()
     (tmp_path / "fla" / "manifest.json").unlink()
@@ -222,7 +260,7 @@ def test_a_pickle_of_others_is_refused_in_one_line(tmp_path, capfd):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_weights_of_others_that_are_of_such_a_kind(tmp_path, kind):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=7, num_labels=7, hidden_size=8, num_heads=2, head_dim=4, mixer="deltanet")
+    config = ModelConfig.build(vocab_size=7, num_labels=7, hidden_size=8, num_heads=2, head_dim=4, mixer="deltanet")
     write_fla(SequenceModel(config), tmp_path / "fla")
     tensors = load_file(tmp_path / "fla" / "model.safetensors")
     name = "model.norm.weight"
@@ -249,7 +287,7 @@ STREAM_CASES = [(name, value) for name, values in STREAMS.items() for value in v
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(**TINY)).eval()
+    model = SequenceModel(ModelConfig.build(**TINY)).eval()
     stream = Stream(model, Sampling(seed=1))
     stream.prefill([1, 2, 3])
     folder = tmp_path_factory.mktemp("said") / "said"

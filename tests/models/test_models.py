@@ -18,12 +18,19 @@ from deltaproduct.layers import GatedDeltaNet
 from deltaproduct.models import ModelConfig, SequenceModel
 
 TINY = {"vocab_size": 7, "num_labels": 5, "hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
-HYBRID = {"1": {"mixer": "gated_deltanet", "num_heads": 1, "intermediate_size": 0}, "2": {"num_householder": 3}}
+HYBRID = {
+    "mixer": [
+        "deltaproduct",
+        {"name": "gated_deltanet", "num_heads": 1},
+        {"name": "deltaproduct", "num_householder": 3},
+    ],
+    "intermediate_size": [16, 0, 16],
+}
 CONFIGS = {
     "plain": {},
     "two layers, no MLP": {"num_hidden_layers": 2, "intermediate_size": 0},
     "tied": {"num_labels": 7, "tie_word_embeddings": True},
-    "hybrid": {"num_hidden_layers": 3, "layer_overrides": HYBRID},
+    "hybrid": HYBRID,
     "torch's initialisation": {"initializer_range": None, "beta_bias_init": 0.5, "use_short_conv": False},
     "gates": {"use_forget_gate": True, "use_output_gate": True, "num_v_heads": 4, "expand_v": 0.5},
 }
@@ -32,7 +39,9 @@ EACH = pytest.mark.parametrize("changed", CONFIGS.values(), ids=CONFIGS)
 
 def build(changed: dict | None = None, seed: int = 0) -> SequenceModel:
     torch.manual_seed(seed)
-    return SequenceModel(ModelConfig(**(TINY | (changed or {}))))
+    changed = changed or {}
+    sizes = {name: changed.get(name, TINY[name]) for name in ("vocab_size", "num_labels")}
+    return SequenceModel(ModelConfig.build(defaults=TINY, **changed | sizes))
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -109,7 +118,7 @@ def test_layers_of_a_hybrid_differ():
 
 @pytest.mark.parametrize(("hidden", "mlp"), [(768, 2048), (1024, 2816), (64, 256), (96, 256), (97, 512), (2048, 5632)])
 def test_mlp_width_is_eight_thirds_rounded_up_to_256(hidden, mlp):
-    assert ModelConfig(5, 5, hidden_size=hidden).mlp_size == mlp
+    assert ModelConfig.build(5, 5, hidden_size=hidden).mlp_size == mlp
 
 
 def test_initialisation():
@@ -145,26 +154,28 @@ def test_backend_can_be_chosen():
         *((name, {name: 0}) for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers", "num_heads")),
         *((name, {name: 0}) for name in ("head_dim", "num_householder", "conv_size", "norm_eps", "expand_v")),
         *((name, {name: -1}) for name in ("intermediate_size", "initializer_range", "embedding_init_std")),
-        *((name, {name: 0}) for name in ("gate_low_rank_dim", "gate_logit_normalizer", "expand", "ssm_state_size")),
-        ("time_step_rank", {"time_step_rank": 0}),
-        ("feature_map", {"feature_map": "nonsense"}),
+        *((name, {"mixer": {"name": "gla", name: 0}}) for name in ("gate_low_rank_dim", "gate_logit_normalizer")),
+        *((name, {"mixer": {"name": "mamba", name: 0}}) for name in ("expand", "ssm_state_size", "time_step_rank")),
+        ("feature_map", {"mixer": {"name": "linear_attention", "feature_map": "nonsense"}}),
         ("tie_word_embeddings", {"tie_word_embeddings": True}),
         ("mixer", {"mixer": "nonsense"}),
-        ("layer_overrides", {"layer_overrides": {"1": {}}}),
-        ("layer_overrides", {"layer_overrides": {"0": {"hidden_size": 4}}}),
-        ("layer_overrides", {"layer_overrides": {"0": {"nonsense": 4}}}),
-        ("head_dim", {"layer_overrides": {"0": {"head_dim": 0}}}),
+        ("mixer", {"mixer": []}),
+        ("mixer has 3 entries for num_hidden_layers=2", HYBRID | {"num_hidden_layers": 2}),
+        ("intermediate_size has 2 entries", {"intermediate_size": [1, 2]}),
+        ("intermediate_size", {"num_hidden_layers": 2, "intermediate_size": [1, -2]}),
+        ("'num_kv_heads' is no field of a model and no option of the mixer deltaproduct", {"num_kv_heads": 1}),
+        ("did you mean 'num_heads'", {"mixer": "lstm", "num_haeds": 1}),
     ],
 )
 def test_impossible_configurations_are_refused(name, changed):
-    with pytest.raises(UsageError, match=rf"\b{name}\b") as error:
-        ModelConfig(**(TINY | changed))
+    with pytest.raises(UsageError, match=name) as error:
+        ModelConfig.build(**(TINY | changed))
     assert "\n" not in str(error.value)
 
 
 @EACH
 def test_configuration_round_trip(changed):
-    config = ModelConfig(**(TINY | changed))
+    config = ModelConfig.build(**(TINY | changed))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -270,8 +281,8 @@ def test_foreign_configurations_are_refused(saved):
         ("model type", good | {"model_type": "gpt2"}),
         ("model type", {n: v for n, v in good.items() if n != "model_type"}),
         ("model type", [good]),
-        ("num_heads must be", good | {"num_heads": 0}),
-        ("num_v_heads", good | {"num_v_heads": 3}),
+        ("num_heads must be", good | {"mixer": good["mixer"] | {"num_heads": 0}}),
+        ("num_v_heads", good | {"mixer": good["mixer"] | {"num_v_heads": 3}}),
     ):
         (saved / "config.json").write_text(json.dumps(values))
         seal(saved)

@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers import GatedDeltaNet
 from deltaproduct.layers.parts import RMSNorm
 from deltaproduct.models import SequenceModel
-from deltaproduct.models.checkpoints import read_fla, write_fla
+from deltaproduct.models.fla.checkpoint import read_fla, write_fla
 
 pytestmark = pytest.mark.neighbours
 

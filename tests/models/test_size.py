@@ -16,7 +16,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_lengths, evaluate_range
 from deltaproduct.files import replaced_folder, write_json
 from deltaproduct.layers.registry import MIXERS
-from deltaproduct.memory import check_memory, in_words, why_out_of_memory
+from deltaproduct.memory import check_memory, format_bytes, why_out_of_memory
 from deltaproduct.models import ModelConfig, SequenceModel, size
 from deltaproduct.models.size import activation_bytes, check_stored, model_bytes, num_parameters, stored_shapes
 from deltaproduct.tasks import get_task
@@ -48,31 +48,31 @@ def one_line(call, *words):
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_parameters_are_those_of_the_model(mixer):
-    config = ModelConfig(**SMALL, mixer=mixer, num_hidden_layers=3)
+    config = ModelConfig.build(7, 6, defaults=SMALL, mixer=mixer, num_hidden_layers=3)
     assert num_parameters(config) == SequenceModel(config).num_parameters
 
 
 @pytest.mark.parametrize(
     "fields",
     [{"tie_word_embeddings": True, "num_labels": 7}, {"intermediate_size": 0}, {"num_hidden_layers": 5},
-     {"num_hidden_layers": 3, "layer_overrides": {"0": {"mixer": "attention"}, "2": {"intermediate_size": 5}}},
-     {"num_hidden_layers": 1, "layer_overrides": {"0": {"num_householder": 5}}}],
+     {"mixer": ["attention", "deltaproduct", "deltaproduct"], "intermediate_size": [None, None, 5]},
+     {"mixer": [{"name": "deltaproduct", "num_householder": 5}]}],
 )  # fmt: skip
 def test_parameters_of_other_configurations(fields):
-    config = ModelConfig(**SMALL | fields)
+    config = ModelConfig.build(**SMALL | fields)
     assert num_parameters(config) == SequenceModel(config).num_parameters
 
 
 def test_parameters_are_counted_without_building_layers_or_numbers(monkeypatch):
     """However many there are, and beyond what PyTorch can count."""
-    many = ModelConfig(**SMALL, num_hidden_layers=60_000)
+    many = ModelConfig.build(**SMALL, num_hidden_layers=60_000)
     built = []
     before = torch.get_rng_state()
     real = size._of_block
     monkeypatch.setattr(size, "_of_block", lambda config: built.append(1) or real(config))
-    one = num_parameters(ModelConfig(**SMALL, num_hidden_layers=2)) - num_parameters(ModelConfig(**SMALL))
-    assert num_parameters(many) == num_parameters(ModelConfig(**SMALL)) + 59_999 * one and len(built) == 4
-    huge = ModelConfig(**SMALL | {"hidden_size": 2**26, "num_hidden_layers": 60_000})
+    one = num_parameters(ModelConfig.build(**SMALL, num_hidden_layers=2)) - num_parameters(ModelConfig.build(**SMALL))
+    assert num_parameters(many) == num_parameters(ModelConfig.build(**SMALL)) + 59_999 * one and len(built) == 4
+    huge = ModelConfig.build(**SMALL | {"hidden_size": 2**26, "num_hidden_layers": 60_000})
     assert num_parameters(huge) == memory.ENDLESS and torch.equal(torch.get_rng_state(), before)
 
 
@@ -101,18 +101,18 @@ def test_a_step_takes_no_less_than_its_bound():
     taken = most_taken(
         "from deltaproduct.models import ModelConfig, SequenceModel\n"
         "from deltaproduct.tasks import get_task\nfrom deltaproduct.training.objectives.task import masked_loss\n"
-        f"model = SequenceModel(ModelConfig(**{fields!r}))\n"
+        f"model = SequenceModel(ModelConfig.build(**{fields!r}))\n"
         "def step(b, t):\n"
         "    x = get_task('S3').sample(b, t, generator=torch.Generator())\n"
         "    masked_loss(model(x[0])[0], *x[1:]).backward()\n"
         f"step(1, 16)\nbegin()\nstep({batch}, {length})"
     )
-    bound = batch * (1 + length) * activation_bytes(ModelConfig(**fields))
+    bound = batch * (1 + length) * activation_bytes(ModelConfig.build(**fields))
     assert 64 << 20 < bound < taken, (bound, taken)
 
 
 def test_a_model_takes_no_less_than_its_bound():
-    config = ModelConfig(**SMALL, num_hidden_layers=2)
+    config = ModelConfig.build(**SMALL, num_hidden_layers=2)
     model = SequenceModel(config)
     assert model_bytes(config) == 4 * model.num_parameters + 2 * size.BLOCK
     objects = sum(sys.getsizeof(m) + sum(sys.getsizeof(x) for x in vars(m).values()) for m in model.blocks[0].modules())
@@ -130,13 +130,13 @@ def test_check_memory_at_its_border(monkeypatch):
     )
     monkeypatch.setattr(memory, "available_memory", lambda device=None: None)
     check_memory("X", 10**30, "y")  # where nothing says how much there is, nothing is refused
-    assert [in_words(n) for n in (5, 1023, 1024, 3 << 29, 10**15, 10**40)] == [
+    assert [format_bytes(n) for n in (5, 1023, 1024, 3 << 29, 10**15, 10**40)] == [
         "5 bytes", "1023 bytes", "1.0 KiB", "1.5 GiB", "909.5 TiB", "1,024 PiB"
     ]  # fmt: skip
 
 
 def test_a_run_at_the_border_of_memory(monkeypatch):
-    model = ModelConfig(**SMALL)
+    model = ModelConfig.build(**SMALL)
     settings = TrainConfig(lengths=(8, 128), batch_sizes=(256, 64), grad_accumulation=2)
     config = Run(settings, model)
     needed = num_parameters(model) * size.TRAINED + size.BLOCK + 32 * 129 * activation_bytes(model)
@@ -149,7 +149,7 @@ def test_a_run_at_the_border_of_memory(monkeypatch):
 
 
 def test_a_language_run_at_the_border_of_memory(monkeypatch):
-    model = ModelConfig(**SMALL | {"num_labels": 7})
+    model = ModelConfig.build(**SMALL | {"num_labels": 7})
     config = Run(LanguageConfig(context=64, batch_size=8), model)
     weights, token = num_parameters(model), activation_bytes(model)
     there(monkeypatch, weights * size.TRAINED + size.BLOCK + 512 * token - 1)
@@ -176,7 +176,7 @@ def test_commands_of_hostile_sizes_leave_nothing(arguments, tmp_path, capsys, mo
 
 def test_evaluation_verification_and_extraction(monkeypatch):
     task = get_task("S3")
-    model = SequenceModel(ModelConfig(**SMALL)).eval()
+    model = SequenceModel(ModelConfig.build(**SMALL)).eval()
     there(monkeypatch, 1 << 34)
     one_line(lambda: evaluate_lengths(model, task, [10**14]), "tokens; lower one of them")
     one_line(lambda: evaluate_lengths(model, task, [8], sequences=10**12), "1,000,000,000,000 tokens")
@@ -203,7 +203,7 @@ def test_constructions_are_refused_before_their_weights(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    SequenceModel(ModelConfig(**SMALL | {"num_labels": 7})).save_pretrained(tmp_path / "checkpoint")
+    SequenceModel(ModelConfig.build(**SMALL | {"num_labels": 7})).save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -355,7 +355,7 @@ def test_a_check_costs_nothing_where_little_is_asked_for(monkeypatch):
 
 
 def test_training_that_fits_is_not_refused(tmp_path):
-    model = ModelConfig(**SMALL)
+    model = ModelConfig.build(**SMALL)
     train(Run(TrainConfig(lengths=(4,), batch_sizes=(2,), steps=1, warmup_steps=0), model), tmp_path / "r",
           show=False)  # fmt: skip
     assert (tmp_path / "r" / "run.json").exists()

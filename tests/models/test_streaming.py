@@ -26,7 +26,7 @@ from deltaproduct.ops import cpu
 
 V = 13
 GREEDY, GREEDY_SEED_1 = Sampling(temperature=0), Sampling(temperature=0, seed=1)
-HYBRID = {"layer_overrides": {"1": {"mixer": "attention"}}}
+HYBRID = {"mixer": ["deltaproduct", "attention"]}
 
 
 @pytest.fixture(params=["native", "model"])
@@ -48,7 +48,7 @@ def build(**changes) -> SequenceModel:
     """A model where state tracking is hard: β near 2, no decay unless asked for, keys that are much alike."""
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "beta_bias_init": 5.0}
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(vocab_size=V, num_labels=V, **(settings | changes))).eval()
+    model = SequenceModel(ModelConfig.build(vocab_size=V, num_labels=V, defaults=settings, **changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -89,7 +89,7 @@ def check_one_pass(model: SequenceModel, tolerance: float) -> None:
 @pytest.mark.parametrize("num_householder", [1, 2, 3, 4])
 def test_prefill_and_decoding_is_one_pass(num_householder, gated, way, short_pieces):
     model = build(num_householder=num_householder, use_forget_gate=gated, use_output_gate=gated)
-    assert model.config.use_short_conv and Stream(model).is_native == (way == "native")
+    assert model.config.mixer.use_short_conv and Stream(model).is_native == (way == "native")
     assert not Stream(model.use_backend("reference")).is_native  # what was asked for
     check_one_pass(model.use_backend("auto"), 1e-4)
 
@@ -304,7 +304,7 @@ def test_logits_that_are_not_finite():
 
 def test_refused_reading_and_writing(tmp_path):
     with pytest.raises(UsageError, match="vocab_size equal to num_labels"):
-        Stream(SequenceModel(ModelConfig(vocab_size=4, num_labels=3)))
+        Stream(SequenceModel(ModelConfig.build(vocab_size=4, num_labels=3)))
     stream = Stream(build())
     with pytest.raises(UsageError, match="document token"):
         stream.generate(3)

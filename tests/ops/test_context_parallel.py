@@ -90,7 +90,7 @@ def loss_of(model: SequenceModel, tokens: torch.Tensor, labels: torch.Tensor) ->
 
 def model_and_tokens(length: int, n: int, gated: bool) -> tuple[SequenceModel, torch.Tensor]:
     torch.manual_seed(0)
-    config = ModelConfig(11, 11, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=n,
+    config = ModelConfig.build(11, 11, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=n,
                          intermediate_size=48, use_forget_gate=gated, beta_bias_init=3.0)  # fmt: skip
     return SequenceModel(config), torch.randint(11, (1, length + 1))
 
@@ -145,7 +145,7 @@ def test_what_cannot_be_divided(kind, words):
 
 
 def test_mixers_that_cannot_divide_a_sequence():
-    model = SequenceModel(ModelConfig(5, 5, mixer="attention"))
+    model = SequenceModel(ModelConfig.build(5, 5, mixer="attention"))
     with pytest.raises(UsageError, match="Attention cannot divide"):
         model.use_context_parallel(object())
     assert model.mixers()[0].context_parallel is None

@@ -8,7 +8,6 @@ twice that. Where states last for thousands of tokens (`test_states_that_last`),
 import platform
 from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ways import KERNELS, NATIVE, WAYS, computed_by
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import get_mixer
+from deltaproduct.layers import Mamba
 from deltaproduct.ops import cpu
 from deltaproduct.ops.selective_scan import scan_backward, scan_forward, selective_scan
 
@@ -288,8 +287,7 @@ def test_compiled_for_any_length_equals_eager():
 @pytest.mark.parametrize("allow_neg_eigval", [False, True])
 def test_the_layer_is_the_same_without_the_engine(allow_neg_eigval, monkeypatch):
     torch.manual_seed(0)
-    settings = {"hidden_size": 24, "ssm_state_size": 5, "allow_neg_eigval": allow_neg_eigval}
-    layer = get_mixer("mamba").from_config(SimpleNamespace(num_heads=2, head_dim=8, **settings))
+    layer = Mamba(24, ssm_state_size=5, allow_neg_eigval=allow_neg_eigval)
     x, native = torch.randn(2, 50, 24), []
 
     def outcome():

@@ -404,6 +404,23 @@ def test_one_token_can_be_differentiated():
         assert relative_error(x[n].grad.double().cpu().numpy(), wide[n].grad.numpy()) <= FLOAT32
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_is_differentiated_by_the_backend_that_was_named(name):
+    """Of bfloat16 inputs, on which the two differ: to the bit what a sequence of length 1 gives."""
+    p = Problem(T=1, N=4, B=1, H=1, HV=1, gate=False)
+    found = []
+    for as_step in (True, False):
+        x = {n: a.bfloat16().to(DEVICE).requires_grad_() for n, a in draw(p).items() if n in ("q", "k", "v", "beta")}
+        state = draw(p)["initial_state"].float().to(DEVICE).requires_grad_()
+        if as_step:
+            o, after = delta_product_step(**{n: a[:, 0] for n, a in x.items()}, state=state, backend=name)
+        else:
+            o, after = delta_product(**x, initial_state=state, output_final_state=True, backend=name)
+        (o.sum() + after.sum()).backward()
+        found.append([o.flatten(), after, *(a.grad for a in x.values()), state.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_sequences_than_an_axis_of_the_grid_is_long(packed, monkeypatch):
     from deltaproduct.ops.triton import operator  # whether kernels are interpreted is decided here

@@ -286,7 +286,7 @@ ENDLESS = {
     "    ((i + 1) % 12, [1, 0, *range(2, 12)][i], 0 if i == 1 else i) for i in range(12)))\nstart(); a.monoid()",
     "evaluation": "import torch; from deltaproduct.models import ModelConfig, SequenceModel\n"
     "from deltaproduct.evaluation import evaluate_lengths; from deltaproduct.tasks import get_task\n"
-    "m = SequenceModel(ModelConfig(vocab_size=7, num_labels=6, hidden_size=8, num_heads=1, head_dim=4))\n"
+    "m = SequenceModel(ModelConfig.build(vocab_size=7, num_labels=6, hidden_size=8, num_heads=1, head_dim=4))\n"
     "start(); evaluate_lengths(m, get_task('S3'), [100], sequences=10**9)",
 }
 

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from automaton_cases import random_automaton, wrong_labels
+from compiled_sizes import most_steps
 
 from deltaproduct.evaluation import evaluate_length
 from deltaproduct.models import Decoder, SequenceModel
@@ -47,7 +48,7 @@ def test_one_layer_is_right_on_every_token(name, dtype):
     compiled = compile_group(name)
     config, task = compiled.model.config, get_task(name)
     steps, heads = GROUPS[name]
-    assert (config.num_hidden_layers, config.num_householder, config.num_heads) == (1, steps, heads)
+    assert (config.num_hidden_layers, most_steps(config), config.mixer.num_heads) == (1, steps, heads)
     assert config.mlp_size == 0
     result = evaluate_length(compiled.model.to(dtype), task, 2000, sequences=4)
     assert result.accuracy == result.sequence_accuracy == 1
@@ -99,7 +100,7 @@ def test_saved_and_loaded(tmp_path):
 def assert_compiles(automaton: Automaton, words: int = 4, length: int = 400, dtype=torch.float32) -> None:
     compiled, n = compile_automaton(automaton), len(automaton.states)
     config = compiled.model.config
-    assert config.num_hidden_layers <= max(1, 2 * n - 3) and config.num_householder <= max(n - 1, 2)
+    assert config.num_hidden_layers <= max(1, 2 * n - 3) and most_steps(config) <= max(n - 1, 2)
     rng = random.Random(0)
     drawn = [[rng.randrange(len(automaton.alphabet)) for _ in range(length)] for _ in range(words)]
     assert wrong_labels(compiled.model.to(dtype), automaton, drawn) == 0
@@ -138,7 +139,7 @@ def test_permutations_take_one_layer(n):
     rows = tuple(zip(*columns, strict=True))
     automaton = Automaton(("i", "c", "r"), tuple(map(str, range(n))), n // 2, (0,), rows)
     model = compile_automaton(automaton).model
-    assert (model.config.num_hidden_layers, model.config.num_householder) == (1, n - 1)
+    assert (model.config.num_hidden_layers, most_steps(model.config)) == (1, n - 1)
     words = [[rng.randrange(3) for _ in range(2000)] for _ in range(3)]
     assert wrong_labels(model, automaton, words) == 0
 

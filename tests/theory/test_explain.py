@@ -85,7 +85,7 @@ def test_the_commands_that_it_gives_are_understood(monkeypatch):
         if words[0] == "train":
             assert made.mixer == ("mamba" if model.diagonal else "deltaproduct")
             assert made.allow_neg_eigval == model.allow_neg_eigval
-            assert made.use_forget_gate == (model.gated and not model.diagonal)
+            assert getattr(made, "use_forget_gate", False) == (model.gated and not model.diagonal)
             assert made.num_hidden_layers == model.layers and made.task.split("_")[0] == name.split("_")[0]
         else:
             assert made.group == name and (made.strategy == "two-layer") == ("two-layer" in words)

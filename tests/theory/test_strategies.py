@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from automaton_cases import from_maps, random_automaton, wrong_labels
+from compiled_sizes import most_steps
 
 from deltaproduct.errors import UsageError
 from deltaproduct.evaluation import evaluate_length
@@ -39,7 +40,7 @@ GROUPS = [
 def test_every_strategy_follows_the_group(name, strategy, at_most, layers, steps):
     compiled = compile_group(name, strategy, Limits(num_householder=at_most))
     config = compiled.model.config
-    assert (config.num_hidden_layers, config.num_householder) == (layers, steps)
+    assert (config.num_hidden_layers, most_steps(config)) == (layers, steps)
     assert compiled.strategy == strategy or strategy == "auto"
     assert evaluate_length(compiled.model, get_task(name), 1000, sequences=4).accuracy == 1
 
@@ -93,7 +94,7 @@ CLOCK = from_maps(*(tuple((x + step) % 12 for x in range(12)) for step in (1, 5,
 def test_every_strategy_follows_the_automaton(automaton, strategy, layers, steps):
     compiled = compile_automaton(automaton, strategy)
     config = compiled.model.config
-    assert (config.num_hidden_layers, config.num_householder) == (layers, steps)
+    assert (config.num_hidden_layers, most_steps(config)) == (layers, steps)
     assert verify(compiled, length=2000, words=4).wrong == 0
 
 

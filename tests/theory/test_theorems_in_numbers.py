@@ -110,7 +110,7 @@ def test_two_reflections_count_modulo_m(m):
 def test_a_whole_models_scores_settle(num_householder, layers, allow_neg_eigval, gated, settles_every):
     """Any depth in [0,1], and one layer with one factor in [-1,1]: on a repeated symbol the scores stop counting."""
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(
+    model = SequenceModel(ModelConfig.build(
         vocab_size=4, num_labels=3, hidden_size=16, num_heads=2, head_dim=4, num_hidden_layers=layers,
         num_householder=num_householder, allow_neg_eigval=allow_neg_eigval, use_forget_gate=gated,
         initializer_range=0.5, beta_bias_init=20.0,

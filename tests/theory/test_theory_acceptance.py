@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from automaton_cases import library, random_automaton, wrong_labels
+from compiled_sizes import most_steps
 from libraries import assert_agrees_with_library
 
 from deltaproduct.errors import UsageError
@@ -44,7 +45,7 @@ def assert_regex_is_the_librarys(regex: str, words: int, length: int) -> Compile
     automaton = from_regex(regex, "ab")
     compiled, n = compile_automaton(automaton), len(automaton.states)
     config = compiled.model.config
-    assert config.num_hidden_layers <= max(1, 2 * n - 3) and config.num_householder <= max(n - 1, 2)
+    assert config.num_hidden_layers <= max(1, 2 * n - 3) and most_steps(config) <= max(n - 1, 2)
     drawn = draw_words(automaton, words, length, seed=0)
     with torch.no_grad():
         logits, _ = compiled.model(torch.cat((torch.full((words, 1), 2), torch.from_numpy(drawn)), 1))
@@ -131,7 +132,7 @@ def test_modular_arithmetic_comes_apart():
     automaton = modular_arithmetic(5)
     assert len(automaton.states) == 56
     compiled = compile_automaton(automaton)
-    assert (compiled.model.config.num_hidden_layers, compiled.model.config.num_householder) == (9, 4)
+    assert (compiled.model.config.num_hidden_layers, most_steps(compiled.model.config)) == (9, 4)
     rng, number = random.Random(1), {a: i for i, a in enumerate(automaton.alphabet)}
     words = [[number[c] for c in expression(rng, 250, 5, "+-*")] for _ in range(4)]
     assert wrong_labels(compiled.model, automaton, words) == 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import importable
+from mixer_oracles import importable
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from deltaproduct.cli.lm_convert import LmConvert
 from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json
+from deltaproduct.layers import AttentionOptions
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.models.checkpoints import (
+from deltaproduct.models.fla.checkpoint import (
     from_fla_config,
     from_fla_state,
     read_fla,
@@ -35,7 +36,7 @@ from deltaproduct.models.checkpoints import (
     to_fla_state,
     write_fla,
 )
-from deltaproduct.models.fla_config import ARCHITECTURES, DEFAULTS
+from deltaproduct.models.fla.config import ARCHITECTURES, DEFAULTS
 
 pytestmark = pytest.mark.neighbours
 
@@ -292,13 +293,14 @@ OURS = {
     "gated_deltanet": {"mixer": "gated_deltanet", "expand_v": 2.0, "num_v_heads": 6},
     "attention, two kinds": {
         "num_hidden_layers": 4,
-        "layer_overrides": {
-            "0": {"mixer": "attention", "num_heads": 3, "head_dim": 4},
-            "2": {"mixer": "attention", "num_heads": 3, "head_dim": 4},
-            "3": {"mixer": "attention", "num_heads": 6, "head_dim": 2, "num_kv_heads": 2, "rope_theta": 99.0},
-        },
+        "mixer": [
+            {"name": "attention", "num_heads": 3, "head_dim": 4},
+            "deltaproduct",
+            {"name": "attention", "num_heads": 3, "head_dim": 4},
+            {"name": "attention", "num_heads": 6, "head_dim": 2, "num_kv_heads": 2, "rope_theta": 99.0},
+        ],
     },
-    "mostly attention": {"mixer": "attention", "num_heads": 3, "layer_overrides": {"1": {"mixer": "deltanet"}}},
+    "mostly attention": {"mixer": ["attention", "deltanet"], "num_heads": 3},
 }
 
 
@@ -306,7 +308,7 @@ def ours(changed: dict[str, Any]) -> SequenceModel:
     torch.manual_seed(0)
     plain = {"vocab_size": 11, "num_labels": 11, "hidden_size": 12, "num_heads": 2, "head_dim": 4,
              "num_hidden_layers": 2, "intermediate_size": 20, "initializer_range": 0.3}  # fmt: skip
-    return SequenceModel(ModelConfig(**(plain | changed))).eval()
+    return SequenceModel(ModelConfig.build(**(plain | changed))).eval()
 
 
 NOT_IN_0_2_1 = ("grouped values", "grouped values, gated, one step", "deltanet, grouped values", "gated_deltanet",
@@ -368,25 +370,25 @@ def test_the_kind_that_is_written(name):
 # Version 0.6.0's defaults, as our fields. Its layers' are others, and must not be taken.
 BARE = {
     "vocab_size": 32000, "num_labels": 32000, "hidden_size": 2048, "intermediate_size": 5632, "norm_eps": 1e-6,
-    "initializer_range": 0.02, "tie_word_embeddings": False, "use_short_conv": True, "conv_size": 4,
-    "allow_neg_eigval": False, "layer_overrides": {}, "qkv_activation": "silu", "beta_bias_init": None,
-    "num_householder": 1, "num_v_heads": None,
+    "initializer_range": 0.02, "tie_word_embeddings": False,
 }  # fmt: skip
+BARE_OPTIONS = {"use_short_conv": True, "conv_size": 4, "allow_neg_eigval": False, "qkv_activation": "silu",
+                "beta_bias_init": None, "num_v_heads": None}  # fmt: skip
 BARE_OF = {
-    "delta_net": {"mixer": "deltanet", "num_hidden_layers": 24, "num_heads": 16, "head_dim": 128, "expand_v": 1.0,
-                  "use_output_gate": False, "use_forget_gate": False},
-    "gated_deltanet": {"mixer": "gated_deltanet", "num_hidden_layers": 21, "num_heads": 6, "head_dim": 256,
-                       "expand_v": 2.0, "use_output_gate": True, "use_forget_gate": True},
-    "gated_deltaproduct": {"mixer": "deltaproduct", "num_hidden_layers": 21, "num_heads": 6, "head_dim": 256,
-                           "expand_v": 2.0, "use_output_gate": True, "use_forget_gate": False},
+    "delta_net": (24, {"name": "deltanet", "num_heads": 16, "head_dim": 128, "expand_v": 1.0,
+                       "use_output_gate": False, "use_forget_gate": False}),
+    "gated_deltanet": (21, {"name": "gated_deltanet", "num_heads": 6, "head_dim": 256, "expand_v": 2.0}),
+    "gated_deltaproduct": (21, {"name": "deltaproduct", "num_heads": 6, "head_dim": 256, "expand_v": 2.0,
+                                "use_output_gate": True, "use_forget_gate": False, "num_householder": 1}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BARE_OF)
 def test_defaults_are_those_of_the_configuration_class(kind):
-    config = from_fla_config({"model_type": kind})
-    for name, value in (BARE | BARE_OF[kind]).items():
-        assert getattr(config, name) == value, name
+    layers, options = BARE_OF[kind]
+    values = from_fla_config({"model_type": kind}).to_dict()
+    assert values.pop("mixer") == BARE_OPTIONS | options
+    assert values == BARE | {"num_hidden_layers": layers, "embedding_init_std": None}
 
 
 @pytest.mark.parametrize("kind", BARE_OF)
@@ -428,7 +430,7 @@ FIELDS = [  # kinds, what is given, and what follows besides the fields of the s
     (("delta_net",), {"use_gate": True}, {"use_output_gate": True}),
     (("delta_net",), {"expand_k": 0.5}, {"head_dim": 64, "expand_v": 2.0}),
     (("delta_net",), {"expand_v": 0.5}, {}),
-    (("gated_deltanet",), {"use_gate": False}, {"mixer": "deltanet", "use_output_gate": False}),
+    (("gated_deltanet",), {"use_gate": False}, {"name": "deltanet", "use_output_gate": False, "use_forget_gate": True}),
     (("gated_deltaproduct",), {"use_output_gate": False}, {}),
     (("gated_deltaproduct",), {"use_gate": False}, {"use_output_gate": False}),
     (("gated_deltaproduct",), {"use_gate": True, "use_output_gate": False}, {}),
@@ -439,19 +441,23 @@ FIELDS = [  # kinds, what is given, and what follows besides the fields of the s
 
 @pytest.mark.parametrize(("kind", "given", "follows"), [(kind, *row) for kinds, *row in FIELDS for kind in kinds])
 def test_every_field(kind, given, follows):
-    plain = from_fla_config({"model_type": kind}).to_dict()
+    def flat(values):
+        return values.pop("mixer") | values
+
+    plain = flat(from_fla_config({"model_type": kind}).to_dict())
     wanted = plain | {name: value for name, value in given.items() if name in plain} | follows
     wanted |= {"num_labels": wanted["vocab_size"]}
-    assert from_fla_config({"model_type": kind} | given).to_dict() == wanted
+    assert flat(from_fla_config({"model_type": kind} | given).to_dict()) == wanted
 
 
 def test_attention_layers():
     spec = {"layers": [0, 2], "num_heads": 4}
     config = from_fla_config(SMALL | {"model_type": "delta_net", "num_hidden_layers": 4, "attn": [
         spec, {"layers": [3], "num_heads": 6, "num_kv_heads": 2, "rope_theta": 5}]})  # fmt: skip
-    plain = {"mixer": "attention", "num_heads": 4, "head_dim": 3, "num_kv_heads": 4, "rope_theta": 10_000.0}
-    other = {"mixer": "attention", "num_heads": 6, "head_dim": 2, "num_kv_heads": 2, "rope_theta": 5.0}
-    assert config.layer_overrides == {"0": plain, "2": plain, "3": other}
+    plain = AttentionOptions(num_heads=4, head_dim=3, num_kv_heads=4, rope_theta=10_000.0)
+    other = AttentionOptions(num_heads=6, head_dim=2, num_kv_heads=2, rope_theta=5.0)
+    assert config.mixer[0] == config.mixer[2] == plain and config.mixer[3] == other
+    assert config.mixer[1] == from_fla_config(SMALL | {"model_type": "delta_net"}).mixer
     assert to_fla_config(config)["attn"] == [
         {"num_heads": 4, "num_kv_heads": 4, "qkv_bias": False, "window_size": None, "rope_theta": 10_000.0,
          "layers": [0, 2]},
@@ -508,12 +514,11 @@ def test_what_our_layers_cannot_compute(values, match):
     [
         ({"num_labels": 5}, "it is no language model, with vocab_size=11 and num_labels=5"),
         ({"intermediate_size": 0}, "layer 0 has no MLP"),
-        ({"layer_overrides": {"1": {"intermediate_size": 8}}}, "layer 1 has another intermediate_size"),
-        ({"layer_overrides": {"1": {"norm_eps": 1e-2}}}, "layer 1 has another intermediate_size or norm_eps"),
-        ({"layer_overrides": {"1": {"num_householder": 3}}}, "its recurrent layers differ"),
-        ({"layer_overrides": {"1": {"mixer": "attention"}}}, "attention in layer 1 has num_heads · head_dim ≠"),
-        ({"layer_overrides": {"1": {"mixer": "attention", "num_heads": 3, "rope_theta": None}}}, "no rotary positions"),
-        ({"layer_overrides": {"1": {"mixer": "gla"}}}, "layer 1 is gla"),
+        ({"intermediate_size": [20, 8]}, "layer 1 has another intermediate_size"),
+        ({"mixer": ["deltaproduct", {"name": "deltaproduct", "num_householder": 3}]}, "its recurrent layers differ"),
+        ({"mixer": ["deltaproduct", "attention"]}, "attention in layer 1 has num_heads · head_dim ≠"),
+        ({"mixer": ["deltaproduct", {"name": "attention", "num_heads": 3, "rope_theta": None}]}, "no rotary positions"),
+        ({"mixer": ["deltaproduct", "gla"]}, "layer 1 is gla"),
         ({"mixer": "attention", "num_heads": 3}, "all its layers are attention"),
         ({"qkv_activation": "identity"}, "qkv_activation is 'identity'"),
         ({"beta_bias_init": 1.0}, "the projection of β has a bias"),

@@ -26,7 +26,7 @@ from deltaproduct.training.loop import OneProcess
 from deltaproduct.training.objectives.language import LanguageLoss, LanguageObjective, LossTrend
 
 STEPS = 20
-MODEL = ModelConfig(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=2,
+MODEL = ModelConfig.build(257, 257, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, num_householder=2,
                     intermediate_size=48, tie_word_embeddings=True)  # fmt: skip
 
 

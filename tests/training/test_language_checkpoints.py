@@ -33,7 +33,7 @@ from deltaproduct.training.objectives.language import LanguageLoss, LossTrend
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by what saves as it was once
 STEPS, DONE = 20, 8
-MODEL = ModelConfig(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4, num_householder=2,
+MODEL = ModelConfig.build(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4, num_householder=2,
                     intermediate_size=24, tie_word_embeddings=True)  # fmt: skip
 CONFIG = Run(LanguageConfig(steps=STEPS, corpus="none", context=32, batch_size=4), MODEL)
 ALONE = OneProcess(torch.device("cpu"))

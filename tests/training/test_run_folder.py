@@ -36,7 +36,7 @@ from deltaproduct.training.objectives.task import Curriculum, TaskObjective
 from deltaproduct.training.run_folder import is_finished, locate, trained_as, writing_run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-MODEL = ModelConfig(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4)
+MODEL = ModelConfig.build(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ HEAD = "head.weight"
 VOCABULARY = {"embedding.weight", HEAD}
 
 
-def check_size(
+def check_stored_size(
     kind: type[PreTrainedModel], name_or_path: Any, ignore_mismatched_sizes: bool, options: dict[str, Any]
 ) -> None:
     """Whether a folder's configuration is of its weights, as far as shows before a model is built: what does not fit
@@ -147,7 +147,7 @@ class CheckpointedModel(PreTrainedModel):
     def _load(cls, name_or_path: Any, *args: Any, ignore_mismatched_sizes: bool, **kwargs: Any) -> tuple[Any, Any]:
         """`from_pretrained` of a folder that nobody writes meanwhile, with transformers' account of the weights."""
         check_against_manifest(name_or_path, kwargs.get("subfolder"))
-        check_size(cls, name_or_path, ignore_mismatched_sizes, kwargs)
+        check_stored_size(cls, name_or_path, ignore_mismatched_sizes, kwargs)
         try:
             model, info = super().from_pretrained(
                 name_or_path,

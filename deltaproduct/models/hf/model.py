@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from deltaproduct.errors import UsageError, did_you_mean
 from deltaproduct.models import sequence_model
+from deltaproduct.models.config import every_option
 from deltaproduct.models.hf.arguments import check_other_arguments, packing_of, read_layout
 from deltaproduct.models.hf.cache import DeltaProductCache, require_cache
 from deltaproduct.models.hf.checkpoint import CheckpointedModel
@@ -50,9 +51,10 @@ class DeltaProductPreTrainedModel(CheckpointedModel):
         """with_head: a model that has the parts already; `UsageError` if anything else is given."""
         if unknown:
             name = min(unknown)
+            near = did_you_mean(name, (*config.to_dict(), *every_option()))
             raise UsageError(
-                f"{type(self).__name__} has no argument {name!r}{did_you_mean(name, config.to_dict())}; fields of its "
-                "configuration are given to DeltaProductConfig."
+                f"{type(self).__name__} has no argument {name!r}{near}; fields of its configuration are given to "
+                "DeltaProductConfig."
             )
         super().__init__(config)
         self.__dict__["with_head"] = with_head  # which is no module of this one

@@ -190,18 +190,9 @@ class _Run:
 @torch.library.custom_op("deltaproduct::triton_forward", mutates_args=())
 @_on_its_device
 def triton_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-    qk_l2norm: bool = False,
-    precise: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, keep: bool, qk_l2norm: bool = False, precise: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(o, final state, the states at segments' starts, the segments' summaries): the last two for a backward."""
     run = _Run(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, precise)
     layout = run.layout
@@ -245,20 +236,9 @@ def _(
 @torch.library.custom_op("deltaproduct::triton_backward", mutates_args=())
 @_on_its_device
 def triton_backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    kept: Tensor,
-    summary: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    precise: bool,
-) -> Gradients:
+    d_o: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, kept: Tensor,
+    summary: Tensor, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, precise: bool,
+) -> Gradients:  # fmt: skip
     """The gradients of q, k, v, beta, g (empty where g is None) and the initial state."""
     run = _Run(q, k, v, beta, g, cu_seqlens, scale, qk_l2norm, precise)
     layout, work = run.layout, run.precision.work
@@ -315,18 +295,9 @@ register_gradients(triton_forward, _first, _again)
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    *,
-    precise: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, *, precise: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator in Triton kernels; shapes as in `delta_product`. Returns (o [B,T,HV,V], final state)."""
     given = (x for x in (q, k, v, beta, g, initial_state) if x is not None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)

@@ -9,13 +9,13 @@ up so that the 1e-6 in their normalisation is invisible, and written values so t
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deltaproduct.errors import UsageError
+from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.memory import check_memory
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.size import model_bytes
@@ -76,14 +76,14 @@ class _Layer:
     steps: int
     units: Sequence[Unit] = ()
     units_power: float = 0
-    own: dict[str, Any] = field(init=False)  # its fields of a configuration
 
-    def __post_init__(self) -> None:
+    def options(self) -> DeltaProductOptions:
+        """The mixer's. Nothing is between the projections and the recurrence."""
         heads, key_dim = self.queries.shape
-        self.own = {
-            "num_heads": heads, "head_dim": key_dim, "expand_v": self.value_dim / key_dim,
-            "num_householder": self.steps, "intermediate_size": 0,
-        }  # fmt: skip
+        return DeltaProductOptions(
+            num_heads=heads, head_dim=key_dim, num_householder=self.steps, expand_v=self.value_dim / key_dim,
+            allow_neg_eigval=True, use_short_conv=False, qkv_activation="identity",
+        )  # fmt: skip
 
 
 class Circuit:
@@ -120,19 +120,17 @@ class Circuit:
         """Give the last layer an MLP; `power` is Σ x² over all that it writes."""
         layer = self.layers[-1]
         layer.units, layer.units_power = units, power
-        layer.own["intermediate_size"] = len(units)
 
     def plan(self, strategy: str, slot: int, codes: Tensor) -> Plan:
         """The whole: it scores label i by codes[i] [c] times the slots from `slot` on."""
-        own = [layer.own for layer in self.layers]
-        base = own[0] | {"num_householder": max(fields["num_householder"] for fields in own)}
-        different = [{k: v for k, v in fields.items() if base[k] != v} for fields in own]
-        # Nothing between the projections and the recurrence.
         config = ModelConfig(
-            vocab_size=self.vocab_size, num_labels=len(codes), hidden_size=self.width,
-            num_hidden_layers=len(own), layer_overrides={str(i): d for i, d in enumerate(different) if d},
-            allow_neg_eigval=True, use_short_conv=False, qkv_activation="identity", **base,
-        )  # fmt: skip
+            vocab_size=self.vocab_size,
+            num_labels=len(codes),
+            hidden_size=self.width,
+            num_hidden_layers=len(self.layers),
+            intermediate_size=tuple(len(layer.units) for layer in self.layers),
+            mixer=tuple(layer.options() for layer in self.layers),
+        )
         return Plan(strategy, config, lambda: _Weights(config).write(self.layers, slot, codes))
 
 

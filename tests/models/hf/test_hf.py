@@ -26,6 +26,7 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GPT2Config
 from transformers.utils import logging
 
+from deltaproduct.models.config import known_fields
 from deltaproduct.models.hf import DeltaProductCache, DeltaProductConfig, DeltaProductForCausalLM, DeltaProductModel
 
 pytestmark = pytest.mark.neighbours
@@ -37,7 +38,7 @@ VOCAB = 7
 # Weights so large that greedy tokens and beams differ from step to step.
 TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 16, "num_hidden_layers": 2}
 TINY |= {"initializer_range": 0.5}
-HYBRID = {"layer_overrides": {"1": {"mixer": "attention", "num_kv_heads": 1}}}
+HYBRID = {"mixer": ["deltaproduct", {"name": "attention", "num_kv_heads": 1}]}
 # β → 2, keys from few tokens, no decay: where a state reflects for ever and rounding adds up.
 TRACKING = {"beta_bias_init": 6.0, "initializer_range": 0.2, "embedding_init_std": 1.0}
 CASES = {
@@ -58,7 +59,8 @@ FEW = pytest.mark.parametrize("changed", SOME.values(), ids=SOME)
 
 def build(changed: dict | None = None, **more) -> DeltaProductForCausalLM:
     torch.manual_seed(0)
-    config = DeltaProductConfig(VOCAB, **(TINY | (changed or {}) | more))
+    fields = known_fields((changed or {}).get("mixer", "deltaproduct"), TINY) | (changed or {}) | more
+    config = DeltaProductConfig(VOCAB, **fields)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -535,12 +537,10 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
 
 
 def test_configurations():
-    config = DeltaProductConfig(VOCAB, num_householder=3, layer_overrides={"0": {"mixer": "gla"}}, use_cache=False)
+    config = DeltaProductConfig(VOCAB, num_householder=3, mixer=["gla", "deltaproduct"], use_cache=False)
     assert DeltaProductConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
     assert config != DeltaProductConfig(VOCAB, num_householder=3)
-    assert config.model_config() == ModelConfig(
-        VOCAB, VOCAB, num_householder=3, layer_overrides={"0": {"mixer": "gla"}}
-    )
+    assert config.model_config() == ModelConfig.build(VOCAB, VOCAB, num_householder=3, mixer=["gla", "deltaproduct"])
     assert config.num_attention_heads == config.num_heads == 4
     assert AutoConfig.for_model("deltaproduct", vocab_size=VOCAB, hidden_size=8).hidden_size == 8
     assert DeltaProductConfig().vocab_size == 257
@@ -554,14 +554,16 @@ def test_configurations():
 def test_checkpoints_of_another_architecture_are_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     refusal("'gpt2', not 'deltaproduct'", DeltaProductForCausalLM.from_pretrained, tmp_path / "gpt2")
-    SequenceModel(ModelConfig(VOCAB, 5, **TINY)).save_pretrained(tmp_path / "labels")
+    SequenceModel(ModelConfig.build(VOCAB, 5, **TINY)).save_pretrained(tmp_path / "labels")
     refusal("num_labels=5", AutoModelForCausalLM.from_pretrained, tmp_path / "labels")
 
     build().save_pretrained(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     for changed, match in (
-        ({"use_forget_gate": True}, "A_log is missing"),
-        ({"use_short_conv": False}, "conv1d.weight has no place"),
+        ({"mixer": config["mixer"] | {"use_forget_gate": True}}, "A_log is missing"),
+        ({"mixer": config["mixer"] | {"use_short_conv": False}}, "conv1d.weight has no place"),
+        ({"use_forget_gate": True}, "no field 'use_forget_gate' beside its mixer"),
+        ({"mixer": {"name": "lstm", "num_householder": 2}}, "mixer lstm has no option 'num_householder'"),
         ({"hidden_size": 32}, r"embedding.weight has shape \(7, 16\) and should have \(7, 32\)"),
         ({"vocab_size": 9, "num_labels": 9}, r"embedding.weight has shape \(7, 16\) and should have \(9, 16\)"),
     ):

@@ -24,7 +24,7 @@ TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 1
         "initializer_range": 0.5}  # fmt: skip
 MIXERS = {
     "deltaproduct": {"use_forget_gate": True},
-    "hybrid": {"layer_overrides": {"1": {"mixer": "attention"}}},
+    "hybrid": {"mixer": ["deltaproduct", "attention"]},
     "lstm": {"mixer": "lstm"},
 }
 EACH = pytest.mark.parametrize("changed", MIXERS.values(), ids=MIXERS)

@@ -55,7 +55,7 @@ def test_fields_that_nobody_knows():
     refusal("num_attention_heads and num_heads are one field", DeltaProductConfig, VOCAB, num_heads=2,
             num_attention_heads=4)  # fmt: skip
     assert DeltaProductConfig(VOCAB, num_attention_heads=2).num_heads == 2
-    assert DeltaProductConfig(VOCAB, num_attention_heads=2, num_heads=2).model_config().num_heads == 2
+    assert DeltaProductConfig(VOCAB, num_attention_heads=2, num_heads=2).model_config().mixer.num_heads == 2
     refusal("num_heads must be", DeltaProductConfig, VOCAB, num_attention_heads=0)
 
 
@@ -74,6 +74,51 @@ def test_what_transformers_writes_is_taken(tmp_path):
     again = AutoConfig.from_pretrained(tmp_path, num_householder=3, trust_remote_code=True)
     assert (again.num_householder, again.bos_token_id, again.use_cache) == (3, 1, False)
     config, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, foo=1)
-    assert unused == {"foo": 1} and config.model_config() == ModelConfig(VOCAB, VOCAB, **TINY)
+    assert unused == {"foo": 1} and config.model_config() == ModelConfig.build(VOCAB, VOCAB, **TINY)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", output_hidden_states=True)
     assert loaded.config.output_hidden_states
+
+
+def test_options_are_the_mixers_own():
+    """They can be given, read and set by name, and lie in `mixer` alone; one that the mixer has not is refused."""
+    config = DeltaProductConfig(VOCAB, mixer="mamba", expand=4)
+    assert config.mixer == {"name": "mamba", "expand": 4, "ssm_state_size": 16, "time_step_rank": None, "conv_size": 4,
+                            "allow_neg_eigval": True}  # fmt: skip
+    assert config.expand == 4 and "expand" not in vars(config) and "expand" not in config.to_dict()
+    config.expand = 3
+    assert config.mixer["expand"] == 3 and config.model_config().mixer.expand == 3
+    assert not hasattr(config, "num_heads") and not hasattr(config, "num_attention_heads")
+    refusal("No mixer of this model has an option 'num_heads'", setattr, config, "num_heads", 4)
+    refusal("'num_householder' is no field of a model and no option of the mixer lstm", DeltaProductConfig, VOCAB,
+            mixer="lstm", num_householder=2)  # fmt: skip
+    refusal("no option of any of the mixers lstm, gru", DeltaProductConfig, VOCAB, mixer=["lstm", "gru"], expand=2)
+    refusal("num_heads is given beside the mixer", DeltaProductConfig, VOCAB, mixer={"name": "gru", "num_heads": 2},
+            num_heads=4)  # fmt: skip
+
+
+def test_a_hybrid_says_what_its_layers_share():
+    config = DeltaProductConfig(VOCAB, mixer=["deltaproduct", {"name": "attention", "num_heads": 2}], head_dim=8)
+    assert config.num_hidden_layers == 2 and config.head_dim == 8 and config.num_householder == 2
+    with pytest.raises(AttributeError, match="The layers differ in num_heads"):
+        _ = config.num_heads
+    config.num_attention_heads = 1
+    assert [options["num_heads"] for options in config.mixer] == [1, 1] and config.num_heads == 1
+    again = DeltaProductConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict() and again.model_config() == config.model_config()
+
+
+def test_the_layout_of_earlier_versions_is_read(tmp_path):
+    """All options of all mixers beside the model's fields, and what differs in single layers apart."""
+    flat = {"model_type": "deltaproduct", "architectures": ["DeltaProductForCausalLM"], "vocab_size": VOCAB,
+            "num_labels": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "mixer": "deltanet", "num_heads": 2,
+            "head_dim": 8, "num_householder": 2, "feature_map": "elu", "use_cache": False, "bos_token_id": 1,
+            "layer_overrides": {"1": {"mixer": "attention", "num_kv_heads": 1}}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    config = AutoConfig.from_pretrained(tmp_path)
+    attention = {"name": "attention", "num_heads": 2, "head_dim": 8, "num_kv_heads": 1}
+    assert config.model_config() == ModelConfig.build(
+        VOCAB, VOCAB, hidden_size=16, mixer=["deltanet", attention], defaults={"num_heads": 2, "head_dim": 8}
+    )
+    assert (config.use_cache, config.bos_token_id) == (False, 1) and not hasattr(config, "layer_overrides")
+    (tmp_path / "config.json").write_text(json.dumps(flat | {"num_haeds": 2}))
+    refusal("no field 'num_haeds' .did you mean 'num_heads'", AutoConfig.from_pretrained, tmp_path)

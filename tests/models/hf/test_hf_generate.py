@@ -19,7 +19,7 @@ logging.set_verbosity_error()
 VOCAB = 7
 TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 16, "num_hidden_layers": 2,
         "initializer_range": 0.5}  # fmt: skip
-EACH = pytest.mark.parametrize("changed", [{}, {"layer_overrides": {"1": {"mixer": "attention"}}}], ids=["", "hybrid"])
+EACH = pytest.mark.parametrize("changed", [{}, {"mixer": ["deltaproduct", "attention"]}], ids=["", "hybrid"])
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 

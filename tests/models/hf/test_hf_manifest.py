@@ -16,7 +16,7 @@ from deltaproduct.models import ModelConfig, SequenceModel
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("deltaproduct.models.hf")
 
-CONFIG = ModelConfig(vocab_size=11, num_labels=11, hidden_size=16, num_heads=2, head_dim=4, num_hidden_layers=2)
+CONFIG = ModelConfig.build(vocab_size=11, num_labels=11, hidden_size=16, num_heads=2, head_dim=4, num_hidden_layers=2)
 TOKENS = torch.arange(9)[None]
 
 

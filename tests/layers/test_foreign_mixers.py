@@ -1,31 +1,30 @@
 """The mixers beside other people's code, and beside float64 loops written from the papers' equations.
 
-Peers compute in float32 and in another order: 1e-4 of the largest output, a few hundred roundings of 6e-8 enlarged by a
-norm. Loops are float64 like the mixers: 1e-11, as in test_mixers.py.
+Other people's code computes in float32 and in another order: 1e-4 of the largest output, a few hundred roundings of
+6e-8 enlarged by a norm. Loops are float64 like the mixers: 1e-11, as in test_mixers.py.
 """
 
 import importlib
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
-from peers import plain_modeling
+from mixer_cases import mixer_of
+from mixer_oracles import plain_modeling
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from deltaproduct.layers import get_mixer
-
 pytestmark = [pytest.mark.numerical, pytest.mark.neighbours]
 
-PEER, EXACT = 1e-4, 1e-11
+FOREIGN, EXACT = 1e-4, 1e-11
 B, T, D = 2, 70, 32
 
 
 def build(name: str, **settings):
     torch.manual_seed(0)
-    defaults = {"hidden_size": D, "num_heads": 2, "head_dim": 8, "allow_neg_eigval": False, "norm_eps": 1e-5}
-    mixer = get_mixer(name).from_config(SimpleNamespace(**(defaults | settings)))
+    defaults = {"num_heads": 2, "head_dim": 8, "allow_neg_eigval": False}
+    mixer = mixer_of(name, D, defaults | settings, settings.get("norm_eps", 1e-5))
     with torch.no_grad():  # biases and norms that start at 0 or 1 would hide where they are applied
         for parameter_name, p in mixer.named_parameters():
             if parameter_name.endswith(("bias", "norm.weight", "norm_weight", "D")):
@@ -37,9 +36,9 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
     return want.abs().max() > 1e-2 and bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
-def copy_weights(peer: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    assert set(weights) == {name for name, _ in peer.named_parameters()}
-    peer.load_state_dict(weights)
+def copy_weights(theirs: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    assert set(weights) == {name for name, _ in theirs.named_parameters()}
+    theirs.load_state_dict(weights)
 
 
 def some_input(dtype=torch.float32) -> Tensor:
@@ -74,11 +73,11 @@ def test_mamba_is_that_of_transformers(sizes):
         hidden_size=D, state_size=sizes.get("ssm_state_size", 16), expand=sizes.get("expand", 2), num_hidden_layers=1,
         conv_kernel=sizes.get("conv_size", 4), time_step_rank=sizes.get("time_step_rank", 2),
     )  # fmt: skip
-    peer = modeling.MambaMixer(config, 0).eval()
-    copy_weights(peer, mamba_weights(mixer))
+    theirs = modeling.MambaMixer(config, 0).eval()
+    copy_weights(theirs, mamba_weights(mixer))
     x = some_input()
     with torch.no_grad():
-        assert close(mixer(x)[0], peer(x), PEER)
+        assert close(mixer(x)[0], theirs(x), FOREIGN)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"ssm_state_size": 5, "expand": 3, "conv_size": 3, "head_dim": 16}], ids=str)
@@ -90,11 +89,11 @@ def test_mamba2_is_that_of_transformers(sizes):
         conv_kernel=sizes.get("conv_size", 4), head_dim=mixer.head_dim, num_heads=mixer.num_heads, chunk_size=16,
         layer_norm_epsilon=1e-5, num_hidden_layers=1,
     )  # fmt: skip
-    peer = modeling.Mamba2Mixer(config, 0).eval()
-    copy_weights(peer, mamba_weights(mixer))
+    theirs = modeling.Mamba2Mixer(config, 0).eval()
+    copy_weights(theirs, mamba_weights(mixer))
     x = some_input()
     with torch.no_grad():
-        assert close(mixer(x)[0], peer(x), PEER)
+        assert close(mixer(x)[0], theirs(x), FOREIGN)
 
 
 def test_mlstm_is_that_of_transformers():
@@ -105,7 +104,7 @@ def test_mlstm_is_that_of_transformers():
         weight_mode="single", mode="inference", chunkwise_kernel="chunkwise--native_autograd", num_hidden_layers=1,
         sequence_kernel="native_sequence__native", step_kernel="native",
     )  # fmt: skip
-    peer = modeling.xLSTMLayer(config).eval()
+    theirs = modeling.xLSTMLayer(config).eval()
     with torch.no_grad():
         mixer.g_proj.bias.zero_()  # theirs has none
         renamed = {
@@ -117,9 +116,9 @@ def test_mlstm_is_that_of_transformers():
             if name != "g_proj.bias":
                 first, last = name.split(".")
                 weights[renamed[first + "."] + last] = p.repeat(2) if first == "o_norm" else p
-        copy_weights(peer, weights)
+        copy_weights(theirs, weights)
         x = some_input()
-        assert close(mixer(x)[0], peer(x)[0], PEER)
+        assert close(mixer(x)[0], theirs(x)[0], FOREIGN)
 
 
 def qwen3_next_weights(mixer) -> dict[str, Tensor]:
@@ -167,14 +166,14 @@ def test_gated_deltanet_is_that_of_transformers(name, settings):
         layer_types=["linear_attention"],
         linear_conv_kernel_dim=settings.get("conv_size", 4) if mixer.use_short_conv else 1,
     )  # fmt: skip
-    peer = modeling.Qwen3NextGatedDeltaNet(config, 0).eval()
-    copy_weights(peer, qwen3_next_weights(mixer))
+    theirs = modeling.Qwen3NextGatedDeltaNet(config, 0).eval()
+    copy_weights(theirs, qwen3_next_weights(mixer))
     x, weights = some_input().requires_grad_(), torch.linspace(-1, 1, B * T * D).view(B, T, D)
-    got, want = mixer(x)[0], peer(x)
-    assert close(got, want, PEER)
-    assert close(*(torch.autograd.grad(y, x, weights)[0] for y in (got, want)), PEER)
+    got, want = mixer(x)[0], theirs(x)
+    assert close(got, want, FOREIGN)
+    assert close(*(torch.autograd.grad(y, x, weights)[0] for y in (got, want)), FOREIGN)
     with torch.no_grad():
-        assert close(in_pieces(mixer, x)[0], want, PEER)
+        assert close(in_pieces(mixer, x)[0], want, FOREIGN)
 
 
 def test_the_peers_are_plain_pytorch(monkeypatch):
@@ -196,7 +195,7 @@ def test_the_peers_are_plain_pytorch(monkeypatch):
     x = torch.ones(1, 3, 2, 8)
     inputs = (x, x, x, -torch.ones(1, 3, 2), torch.ones(1, 3, 2))
     assert plain.torch_chunk_gated_delta_rule(*inputs)[0].isfinite().all()
-    with pytest.raises(AssertionError, match="a kernel"):  # else the peers would not have to be plain
+    with pytest.raises(AssertionError, match="a kernel"):  # else theirs would not have to be plain
         theirs.torch_chunk_gated_delta_rule(*inputs)
 
 
@@ -217,14 +216,14 @@ def slstm_cell_weights(mixer) -> dict[str, Tensor]:
 def same_slstm_state(got, want: Tensor) -> bool:
     """want [4,B,H·K] of the package: h, c, n, m."""
     ours = (got.hidden, got.cell, got.normaliser, got.stabiliser)
-    return all(close(u.flatten(1), w, PEER) for u, w in zip(ours, want, strict=True))
+    return all(close(u.flatten(1), w, FOREIGN) for u, w in zip(ours, want, strict=True))
 
 
 @pytest.mark.parametrize("use_short_conv", [False, True])
 def test_slstm_is_that_of_its_authors(use_short_conv):
     package = pytest.importorskip("xlstm.blocks.slstm.layer")
     mixer = build("slstm", head_dim=D // 2, use_short_conv=use_short_conv)
-    peer = package.sLSTMLayer(
+    theirs = package.sLSTMLayer(
         package.sLSTMLayerConfig(
             embedding_dim=D, num_heads=2, conv1d_kernel_size=4 if use_short_conv else 0, backend="vanilla"
         )
@@ -242,12 +241,12 @@ def test_slstm_is_that_of_its_authors(use_short_conv):
         weights["group_norm.weight"] = mixer.norm_weight.flatten() - 1  # theirs is added to 1
         if use_short_conv:
             weights |= {"conv1d.conv.weight": mixer.conv1d.weight, "conv1d.conv.bias": torch.zeros(D)}  # ours has none
-        copy_weights(peer, weights)
+        copy_weights(theirs, weights)
         x = some_input()
-        want, end = peer(x, return_last_state=True)
+        want, end = theirs(x, return_last_state=True)
         want = mixer.o_proj(want)  # theirs leaves this to the block
         for got, state in (mixer(x), in_pieces(mixer, x)):
-            assert close(got, want, PEER) and same_slstm_state(state, end["slstm_state"])
+            assert close(got, want, FOREIGN) and same_slstm_state(state, end["slstm_state"])
             assert not use_short_conv or torch.equal(state.history, end["conv_state"])
 
 
@@ -256,24 +255,24 @@ def test_slstm_cell_is_that_of_its_authors(input_gate):
     """Heads that see all of x and are fewer than its channels, which their layer lacks; gates beyond float32's exp."""
     package = pytest.importorskip("xlstm.blocks.slstm.cell")
     mixer, x = build("slstm", use_short_conv=False), some_input()
-    peer = package.sLSTMCell(package.sLSTMCellConfig(hidden_size=16, num_heads=2, backend="vanilla")).eval()
+    theirs = package.sLSTMCell(package.sLSTMCellConfig(hidden_size=16, num_heads=2, backend="vanilla")).eval()
     with torch.no_grad():
         mixer.if_proj.weight *= 5
         mixer.bias[:, 16:24] += input_gate
-        copy_weights(peer, slstm_cell_weights(mixer))
+        copy_weights(theirs, slstm_cell_weights(mixer))
         (z, o), (i, f) = (proj(x).chunk(2, -1) for proj in (mixer.zo_proj, mixer.if_proj))
-        h, end = peer(torch.cat((i, f, z, o), -1))  # [B,H,T,K]
+        h, end = theirs(torch.cat((i, f, z, o), -1))  # [B,H,T,K]
         h = h - h.mean(-1, keepdim=True)
         h = rms(h, mixer.norm_weight[:, None])
         y, state = mixer(x)
-        assert close(y, mixer.o_proj(h.transpose(1, 2).flatten(2)), PEER) and same_slstm_state(state, end)
+        assert close(y, mixer.o_proj(h.transpose(1, 2).flatten(2)), FOREIGN) and same_slstm_state(state, end)
 
 
 def test_mlstm_cell_is_that_of_its_authors():
     """Whole with the quadratic form, and with the carried state token by token."""
     package = pytest.importorskip("xlstm.blocks.mlstm.cell")
     mixer, x = build("mlstm", head_dim=D // 2), some_input()
-    peer = package.mLSTMCell(package.mLSTMCellConfig(context_length=T, embedding_dim=D, num_heads=2)).eval()
+    theirs = package.mLSTMCell(package.mLSTMCellConfig(context_length=T, embedding_dim=D, num_heads=2)).eval()
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     with torch.no_grad():
         mixer.v_proj.weight *= 0.03  # outputs so small that the norm's eps shows by what they were divided
@@ -282,21 +281,21 @@ def test_mlstm_cell_is_that_of_its_authors():
             theirs = torch.randn(2, 3 * D) / 5
             gate.weight.copy_(theirs @ torch.cat([p.weight for p in projections]))  # theirs sees x as q, k and v
             weights |= {f"{name}.weight": theirs, f"{name}.bias": gate.bias}
-        copy_weights(peer, weights)
+        copy_weights(theirs, weights)
         qkv = [p(x) for p in projections]
         gate = mixer.g_proj(x).sigmoid()  # not in their cell
 
-        want = mixer.o_proj(peer(*qkv) * gate)
+        want = mixer.o_proj(theirs(*qkv) * gate)
         outputs, end = [], None
         for t in range(T):
-            h, end = peer.step(*(u[:, t : t + 1].clone() for u in qkv), end)
+            h, end = theirs.step(*(u[:, t : t + 1].clone() for u in qkv), end)
             outputs.append(h)
-        assert close(mixer.o_proj(torch.cat(outputs, 1) * gate), want, PEER)
+        assert close(mixer.o_proj(torch.cat(outputs, 1) * gate), want, FOREIGN)
         c, n, m = end
         for got, state in (mixer(x), in_pieces(mixer, x)):
-            assert close(got, want, PEER)
-            assert close(state.recurrent, c, PEER)
-            assert close(state.normalizer, n[..., 0], PEER) and close(state.stabilizer, m[..., 0, 0], PEER)
+            assert close(got, want, FOREIGN)
+            assert close(state.recurrent, c, FOREIGN)
+            assert close(state.normalizer, n[..., 0], FOREIGN) and close(state.stabilizer, m[..., 0, 0], FOREIGN)
 
 
 # The papers' equations, a token at a time

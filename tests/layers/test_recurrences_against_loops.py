@@ -6,10 +6,10 @@ What every mixer owes the contract (streaming, packing, padding, gradients) is i
 import math
 from functools import partial
 
-import peers
+import mixer_oracles
 import pytest
 import torch
-from peers import D, H, K, build, noise
+from mixer_oracles import D, H, K, build, noise
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.numerical
 
 EXACT = 1e-12  # a few hundred float64 roundings of numbers near 1, times up to 1/√norm_eps where a norm enlarges them
 B, T = 2, 21
-PEERS = [Attention, LSTM, GRU, SLSTM, DenseLinearRNN, RWKV7]
+OTHER_MIXERS = [Attention, LSTM, GRU, SLSTM, DenseLinearRNN, RWKV7]
 NAMES = ["attention", "lstm", "gru", "slstm", "dense_linear_rnn", "rwkv7"]
-assert_close = partial(peers.assert_close, tolerance=EXACT)
+assert_close = partial(mixer_oracles.assert_close, tolerance=EXACT)
 
 
 def heads(x):
@@ -319,7 +319,7 @@ def test_rwkv7_is_the_loop():
 # Sizes, dtypes and models
 
 
-@pytest.mark.parametrize("mixer", PEERS)
+@pytest.mark.parametrize("mixer", OTHER_MIXERS)
 def test_bfloat16_inputs_under_autocast(mixer):
     single = build(mixer).float()
     x = noise(B, T, D).bfloat16()
@@ -331,7 +331,7 @@ def test_bfloat16_inputs_under_autocast(mixer):
     assert (y - want).norm() <= 10 * 2**-8 * want.norm()  # ten roundings to 8 bits, as in test_mixers.py
 
 
-@pytest.mark.parametrize("mixer", PEERS)
+@pytest.mark.parametrize("mixer", OTHER_MIXERS)
 @pytest.mark.parametrize("name", ["hidden_size", "num_heads", "head_dim"])
 def test_impossible_sizes_are_refused(mixer, name):
     with pytest.raises(UsageError, match=rf"^{name} must be positive, not 0\.$"):
@@ -361,13 +361,13 @@ def test_impossible_options_are_refused(match, mixer, options):
 @pytest.mark.parametrize(("name", "value"), [("num_kv_heads", 0), ("rope_theta", 0.0)])
 def test_impossible_fields_are_refused(name, value):
     with pytest.raises(UsageError, match=rf"^{name} must be"):
-        ModelConfig(vocab_size=5, num_labels=5, **{name: value})
+        ModelConfig.build(vocab_size=5, num_labels=5, mixer="attention", **{name: value})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_of_peers_stream_and_come_back_from_disk(name, tmp_path):
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig(vocab_size=5, num_labels=4, hidden_size=D, num_heads=H, head_dim=K, mixer=name))
+    model = SequenceModel(ModelConfig.build(5, 4, hidden_size=D, num_heads=H, head_dim=K, mixer=name))
     model.save_pretrained(tmp_path / "model")
     again = SequenceModel.from_pretrained(tmp_path / "model")
     tokens = torch.randint(5, (B, 2 * T), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""What the tests of peers against loops have in common: inputs, mixers all of whose parameters show, and nearness.
+"""What the tests of mixers against loops have in common: inputs, mixers all of whose parameters show, and nearness.
 
 And other people's code as it is in plain PyTorch, whatever else is installed beside it.
 """

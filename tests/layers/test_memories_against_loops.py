@@ -8,10 +8,10 @@ import importlib
 import math
 from functools import partial
 
-import peers
+import mixer_oracles
 import pytest
 import torch
-from peers import D, H, K, build, noise
+from mixer_oracles import D, H, K, build, noise
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.numerical
 B, T = 2, 37
 EXACT = 1e-10  # float64 roundings, enlarged where a norm divides by almost nothing, over up to 300 tokens
 SINGLE = 1e-4  # the same of float32
-assert_close = partial(peers.assert_close, tolerance=EXACT)
+assert_close = partial(mixer_oracles.assert_close, tolerance=EXACT)
 
 
 def pick(shape, choices, seed=1):
@@ -365,15 +365,13 @@ def test_impossible_sizes_are_refused(mixer, name):
 @pytest.mark.parametrize(("name", "wanted"), [("ttt_chunk_size", "at least 1"), ("ttt_base_lr", "positive")])
 def test_impossible_fields_are_refused(name, wanted):
     with pytest.raises(UsageError, match=rf"^{name} must be {wanted}, not 0\.$"):
-        ModelConfig(vocab_size=5, num_labels=5, **{name: 0})
+        ModelConfig.build(vocab_size=5, num_labels=5, mixer="ttt_linear", **{name: 0})
 
 
 @pytest.mark.parametrize("name", ["ttt_linear", "titans"])
 def test_models_stream_and_come_back_from_disk(name, tmp_path):
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=5, num_labels=4, hidden_size=D, num_heads=H, head_dim=K, mixer=name, ttt_chunk_size=6
-    )
+    config = ModelConfig.build(5, 4, hidden_size=D, num_heads=H, head_dim=K, mixer=name, defaults={"ttt_chunk_size": 6})
     model = SequenceModel(config)
     model.save_pretrained(tmp_path / "model")
     again = SequenceModel.from_pretrained(tmp_path / "model")

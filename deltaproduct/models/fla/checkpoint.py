@@ -28,7 +28,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import MANIFEST, read_folder, read_json, replaced_folder, whole_folder, write_json
 from deltaproduct.layers import DeltaProduct
 from deltaproduct.models.config import ModelConfig
-from deltaproduct.models.fla_config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
+from deltaproduct.models.fla.config import ARCHITECTURES, Layout, from_fla_config, to_fla_config
 from deltaproduct.models.sequence_model import CONFIG, MODEL_TYPE, SequenceModel
 from deltaproduct.models.weights import COMPUTED, KINDS, WEIGHTS, read_weights, write_tensors
 

@@ -17,8 +17,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, get_args
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers import get_mixer
-from deltaproduct.layers.deltaproduct import DeltaProduct
+from deltaproduct.layers import (
+    AttentionOptions,
+    DeltaNetOptions,
+    DeltaProduct,
+    DeltaProductOptions,
+    GatedDeltaNetOptions,
+    MixerOptions,
+    get_mixer,
+)
+from deltaproduct.layers.options import option_names
 from deltaproduct.models.config import ModelConfig
 
 Layout = Literal["fused", "per-step", "0.2.1"]
@@ -110,14 +118,16 @@ def from_fla_config(values: Any) -> ModelConfig:
             raise UsageError(f"The {kind} configuration has {name}={value!r}; this library computes only {wanted}.")
     _check_neg_eigval(kind, values)
     given = {name: _typed(kind, name, values.get(name, default), default) for name, default in DEFAULTS[kind].items()}
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "norm_eps", "initializer_range", "tie_word_embeddings",
-              "num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")  # fmt: skip
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "norm_eps", "initializer_range", "tie_word_embeddings")
+    recurrence = _recurrence(kind, given)
+    attention = _attention_layers(values.get("attn"), given["hidden_size"], given["num_hidden_layers"])
     return ModelConfig(
         num_labels=given["vocab_size"],
         intermediate_size=_mlp_size(given),
-        layer_overrides=_attention_layers(values.get("attn"), given["hidden_size"], given["num_hidden_layers"]),
+        mixer=tuple(attention.get(i, recurrence) for i in range(given["num_hidden_layers"]))
+        if attention
+        else recurrence,
         **{name: given[name] for name in shared},
-        **_recurrence(kind, given),
     )
 
 
@@ -151,20 +161,20 @@ def _mlp_size(given: Mapping[str, Any]) -> int:
     return -(-(2 * given["hidden_size"] * ratio // 3) // 256) * 256
 
 
-def _recurrence(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that the kinds set each in its own way."""
+def _recurrence(kind: str, given: Mapping[str, Any]) -> MixerOptions:
+    """The options of the recurrent layers, which the kinds set each in its own way."""
+    shared = {name: given[name] for name in ("num_heads", "use_short_conv", "conv_size", "allow_neg_eigval")}
     if kind == "delta_net":
         key_size, value_size = (_head_size(given, expand) for expand in ("expand_k", "expand_v"))
-        return {"mixer": "deltanet", "num_householder": 1, "head_dim": key_size, "expand_v": value_size / key_size,
-                "use_output_gate": given["use_gate"]}  # fmt: skip
-    heads = {name: given[name] for name in ("head_dim", "expand_v", "num_v_heads")}
-    if kind == "gated_deltanet":
-        mixer = "gated_deltanet" if given["use_gate"] else "deltanet"  # our preset of the former always has the gate
-        return heads | {"mixer": mixer, "num_householder": 1, "use_forget_gate": True,
-                        "use_output_gate": given["use_gate"]}  # fmt: skip
+        return DeltaNetOptions(
+            head_dim=key_size, expand_v=value_size / key_size, use_output_gate=given["use_gate"], **shared
+        )
+    shared |= {name: given[name] for name in ("head_dim", "expand_v", "num_v_heads")}
+    if kind == "gated_deltanet":  # our preset of it always has the output gate
+        return GatedDeltaNetOptions(**shared) if given["use_gate"] else DeltaNetOptions(use_forget_gate=True, **shared)
     gate = given["use_gate"] if given["use_output_gate"] is None else given["use_output_gate"]
-    return heads | {"mixer": "deltaproduct", "num_householder": given["num_householder"],
-                    "use_forget_gate": given["use_forget_gate"], "use_output_gate": gate}  # fmt: skip
+    steps, forgets = given["num_householder"], given["use_forget_gate"]
+    return DeltaProductOptions(num_householder=steps, use_forget_gate=forgets, use_output_gate=gate, **shared)
 
 
 def _head_size(given: Mapping[str, Any], expand: str) -> int:
@@ -177,10 +187,10 @@ def _head_size(given: Mapping[str, Any], expand: str) -> int:
     return whole // heads
 
 
-def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[str, dict[str, Any]]:
-    """`ModelConfig.layer_overrides` for the layers that `attn`, a specification or a list of them, makes attention."""
+def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[int, MixerOptions]:
+    """The options of the layers that `attn`, a specification or a list of them, makes attention, by their numbers."""
     specs = [] if attn is None else attn if isinstance(attn, list) else [attn]
-    overrides: dict[str, dict[str, Any]] = {}
+    found: dict[int, MixerOptions] = {}
     for spec in specs:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("layers"), list):
             raise UsageError(f"attn={spec!r} does not say in which layers there is attention.")
@@ -197,11 +207,12 @@ def _attention_layers(attn: Any, hidden_size: int, num_layers: int) -> dict[str,
         if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
             raise UsageError(f"attn has num_kv_heads={kv_heads!r}, which should divide num_heads={heads}.")
         for layer in spec["layers"]:
-            if type(layer) is not int or not 0 <= layer < num_layers or str(layer) in overrides:
+            if type(layer) is not int or not 0 <= layer < num_layers or layer in found:
                 raise UsageError(f"attn names layer {layer!r} wrongly or twice; layers are 0 … {num_layers - 1}.")
-            overrides[str(layer)] = {"mixer": "attention", "num_heads": heads, "head_dim": hidden_size // heads,
-                                     "num_kv_heads": kv_heads, "rope_theta": float(theta)}  # fmt: skip
-    return overrides
+            found[layer] = AttentionOptions(
+                num_heads=heads, head_dim=hidden_size // heads, num_kv_heads=kv_heads, rope_theta=float(theta)
+            )
+    return found
 
 
 def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, Any]:
@@ -220,12 +231,11 @@ def to_fla_config(config: ModelConfig, layout: Layout = "fused") -> dict[str, An
     if layout not in get_args(Layout):
         *others, last = get_args(Layout)
         raise UsageError(f"The layout must be {', '.join(others)} or {last}, not {layout!r}.")
-    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
-    _refuse_what_fla_lacks(config, layers)
-    attention = {i: layer for i, layer in enumerate(layers) if layer.mixer == "attention"}
-    recurrent = [layer for i, layer in enumerate(layers) if i not in attention]
-    own = _settings(recurrent[0])
-    kind = _kind(recurrent[0].mixer, own, layout)
+    _refuse_what_fla_lacks(config)
+    attention = {i: options for i, options in enumerate(config.mixers) if options.name == "attention"}
+    recurrent = next(options for options in config.mixers if options.name != "attention")
+    own = _settings(recurrent)
+    kind = _kind(recurrent.name, own, layout)
     attn = _attention_specs(attention)
     if layout == "0.2.1":
         if own["num_v_heads"] != own["num_heads"]:
@@ -272,10 +282,12 @@ def _cannot_hold(why: str) -> NoReturn:
     raise UsageError(f"flash-linear-attention cannot hold this model: {why}.")
 
 
-def _settings(layer: ModelConfig) -> dict[str, Any]:
-    """The arguments of `DeltaProduct` with which this layer's mixer is built, presets applied."""
-    fixed = get_mixer(layer.mixer).fixed
-    settings = {name: fixed.get(name, getattr(layer, name)) for name in DeltaProduct.arguments()}
+def _settings(options: MixerOptions) -> dict[str, Any]:
+    """The options of `DeltaProduct` with which a layer's mixer is built, presets applied."""
+    fixed = get_mixer(options.name).fixed
+    settings = {
+        name: fixed[name] if name in fixed else getattr(options, name) for name in option_names(DeltaProductOptions)
+    }
     return settings | {"num_v_heads": settings["num_v_heads"] or settings["num_heads"]}
 
 
@@ -288,22 +300,22 @@ def _kind(mixer: str, own: Mapping[str, Any], layout: Layout) -> str:
     return "delta_net" if mixer == "deltanet" and not grouped else "gated_deltaproduct"
 
 
-def _refuse_what_fla_lacks(config: ModelConfig, layers: list[ModelConfig]) -> None:
+def _refuse_what_fla_lacks(config: ModelConfig) -> None:
     if config.vocab_size != config.num_labels:
         _cannot_hold(f"it is no language model, with vocab_size={config.vocab_size} and num_labels={config.num_labels}")
-    for i, layer in enumerate(layers):
-        if layer.mlp_size == 0:
+    for i, options in enumerate(config.mixers):
+        if (size := config.layer(i).mlp_size) == 0:
             _cannot_hold(f"layer {i} has no MLP")
-        if (layer.mlp_size, layer.norm_eps) != (config.mlp_size, config.norm_eps):
-            _cannot_hold(f"layer {i} has another intermediate_size or norm_eps than the model")
-        if layer.mixer == "attention":
-            if layer.num_heads * layer.head_dim != layer.hidden_size:
+        if size != config.layer(0).mlp_size:
+            _cannot_hold(f"layer {i} has another intermediate_size than layer 0")
+        if isinstance(options, AttentionOptions):
+            if options.num_heads * options.head_dim != config.hidden_size:
                 _cannot_hold(f"attention in layer {i} has num_heads · head_dim ≠ hidden_size")
-            if layer.rope_theta is None:
+            if options.rope_theta is None:
                 _cannot_hold(f"attention in layer {i} has no rotary positions")
-        elif not issubclass(get_mixer(layer.mixer), DeltaProduct):
-            _cannot_hold(f"layer {i} is {layer.mixer}")
-    recurrent = [_settings(layer) for layer in layers if layer.mixer != "attention"]
+        elif not issubclass(get_mixer(options.name), DeltaProduct):
+            _cannot_hold(f"layer {i} is {options.name}")
+    recurrent = [_settings(options) for options in config.mixers if options.name != "attention"]
     if not recurrent:
         _cannot_hold("all its layers are attention")
     if any(settings != recurrent[0] for settings in recurrent):
@@ -314,12 +326,12 @@ def _refuse_what_fla_lacks(config: ModelConfig, layers: list[ModelConfig]) -> No
         _cannot_hold("the projection of β has a bias")
 
 
-def _attention_specs(layers: Mapping[int, ModelConfig]) -> dict[str, Any] | list[dict[str, Any]] | None:
+def _attention_specs(layers: Mapping[int, MixerOptions]) -> dict[str, Any] | list[dict[str, Any]] | None:
     """`attn`: one specification for all layers that are alike, a list only where there are several."""
     specs: list[dict[str, Any]] = []
-    for i, layer in layers.items():
-        spec = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads or layer.num_heads, "qkv_bias": False,
-                "window_size": None, "rope_theta": layer.rope_theta}  # fmt: skip
+    for i, options in layers.items():
+        spec = {"num_heads": options.num_heads, "num_kv_heads": options.num_kv_heads or options.num_heads,
+                "qkv_bias": False, "window_size": None, "rope_theta": options.rope_theta}  # fmt: skip
         alike = next((s for s in specs if s == spec | {"layers": s["layers"]}), None)
         if alike is None:
             specs.append(spec | {"layers": [i]})
