@@ -35,7 +35,9 @@ STEPS = 6
 TASK_LINE = ["step", "length", "loss", "loss_mean", "accuracy", "lr", "grad_norm", "seconds"]
 LANGUAGE_LINE = ["step", "tokens", "loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "memory_gib", "mfu",
                  "seconds", "validation_loss"]  # fmt: skip
-TEXT_MODEL = ModelConfig(257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4, intermediate_size=0)
+TEXT_MODEL = ModelConfig.build(
+    257, 257, hidden_size=16, num_hidden_layers=1, num_heads=2, head_dim=4, intermediate_size=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ class Echo:
 
 
 def echo(out: Path, *, resume: bool = False, checkpoint_every: int = 2, **trouble: int) -> Echo:
-    run = Run(TrainConfig(steps=STEPS, lr=1e-2), ModelConfig(5, 5, hidden_size=8, num_heads=1, head_dim=4))
+    run = Run(TrainConfig(steps=STEPS, lr=1e-2), ModelConfig.build(5, 5, hidden_size=8, num_heads=1, head_dim=4))
     objective = Echo(run.training, **trouble)
     train(run, out, objective, resume=resume, log_every=1, checkpoint_every=checkpoint_every, show=False)
     return objective
