@@ -238,7 +238,7 @@ def test_a_loss_that_is_infinite_leaves_the_weights_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(Echo, "loss", spoiled)
     with pytest.raises(UsageError, match=r"Step 4 has a loss of inf and a gradient of norm nan; .* of step 3"):
         echo(tmp_path / "run", checkpoint_every=1)
-    run = Run(TrainConfig(), ModelConfig(5, 5, hidden_size=8, num_heads=1, head_dim=4))
+    run = Run(TrainConfig(), ModelConfig.build(5, 5, hidden_size=8, num_heads=1, head_dim=4))
     model, alone = loop.new_model(run), OneProcess(torch.device("cpu"))
     optimizer, before = loop.new_optimizer(model, run.training), loop.new_model(run).state_dict()
     for batches, changed in ((3, False), (0, True)):
