@@ -1,7 +1,7 @@
 """Reports as tables for a terminal."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -38,9 +38,9 @@ def render(report: Report, console: Console) -> None:
         case ScalingBenchmark():
             _scaling(report, page)
         case GenerateBenchmark():
-            _step(report, page)
+            _generate(report, page)
         case OpStepBenchmark():
-            _decode(report, page)
+            _op_step(report, page)
         case TrainBenchmark():
             _train(report, page)
         case MixersBenchmark():
@@ -162,9 +162,9 @@ def _scaling(report: ScalingBenchmark, page: _Page) -> None:
         page.note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
 
 
-def _step(report: GenerateBenchmark, page: _Page) -> None:
-    m, t = _flat(report.model), report.times
-    sizes = f"L{m['num_hidden_layers']} D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+def _generate(report: GenerateBenchmark, page: _Page) -> None:
+    t = report.times
+    sizes = f"L{report.model['num_hidden_layers']} {_sizes(report.model)}"
     if t is None:
         page.note(f"{sizes}: not timed, {report.reason}.")
     else:
@@ -198,7 +198,7 @@ def _step(report: GenerateBenchmark, page: _Page) -> None:
         )
 
 
-def _decode(report: OpStepBenchmark, page: _Page) -> None:
+def _op_step(report: OpStepBenchmark, page: _Page) -> None:
     shape = report.shape
     title = f"One token, {re.sub('^B[0-9]+ T[0-9]+ ', '', shape.label)}, {report.backend}, µs"
     launches = any(row.launch for row in report.rows)
@@ -244,9 +244,15 @@ def _train(report: TrainBenchmark, page: _Page) -> None:
     page.note("error: max|x − x64| / max|x64| over the loss and all gradients.")
 
 
+def _sizes(model: Mapping[str, Any]) -> str:
+    """D, H, K and N of a model whose layers are alike, as `ModelConfig.to_dict` has them; those that its mixer has."""
+    letters = {"num_heads": "H", "head_dim": "K", "num_householder": "N"}
+    own = [f"{letter}{model['mixer'][name]}" for name, letter in letters.items() if name in model["mixer"]]
+    return " ".join([f"D{model['hidden_size']}", *own])
+
+
 def _mixers(report: MixersBenchmark, page: _Page) -> None:
-    m = _flat(report.config["model"])
-    sizes = f"D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+    sizes = _sizes(report.config["model"])
     title = f"A training step of {report.config['training']['task']}, B{report.batch_size} T{report.tokens} {sizes}"
     rows = [
         (
@@ -274,11 +280,6 @@ def _mixers(report: MixersBenchmark, page: _Page) -> None:
     page.note("MiB: most memory in tensors beyond the weights, in a first step; native code's own scratch is not seen.")
     page.note("error: max|x − x64| / max|x64| over the loss and all gradients, x64 the same model's in float64;")
     page.note(f"sequences checked: {report.checked_batch}.")
-
-
-def _flat(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's fields and, beside them, its mixer's options: reports are of models whose layers are all alike."""
-    return model | model["mixer"]
 
 
 def _ms(t: Timing | None, factor: float = 1) -> str:

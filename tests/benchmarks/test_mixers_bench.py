@@ -17,14 +17,6 @@ from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
 
 
-def called(name, mixer):
-    """A mixer as it is registered under another name: with options of that name."""
-    options = dataclasses.make_dataclass(
-        "Options", [], bases=(mixer.options,), namespace={"name": name}, frozen=True, kw_only=True
-    )
-    return type(mixer.__name__, (mixer,), {"options": options})
-
-
 class OffInFloat32(LinearAttention):
     """What loses precision: right in float64, 1% off in float32."""
 
@@ -42,6 +34,11 @@ class NotANumber(DeltaNet):
 class Broken(LinearAttention):
     def mix(self, x, state, cu_seqlens):
         raise RuntimeError("no such kernel\nand more")
+
+
+def registered(name, mixer):
+    """The mixer with options of that name, under which it can be registered."""
+    return type(mixer.__name__, (mixer,), {"options": type("Options", (mixer.options,), {"name": name})})
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def test_the_report_is_plain_json_and_its_table_fits_80_columns(quick_mixers):
 def test_slow_mixers_say_why(monkeypatch):
     """Beyond 5 × DeltaNet's time; a reason that nobody has written down is noticed."""
     median_ms = {"deltanet": 10.0, "lstm": 50.0, "gru": 50.1, "mamba": 123.0, "odd": 60.0, "attention": 1.0}
-    monkeypatch.setitem(MIXERS, "odd", called("odd", LinearAttention))
+    monkeypatch.setitem(MIXERS, "odd", registered("odd", LinearAttention))
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: {n: Timing(median_ms[n], 1, 200, 3) for n in runs})
     report = run(list(median_ms), repeats=7)
     assert [row.ratio for row in report.rows] == pytest.approx([1, 5, 5.01, 12.3, 6, 0.1])
@@ -113,8 +110,8 @@ def test_reasons_are_of_registered_mixers():
 
 
 def test_wrong_and_failing_mixers_are_not_timed(monkeypatch):
-    monkeypatch.setitem(MIXERS, "off", called("off", OffInFloat32))
-    monkeypatch.setitem(MIXERS, "broken", called("broken", Broken))
+    monkeypatch.setitem(MIXERS, "off", registered("off", OffInFloat32))
+    monkeypatch.setitem(MIXERS, "broken", registered("broken", Broken))
     timed = []
     real = mixers.interleaved
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: timed.extend(runs) or real(runs, **kw))
