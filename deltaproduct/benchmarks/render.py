@@ -1,7 +1,8 @@
 """Reports as tables for a terminal."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -162,8 +163,8 @@ def _scaling(report: ScalingBenchmark, page: _Page) -> None:
 
 
 def _step(report: GenerateBenchmark, page: _Page) -> None:
-    m, t = report.model, report.times
-    sizes = f"L{m['num_hidden_layers']} D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+    t = report.times
+    sizes = f"L{report.model['num_hidden_layers']} {_sizes(report.model)}"
     if t is None:
         page.note(f"{sizes}: not timed, {report.reason}.")
     else:
@@ -243,9 +244,15 @@ def _train(report: TrainBenchmark, page: _Page) -> None:
     page.note("error: max|x − x64| / max|x64| over the loss and all gradients.")
 
 
+def _sizes(model: Mapping[str, Any]) -> str:
+    """D, H, K and N of a model whose layers are alike, as `ModelConfig.to_dict` has them; those that its mixer has."""
+    letters = {"num_heads": "H", "head_dim": "K", "num_householder": "N"}
+    own = [f"{letter}{model['mixer'][name]}" for name, letter in letters.items() if name in model["mixer"]]
+    return " ".join([f"D{model['hidden_size']}", *own])
+
+
 def _mixers(report: MixersBenchmark, page: _Page) -> None:
-    m = report.config["model"]
-    sizes = f"D{m['hidden_size']} H{m['num_heads']} K{m['head_dim']} N{m['num_householder']}"
+    sizes = _sizes(report.config["model"])
     title = f"A training step of {report.config['training']['task']}, B{report.batch_size} T{report.tokens} {sizes}"
     rows = [
         (

@@ -139,9 +139,9 @@ def chosen_mixers(arguments: Sequence[str], default: Sequence[str]) -> tuple[str
             if given is not None:
                 raise UsageError(f"--layers names the mixer of every layer; leave out {flag}.")
         try:
-            names = parts_of(layers)
+            names = list(_parse_names([layers]))
         except ValueError:
-            names = []  # the parser says what is wrong
+            return tuple(default)  # the parser says what is wrong
         depth = value_of("--num-hidden-layers", arguments)
         if names and depth is not None and depth.isdecimal() and int(depth) != len(names):
             raise UsageError(f"--layers names {len(names)} layers and --num-hidden-layers says {depth}; leave it out.")
@@ -230,12 +230,14 @@ def model_of(flags: Any, vocab_size: int, num_labels: int, stored: ModelConfig |
     return ModelConfig.build(vocab_size, num_labels, mixer=mixer, **values)
 
 
-def stored_values(model: ModelConfig) -> dict[str, Any]:
-    """What the flags of `model_flags` and `with_options` are for a stored model: defaults with --resume."""
+def stored_values(model: ModelConfig, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the flags of `model_flags` and `with_options` are for a stored model: defaults with --resume. Other mixers
+    that the arguments ask for are not mixed with the stored ones, and are then refused as a change."""
     values = {name: getattr(model, name) for name in MODEL_FIELDS}
     if isinstance(values["intermediate_size"], tuple):
         values["intermediate_size"] = None
-    if model.is_hybrid:
+    asked = any(value_of(flag, arguments) is not None for flag in ("--mixer", "--attention-every"))
+    if model.is_hybrid and not asked:
         values["layers"] = tuple(options.name for options in model.mixers)
     options = {name: value for record in reversed(model.mixers) for name, value in asdict(record).items()}
     return values | {"mixer": model.mixers[0].name} | options

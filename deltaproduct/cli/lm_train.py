@@ -219,7 +219,7 @@ def defaults(arguments: Sequence[str]) -> LmTrain:
     missing: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING}
     stored = _stored(arguments)
     if stored is not None and out is not None:
-        values = stored_values(stored.model) | vars(stored.training)
+        values = stored_values(stored.model, arguments) | vars(stored.training)
         if value_of("--data", arguments) is None:
             missing["data"] = find_corpus(Path(out), stored.training.corpus)
     else:

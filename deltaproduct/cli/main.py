@@ -57,6 +57,10 @@ COMMANDS: "dict[str, Command | CommandGroup]" = {
         "list": Command("tasks", "TasksList", "List the forms that a task's name can take."),
         "show": Command("tasks", "TasksShow", "Describe one task, with a worked example."),
     }),
+    "mixers": CommandGroup("Which sequence mixers there are, and what options one has.", {
+        "list": Command("mixers", "MixersList", "List the sequence mixers."),
+        "show": Command("mixers", "MixersShow", "Describe one mixer: its recurrence and its options."),
+    }),
     "bench": CommandGroup("Measure this machine and the operator on it.", {
         "ops": Command("bench", "BenchOps", "Every backend of the operator and other implementations of it: "
                        "correctness first, then interleaved timings and the roofline. With --step, one token of the "

@@ -110,7 +110,7 @@ def defaults(arguments: Sequence[str]) -> Train | None:
     if out is None or stored is None:
         return None
     kind = command(arguments)
-    values = vars(stored.training) | stored_values(stored.model)
+    values = vars(stored.training) | stored_values(stored.model, arguments)
     known = {f.name for f in fields(kind)}
     return kind(out=Path(out), resume=True, **{name: value for name, value in values.items() if name in known})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
@@ -82,6 +82,12 @@ class Attention(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = AttentionOptions
+    about: ClassVar[About] = About(
+        "causal softmax attention with rotary positions",
+        "arXiv 1706.03762",
+        "none: the softmax looks at all keys at once, and no state of fixed size holds them",
+        "-",
+    )
     takes_norm_eps: ClassVar[bool] = False
 
     def __init__(

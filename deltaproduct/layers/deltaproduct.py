@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import ACTIVATIONS, GateProjection, RMSNorm, ShortConvolution, emit_linear
@@ -87,6 +87,13 @@ class DeltaProduct(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = DeltaProductOptions
+    about: ClassVar[About] = About(
+        "N generalised Householder reflections per token, gates optional",
+        "arXiv 2502.10297",
+        "A = exp(g_t) ∏_j P_{t,j} with P_{t,j} = I − β_{t,j} k_{t,j} k_{t,j}ᵀ, "
+        "B = Σ_j (∏_{i>j} P_{t,i}) β_{t,j} k_{t,j} v_{t,j}ᵀ",
+        "allow_neg_eigval",
+    )
     divisible: ClassVar[bool] = True
     drawn_after: ClassVar[str | None] = "a_proj"
 
@@ -334,6 +341,12 @@ class DeltaNet(DeltaProduct):
     """DeltaNet (arXiv 2406.06484): DeltaProduct with one Householder step per token; the other options are its own."""
 
     options: ClassVar[type[MixerOptions]] = DeltaNetOptions
+    about: ClassVar[About] = About(
+        "one generalised Householder reflection per token, gates optional",
+        "arXiv 2406.06484",
+        "A = exp(g_t) (I − β_t k_t k_tᵀ), B = β_t k_t v_tᵀ",
+        "allow_neg_eigval",
+    )
     fixed: ClassVar[dict[str, Any]] = {"num_householder": 1}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):
@@ -351,6 +364,12 @@ class GatedDeltaNet(DeltaProduct):
     """Gated DeltaNet (arXiv 2412.06464): one Householder step per token, a forget gate and an output gate."""
 
     options: ClassVar[type[MixerOptions]] = GatedDeltaNetOptions
+    about: ClassVar[About] = About(
+        "one generalised Householder reflection per token, a forget gate and an output gate",
+        "arXiv 2412.06464",
+        "A = exp(g_t) (I − β_t k_t k_tᵀ), B = β_t k_t v_tᵀ",
+        "allow_neg_eigval",
+    )
     fixed: ClassVar[dict[str, Any]] = {"num_householder": 1, "use_forget_gate": True, "use_output_gate": True}
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **options: Any):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import BiasedLinear, RMSNorm, ShortConvolution
@@ -110,6 +110,12 @@ class DenseLinearRNN(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = DenseLinearRNNOptions
+    about: ClassVar[About] = About(
+        "a linear RNN with any matrix as its transition",
+        "arXiv 2404.08819",
+        "A = M_t / max(1, √(‖M_t‖₁ ‖M_t‖_∞)), B = k_t v_tᵀ",
+        "yes",
+    )
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, RMSNorm
@@ -61,6 +61,12 @@ class GatedLinearAttention(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = GatedLinearAttentionOptions
+    about: ClassVar[About] = About(
+        "gated linear attention: a decay for every key channel",
+        "arXiv 2312.06635",
+        "A = diag(α_t) with entries in (0,1), B = k_t v_tᵀ",
+        "no",
+    )
 
     def __init__(
         self,

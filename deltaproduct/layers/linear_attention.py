@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm
@@ -64,6 +64,12 @@ class LinearAttention(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = LinearAttentionOptions
+    about: ClassVar[About] = About(
+        "sums of φ(k) vᵀ: nothing is ever forgotten or turned",
+        "arXiv 2006.16236",
+        "A = I, B = φ(k_t) v_tᵀ",
+        "no",
+    )
 
     def __init__(
         self,

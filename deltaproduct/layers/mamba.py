@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import draw_time_steps, fill
 from deltaproduct.layers.mamba2 import MambaState
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, ShortConvolution, biased_silu
@@ -57,6 +57,12 @@ class Mamba(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = MambaOptions
+    about: ClassVar[About] = About(
+        "selective state spaces: a diagonal state per channel",
+        "arXiv 2312.00752",
+        "A = diag(a_t), B = Δ_t x_t B_t, for each channel",
+        "allow_neg_eigval",
+    )
     takes_norm_eps: ClassVar[bool] = False
 
     def __init__(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.initialization import draw_rates, draw_time_steps
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import RMSNorm, ShortConvolution, biased_silu
@@ -65,6 +65,12 @@ class Mamba2(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = Mamba2Options
+    about: ClassVar[About] = About(
+        "a decay per head and token, directions that all heads share",
+        "arXiv 2405.21060",
+        "A = a_t I, B = B_t (Δ_t x_t)ᵀ",
+        "allow_neg_eigval",
+    )
     drawn_after: ClassVar[str | None] = "conv1d"
 
     def __init__(

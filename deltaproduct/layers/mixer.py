@@ -4,7 +4,7 @@ B batch · T tokens · D width · S packed sequences.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from deltaproduct.layers.states import copied
 from deltaproduct.ops.context_parallel import ContextParallel
 from deltaproduct.ops.engine_program import EngineProgram
 from deltaproduct.ops.inputs import check_cu_seqlens, num_sequences
+
+
+class About(NamedTuple):
+    """What a reader wants to know of a mixer before its options."""
+
+    summary: str  # a line
+    paper: str  # with its arXiv number, if it has one
+    recurrence: str  # the row of the papers' table, H_t = A(x_t) H_{t−1} + B(x_t), or why it has none
+    negative_eigenvalues: (
+        str  # of A: "yes", "no", "allow_neg_eigval" where that option decides, "-" where there is no A
+    )
 
 
 class Mixer(nn.Module, ABC):
@@ -30,6 +41,7 @@ class Mixer(nn.Module, ABC):
     """
 
     options: ClassVar[type[MixerOptions]]  # the record in the mixer's file
+    about: ClassVar[About]
     takes_norm_eps: ClassVar[bool] = True  # whether the constructor has a norm_eps, which is the model's
     backend: str = "auto"  # of the operator, for the mixers that have a choice
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that a preset sets by itself

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import real_tokens
 from deltaproduct.layers.parts import GateProjection, LayerNorm
@@ -70,6 +70,12 @@ class MLSTM(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = MLSTMOptions
+    about: ClassVar[About] = About(
+        "xLSTM's matrix memory, with an exponential input gate",
+        "arXiv 2405.04517",
+        "A = f_t I with f_t in (0,1), B = i_t k_t v_tᵀ",
+        "no",
+    )
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, expand_v: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()

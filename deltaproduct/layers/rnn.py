@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, unpack
 from deltaproduct.layers.sizes import require_positive
@@ -159,6 +159,12 @@ class LSTM(_RNN):
     """
 
     options: ClassVar[type[MixerOptions]] = LSTMOptions
+    about: ClassVar[About] = About(
+        "the classical LSTM",
+        "Hochreiter and Schmidhuber 1997",
+        "none: the gates see the last output, so that the step is not linear in the state",
+        "-",
+    )
 
     rnn_class = WideLSTM
     has_cell = True
@@ -188,6 +194,12 @@ class GRU(_RNN):
     """
 
     options: ClassVar[type[MixerOptions]] = GRUOptions
+    about: ClassVar[About] = About(
+        "the gated recurrent unit",
+        "arXiv 1406.1078",
+        "none: the gates see the last output, so that the step is not linear in the state",
+        "-",
+    )
 
     rnn_class = WideGRU
     has_cell = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection
@@ -90,6 +90,12 @@ class RWKV7(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = RWKV7Options
+    about: ClassVar[About] = About(
+        "a decay per channel, and a removal key apart from the one that writes",
+        "arXiv 2503.14456",
+        "A = diag(w_t) − (a_t ⊙ κ̂_t) κ̂_tᵀ, B = k̃_t v_tᵀ",
+        "yes",
+    )
     takes_norm_eps: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import ShortConvolution
@@ -67,6 +67,12 @@ class SLSTM(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = SLSTMOptions
+    about: ClassVar[About] = About(
+        "xLSTM's sLSTM: exponential gates and recurrent weights inside each head",
+        "arXiv 2405.04517",
+        "none: the gates see the last output, so that the step is not linear in the state",
+        "-",
+    )
     drawn_after: ClassVar[str | None] = "if_proj"
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.layers.initialization import fill
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.packing import pack, real_tokens, unpack
 from deltaproduct.layers.parts import GateProjection, RMSNorm, ShortConvolution
@@ -146,6 +146,13 @@ class Titans(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = TitansOptions
+    about: ClassVar[About] = About(
+        "a gradient step per token on a linear memory, with momentum and forgetting",
+        "arXiv 2501.00663",
+        "A = [[(1 − α_t) I − β_t k_t k_tᵀ, η_t I], [−β_t k_t k_tᵀ, η_t I]], "
+        "B = [β_t k_t v_tᵀ; β_t k_t v_tᵀ], H = [M; S]",
+        "yes",
+    )
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.mixer import Mixer
+from deltaproduct.layers.mixer import About, Mixer
 from deltaproduct.layers.options import MixerOptions, option
 from deltaproduct.layers.parts import GateProjection, LayerNorm, ShortConvolution
 from deltaproduct.layers.sizes import require_positive
@@ -79,6 +79,12 @@ class TTTLinear(Mixer):
     """
 
     options: ClassVar[type[MixerOptions]] = TTTLinearOptions
+    about: ClassVar[About] = About(
+        "test-time training: a small linear model that learns from the tokens",
+        "arXiv 2407.04620",
+        "none: through the inner norm, the step is not linear in the state",
+        "-",
+    )
     drawn_after: ClassVar[str | None] = "lr_proj"
 
     def __init__(

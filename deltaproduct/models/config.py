@@ -366,7 +366,7 @@ def _from_earlier(values: Mapping[str, Any], *, strict: bool = False) -> ModelCo
     own = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
     name, overrides = own.pop("mixer", DEFAULT_MIXER), values.get("layer_overrides", {})
     flat = {key: value for key, value in values.items() if key not in own.keys() | {"mixer", "layer_overrides"}}
-    if not isinstance(name, str) and strict:  # a record, with options beside it
+    if strict and not overrides:
         return ModelConfig.build(**own, mixer=name, **flat)
     if not isinstance(name, str):
         raise UsageError(f"mixer must be a string, not {name!r:.40}.")
@@ -377,7 +377,7 @@ def _from_earlier(values: Mapping[str, Any], *, strict: bool = False) -> ModelCo
         raise UsageError(f"layer_overrides must be a mapping, not {overrides!r:.40}.")
     if not overrides:
         options = get_mixer(name).options
-        kept = flat if strict else {key: x for key, x in flat.items() if key in option_names(options)}
+        kept = {key: x for key, x in flat.items() if key in option_names(options)}
         record = _options_from({"name": name, **kept})
         return _structured_as(ModelConfig, own | {"mixer": record}, WHAT)
     base = _structured_as(ModelConfig, own, WHAT)

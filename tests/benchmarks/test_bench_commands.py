@@ -68,7 +68,7 @@ def test_commands_print_and_write_json(capsys, tmp_path):
     command(cli.BenchGenerate, *sizes, *common, str(tmp_path / "a" / "step.json"))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "a" / "step.json").read_text())
-    model = printed["model"]
+    model = printed["model"] | printed["model"]["mixer"]
     assert [model[n] for n in ("num_hidden_layers", "hidden_size", "num_heads", "head_dim")] == [1, 32, 1, 8]
     assert model["num_householder"] == 3 and printed["batch_size"] == 2 and printed["repeats"] == 1
     command(cli.BenchTrain, "--backends", "chunkwise", *common, str(tmp_path / "train.json"))

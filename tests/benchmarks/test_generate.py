@@ -1,6 +1,5 @@
 """`bench generate`: what a token costs, beside what memory allows."""
 
-import dataclasses
 import json
 
 import pytest
@@ -42,7 +41,7 @@ def test_bytes_of_a_step_by_hand():
     assert report.state_bytes == 4 * 3 * 2 * (2 * 16 * 16 + 3 * (32 + 64 + 64))
     assert report.moved_bytes == report.weight_bytes + 2 * report.state_bytes
     assert report.times.tokens_per_second == pytest.approx(3e3 / report.times.token.median_ms)
-    tied = bench_generate(dataclasses.replace(QUICK_GENERATE_MODEL, tie_word_embeddings=True), device="cpu", repeats=1)
+    tied = bench_generate(QUICK_GENERATE_MODEL.changed(tie_word_embeddings=True), device="cpu", repeats=1)
     assert tied.weight_bytes == 4 * (2 * layer + 64 + 64 * 256)
     assert GENERATE_MODEL.num_hidden_layers == 24 and GENERATE_MODEL.hidden_size == 1024
 
@@ -95,7 +94,7 @@ def test_recurrent_steps_are_of_every_layer_and_carry_states(monkeypatch, change
 
     real = generate.delta_product_step
     monkeypatch.setattr(generate, "delta_product_step", watched)
-    model = SequenceModel(dataclasses.replace(QUICK_GENERATE_MODEL, **changes))
+    model = SequenceModel(QUICK_GENERATE_MODEL.changed(**changes))
     run = generate._recurrences(model, 3, BenchmarkSettings.of(device="cpu"))
     run(), run()
     assert len(seen) == 4 and seen[2][0] is seen[0][1] and seen[3][0] is seen[1][1]

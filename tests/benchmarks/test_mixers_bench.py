@@ -36,6 +36,11 @@ class Broken(LinearAttention):
         raise RuntimeError("no such kernel\nand more")
 
 
+def registered(name, mixer):
+    """The mixer with options of that name, under which it can be registered."""
+    return type(mixer.__name__, (mixer,), {"options": type("Options", (mixer.options,), {"name": name})})
+
+
 @pytest.fixture(scope="module")
 def quick_mixers():
     return bench_mixers(S3, quick=True, device="cpu", repeats=1)
@@ -63,7 +68,7 @@ def test_every_registered_mixer_has_a_row(quick_mixers):
         assert row.status == "timed" and 0 <= row.error < 1e-4 and row.worst, name  # what is refused begins at 1e-3
         assert row.step.runs == 1 and row.step.median_ms > 0 and row.peak_extra_bytes > 0
         assert row.ratio == pytest.approx(row.step.median_ms / rows["deltanet"].step.median_ms)
-        assert row.num_parameters == SequenceModel(dataclasses.replace(S3.model, mixer=name)).num_parameters
+        assert row.num_parameters == SequenceModel(S3.model.changed(mixer=name)).num_parameters
     sizes = {name: rows[name].state_size for name in ("deltaproduct", "deltanet", "lstm", "attention")}
     # 4 heads × 16 × 16; two vectors of 4 × 16; and keys and values of 17 tokens, BOS included
     assert sizes == {"deltaproduct": 1024, "deltanet": 1024, "lstm": 128, "attention": 2 * 4 * 16 * 17}
@@ -85,7 +90,7 @@ def test_the_report_is_plain_json_and_its_table_fits_80_columns(quick_mixers):
 def test_slow_mixers_say_why(monkeypatch):
     """Beyond 5 × DeltaNet's time; a reason that nobody has written down is noticed."""
     median_ms = {"deltanet": 10.0, "lstm": 50.0, "gru": 50.1, "mamba": 123.0, "odd": 60.0, "attention": 1.0}
-    monkeypatch.setitem(MIXERS, "odd", LinearAttention)
+    monkeypatch.setitem(MIXERS, "odd", registered("odd", LinearAttention))
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: {n: Timing(median_ms[n], 1, 200, 3) for n in runs})
     report = run(list(median_ms), repeats=7)
     assert [row.ratio for row in report.rows] == pytest.approx([1, 5, 5.01, 12.3, 6, 0.1])
@@ -105,8 +110,8 @@ def test_reasons_are_of_registered_mixers():
 
 
 def test_wrong_and_failing_mixers_are_not_timed(monkeypatch):
-    monkeypatch.setitem(MIXERS, "off", OffInFloat32)
-    monkeypatch.setitem(MIXERS, "broken", Broken)
+    monkeypatch.setitem(MIXERS, "off", registered("off", OffInFloat32))
+    monkeypatch.setitem(MIXERS, "broken", registered("broken", Broken))
     timed = []
     real = mixers.interleaved
     monkeypatch.setattr(mixers, "interleaved", lambda runs, **kw: timed.extend(runs) or real(runs, **kw))
@@ -173,7 +178,7 @@ def test_checks_and_steps_are_of_the_runs_last_stage(monkeypatch):
     order = [("deltanet", 0), ("gru", 0), ("deltanet", 1), ("gru", 1), ("gru", 2), ("deltanet", 2)]
     assert steps == [(name, step, 5, (9,)) for name, step in order]
     assert (report.batch_size, report.tokens) == (5, 10) and report.config["training"]["lengths"] == [9]
-    assert report.config["model"]["mixer"] == "deltaproduct"
+    assert report.config["model"]["mixer"]["name"] == "deltaproduct"
 
 
 def test_quick_is_one_size_whatever_the_run():

@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
 def test_train_writes_a_run(trained):
     assert {"config.json", "metrics.jsonl", "run.json", "checkpoint"} <= {p.name for p in trained.iterdir()}
     config = json.loads((trained / "config.json").read_text())
-    assert config["training"]["task"] == "S3" and config["model"]["num_householder"] == 2
+    assert config["training"]["task"] == "S3" and config["model"]["mixer"]["num_householder"] == 2
     assert SequenceModel.from_pretrained(trained / "checkpoint").config.hidden_size == 16
 
 

@@ -298,16 +298,7 @@ print(*heavy & set(sys.modules), *(name for name in ours if f"deltaproduct.train
     assert done.stdout == "\n\n"
 
 
-# Old names
-
-
-@pytest.mark.parametrize("old", ["RunConfig", "LanguageRun", "AnyRun", "OptimiserConfig"])
-def test_old_names_of_configurations_warn(old):
-    from deltaproduct.training import config
-
-    with pytest.warns(DeprecationWarning, match=rf"training\.config\.{old} is now deltaproduct\.training\.config\."):
-        found = getattr(config, old)
-    assert found is (config.OptimizerConfig if old == "OptimiserConfig" else config.Run)
+# Old names (those that are other names of the same thing: tests/test_renamed.py)
 
 
 def test_the_old_function_for_language_runs_warns_and_trains(corpus, tmp_path):
