@@ -249,6 +249,7 @@ def task_losses(out: Path, parallel: str, resume: bool = False) -> list[float]:
     return [line["loss"] for line in metrics(out)]
 
 
+@pytest.mark.slow("ranks")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_task_on_two_processes_has_the_losses_of_one(tmp_path, parallel):
     """Sums in another order, as for language runs: Adam divides by small numbers, so that roundings grow."""
@@ -276,6 +277,7 @@ class TwoOfOne(deltaproduct.ops.context_parallel.ContextParallel):
         self.rank, self.size = 0, 2
 
 
+@pytest.mark.slow("processes")
 def test_training_on_one_process_imports_nothing_that_only_many_need(tmp_path):
     """PyTorch imports some of it for an optimiser; the package does not, which takes a second."""
     code = f"""
