@@ -12,7 +12,7 @@ import tyro
 from deltaproduct.cli.outputs import say
 
 if TYPE_CHECKING:
-    from deltaproduct.theory.theorems.explain import Explanation
+    from deltaproduct.theory.theorems.explanation import Explanation
 
 VERDICTS = {
     "possible": "Possible: there are weights with which {model} follows {task} at every length.",
@@ -43,7 +43,7 @@ class Explain:
     json: Annotated[bool, tyro.conf.arg(help="print one JSON object and nothing else")] = False
 
     def run(self) -> None:
-        from deltaproduct.theory.theorems.explain import explain
+        from deltaproduct.theory.theorems.explanation import explain
         from deltaproduct.theory.theorems.model_class import ModelClass
 
         model = ModelClass(self.num_householder, self.layers, self.allow_neg_eigval, self.gated, self.transition)

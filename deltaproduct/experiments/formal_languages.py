@@ -16,7 +16,7 @@ from deltaproduct.experiments.tables import scaled_table
 from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.plots.figures import accuracy_by_model
 from deltaproduct.tasks import Task, get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"mixer": "attention"},
@@ -76,7 +76,7 @@ def formal_job(task_name: str, model_name: str, scale: str, seed: int) -> TaskJo
         model, sequences = sized(task, {**SMALL, "num_hidden_layers": layers}, **changes), 2048
         training = small_training(task, seed, lr=lr, steps=steps if scale == "cpu" else 5 * steps)
     evaluation = EvaluationSpec(length_range=task.test_lengths, sequences=sequences)
-    return TaskJob(f"{task_name}-{model_name}-seed{seed}", label(model), RunConfig(training, model), evaluation)
+    return TaskJob(f"{task_name}-{model_name}-seed{seed}", label(model), Run(training, model), evaluation)
 
 
 def small_training(task: Task, seed: int, *, lr: float, steps: int) -> TrainConfig:

@@ -15,7 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, seal_folder, write_json
 from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.renamed import renamed_names
-from deltaproduct.training.config import AnyRun
+from deltaproduct.training.config import Run
 from deltaproduct.training.run_folder import CHECKPOINT, CONFIG, METRICS, RUN, is_finished, open_run
 
 RESULT = "result.json"
@@ -60,7 +60,7 @@ class Job(ABC):
         """Of its training, for a progress bar."""
 
     @abstractmethod
-    def run_config(self, folder: Path) -> AnyRun:
+    def run_config(self, folder: Path) -> Run[Any]:
         """What is trained in its folder."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Job(ABC):
         """What `measure` gives."""
 
     @abstractmethod
-    def details(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+    def details(self, config: Run[Any], model: SequenceModel) -> dict[str, Any]:
         """Those of `entries` that only this kind of job has, with "task" and "training_length"."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Job(ABC):
         seal_folder(folder, [CONFIG, RUN, METRICS, RESULT])
         return result
 
-    def run_metadata(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+    def run_metadata(self, config: Run[Any], model: SequenceModel) -> dict[str, Any]:
         """What a reader of a table wants to know of a run, in plain values: its `entries`."""
         found = {
             "name": self.name,

@@ -14,7 +14,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.evaluation.perplexity import loss_by_position, smoothing_window, thinned_curve
 from deltaproduct.experiments.job import Figures, Job, Result
 from deltaproduct.models import ModelConfig, SequenceModel
-from deltaproduct.training.config import AnyRun, LanguageConfig, LanguageRun
+from deltaproduct.training import LanguageConfig, Run
 
 CORPORA = "corpora"  # beside the runs' folder
 CURVE_POINTS = 256
@@ -65,10 +65,10 @@ class LanguageJob(Job):
     def steps(self) -> int:
         return self.training.steps
 
-    def run_config(self, folder: Path) -> LanguageRun:
+    def run_config(self, folder: Path) -> Run[LanguageConfig]:
         corpus = self._corpus(folder)
         training = replace(self.training, corpus=corpus.fingerprint)
-        return LanguageRun(training, ModelConfig.build(corpus.vocab_size, corpus.vocab_size, **self.model))
+        return Run(training, ModelConfig.build(corpus.vocab_size, corpus.vocab_size, **self.model))
 
     def asked(self) -> dict[str, Any]:
         return {"length": self.length, "sequences": self.sequences}
@@ -77,7 +77,7 @@ class LanguageJob(Job):
         tables = {"loss": octave_ends(self.length)}
         return Figures(tables=tables, curve=("position", "loss", "cumulative_perplexity"))
 
-    def details(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+    def details(self, config: Run[Any], model: SequenceModel) -> dict[str, Any]:
         return {
             "task": f"{self.source}, {self.tokenizer}",
             "tokens": self.training.steps * self.training.tokens_per_step,

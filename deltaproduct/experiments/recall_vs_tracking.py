@@ -15,7 +15,7 @@ from deltaproduct.experiments.tables import state_size_table
 from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.plots.figures import accuracy_by_state_size
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"mixer": "attention"},
@@ -55,7 +55,7 @@ def recall_vs_tracking(scale: Scale, seeds: Sequence[int]) -> list[TaskJob]:
                         TaskJob(
                             f"{name}-{model_name}-k{head_dim}-seed{seed}",
                             label(model),
-                            RunConfig(training, model),
+                            Run(training, model),
                             EvaluationSpec(lengths[-1:], sequences=256),
                         )
                     )

@@ -12,8 +12,7 @@ from deltaproduct.evaluation import LengthResult, evaluate_lengths, evaluate_ran
 from deltaproduct.experiments.job import Figures, Job, Result
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, train
-from deltaproduct.training.config import AnyRun
+from deltaproduct.training import Run, TrainConfig, train
 
 CURVE_POINTS = 200
 
@@ -45,7 +44,7 @@ class TaskJob(Job):
     a "scaled_accuracy" for a range of lengths.
     """
 
-    config: RunConfig
+    config: Run[TrainConfig]
     evaluation: EvaluationSpec
     entries: ClassVar[tuple[str, ...]] = (
         "name", "label", "task", "chance", "mixer", "num_hidden_layers", "num_householder", "allow_neg_eigval",
@@ -67,7 +66,7 @@ class TaskJob(Job):
     def steps(self) -> int:
         return self.config.training.steps
 
-    def run_config(self, folder: Path) -> RunConfig:
+    def run_config(self, folder: Path) -> Run[TrainConfig]:
         return self.config
 
     def asked(self) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class TaskJob(Job):
         tables = {"accuracy": lengths, "sequence_accuracy": lengths}
         return Figures(tables=tables, curve=("length", "accuracy", "sequence_accuracy"))
 
-    def details(self, config: AnyRun, model: SequenceModel) -> dict[str, Any]:
+    def details(self, config: Run[Any], model: SequenceModel) -> dict[str, Any]:
         training = self.config.training
         longest = training.lengths[-1]
         return {

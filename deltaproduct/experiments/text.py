@@ -13,7 +13,7 @@ from deltaproduct.experiments.tables import accuracy_table
 from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.plots.figures import accuracy_by_length
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 KINDS = ("code_swaps_5", "code_temp_5", "code_if_5", "entities_5", "chess_5")
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def text(scale: Scale, seeds: Sequence[int]) -> list[TaskJob]:
             for model_name, changes in MODELS.items():
                 model = state_tracking_model(task, **blocks, **changes)
                 evaluation = EvaluationSpec((LENGTH, 4 * LENGTH), sequences=128)
-                run = RunConfig(training, model)
+                run = Run(training, model)
                 jobs.append(TaskJob(f"{name}-{model_name}-seed{seed}", label(model), run, evaluation))
     return jobs
 

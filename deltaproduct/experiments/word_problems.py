@@ -31,7 +31,7 @@ from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.models import ModelConfig
 from deltaproduct.plots.figures import accuracy_by_length
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 BOTH = ("sequence_accuracy", "accuracy")  # the papers' figure of merit, and the tokens'
 PAPER_EVALUATION = EvaluationSpec((128, 512), sequences=500_000)
@@ -87,7 +87,7 @@ def named(prefix: str, model: ModelConfig, training: TrainConfig, evaluation: Ev
         f"seed{training.seed}",
     ]
     shown = label(model) + (f", {layers} layers" if layers > 1 else "")
-    return TaskJob("-".join(filter(None, parts)), shown, RunConfig(training, model), evaluation)
+    return TaskJob("-".join(filter(None, parts)), shown, Run(training, model), evaluation)
 
 
 # ------------------------------------------------------------------------------------------------------------------- S3

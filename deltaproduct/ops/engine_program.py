@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ class EngineProgram:
         o = self.buffer(batch, heads, value_dim)
         call = cpu.token_call(q, k, v, beta, g, state, o)
         self._calls.append(call)
-        self._emit(Kind.TOKEN, call=ctypes.pointer(call))
+        self._emit(Kind.TOKEN, call=call)
         self._alive += [x for x in (q, k, v, beta, g, state, o) if x is not None]
         return o, state
 
@@ -154,7 +154,13 @@ class EngineProgram:
         cpu.engine().run_program(self._array, torch.get_num_threads())
 
     def _emit(
-        self, kind: Kind, *, a: float = 0.0, activation: int = 0, call: Any = None, **fields: int | Tensor | None
+        self,
+        kind: Kind,
+        *,
+        a: float = 0.0,
+        activation: int = 0,
+        call: EngineCall | None = None,
+        **fields: int | Tensor | None,
     ) -> None:
         sizes = {name: value for name, value in fields.items() if isinstance(value, int)}
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
@@ -166,7 +172,7 @@ class EngineProgram:
         pointers = {name: x.data_ptr() for name, x in tensors.items()}
         instruction = Instruction(kind=kind, activation=activation, after=after, a=a, **sizes, **pointers)
         if call is not None:
-            instruction.call = call
+            instruction.call = ctypes.pointer(call)
         self._instructions.append(instruction)
         self._array = None
 

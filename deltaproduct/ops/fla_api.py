@@ -22,7 +22,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
@@ -46,7 +46,8 @@ __all__ = [
     "naive_recurrent_gated_delta_rule",
 ]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Numbers of dimensions that tell positional arguments apart. A beta of four dimensions, one step size per value
 # channel, is not supported; it is listed so that it is not taken for an initial state.
@@ -67,13 +68,14 @@ def _fits(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() in _RANKS.get(name, (value.dim(),))
 
 
-def _older_orders(*orders: str) -> Callable[[_Function], _Function]:
+def _older_orders(*orders: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Lets a function take positional arguments in the order of older releases too, and their head_first=False.
 
     `orders` are the names in the order of each. A call that fits several, with different meanings, is refused.
     """
 
-    def decorate(function: _Function) -> _Function:
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        original: Any = function  # which is called in other orders than its own
         defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()
                     if p.kind is p.POSITIONAL_OR_KEYWORD}  # fmt: skip
         every = [tuple(defaults), *(tuple(order.split()) for order in orders)]
@@ -101,9 +103,9 @@ def _older_orders(*orders: str) -> Callable[[_Function], _Function]:
             rest = () if given else values
             if any([x.pop("head_first", False) for x in (given, options)]):
                 raise UsageError("head_first has been removed; the layout is [B,T,H,…], so transpose the inputs.")
-            return function(*rest, **given, **options)
+            return original(*rest, **given, **options)
 
-        return cast(_Function, call)
+        return call
 
     return decorate
 

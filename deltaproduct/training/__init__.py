@@ -1,27 +1,26 @@
 """Training: configuration, loop, checkpoints and metrics of a run."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltaproduct.late import late
-from deltaproduct.renamed import renamed_names
 
 if TYPE_CHECKING:
     from deltaproduct.training.config import LanguageConfig, Run, TrainConfig
     from deltaproduct.training.loop import train
+    from deltaproduct.training.objectives.language import LanguageObjective
+    from deltaproduct.training.objectives.task import TaskObjective
 
     RunConfig = Run[TrainConfig]
 
-__all__ = ["LanguageConfig", "Run", "TrainConfig", "train"]
+__all__ = ["LanguageConfig", "LanguageObjective", "Run", "TaskObjective", "TrainConfig", "train"]
 
-_late, __dir__ = late(
+__getattr__, __dir__ = late(
     __name__,
     {
         "config": ("LanguageConfig", "Run", "TrainConfig"),
         "loop": ("train",),
+        "objectives.language": ("LanguageObjective",),
+        "objectives.task": ("TaskObjective",),
     },
+    renamed={"RunConfig": "Run"},
 )
-_renamed = renamed_names(__name__, {"RunConfig": "Run"})
-
-
-def __getattr__(name: str) -> Any:
-    return _renamed(name) if name == "RunConfig" else _late(name)

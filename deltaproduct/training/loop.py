@@ -336,8 +336,8 @@ def _objective_of(run: Run[Any]) -> "Objective":
 
     if not isinstance(run.training, TrainConfig):
         raise UsageError(
-            "A run on a corpus needs the corpus: train(run, out, LanguageObjective(run.training, corpus)), of "
-            "deltaproduct.training.objectives.language."
+            "A run on a corpus needs the corpus: train(run, out, LanguageObjective(run.training, corpus)), all of "
+            "deltaproduct.training."
         )
     return TaskObjective(run.training)
 
@@ -364,5 +364,9 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of this modu
         {
             "sample_batch": "deltaproduct.training.objectives.task.sample_batch",
             "masked_loss": "deltaproduct.training.objectives.task.masked_loss",
+            # Of training/memory.py, which was here once.
+            "check_run": "check_fits_memory",
+            "check_language_run": "check_fits_memory",
+            "TRAINED": "deltaproduct.models.size.TRAINED",
         },
     )

@@ -113,7 +113,7 @@ def test_another_implementation_without_a_backward_is_timed_forwards(add_impleme
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, beta):
-            return reference(q, k, v, beta, None, None, None, q.shape[-1] ** -0.5)[0]
+            return reference(q, k, v, beta, None, None, None, q.shape[-1] ** -0.5, False)[0]
 
         @staticmethod
         def backward(ctx, d):

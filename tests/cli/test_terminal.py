@@ -163,7 +163,7 @@ def test_a_prompt_that_is_no_text_is_refused(capsys):
 @pytest.mark.parametrize(
     ("arguments", "where", "error", "said"),
     [
-        ("explain --group S3", "deltaproduct.theory.theorems.explain.explain", KeyboardInterrupt(), "interrupted."),
+        ("explain --group S3", "deltaproduct.theory.theorems.explanation.explain", KeyboardInterrupt(), "interrupted."),
         ("explain --group S3", "deltaproduct.cli.main.import_module", KeyboardInterrupt(), "interrupted."),
         ("reproduce s3 --out @", "deltaproduct.experiments.runner.run_jobs", KeyboardInterrupt(),
          "interrupted. Run the same command again to continue."),
@@ -176,12 +176,7 @@ def test_an_interrupted_command_says_only_what_is_true(capsys, monkeypatch, tmp_
     def interrupted(*_, **__):
         raise error
 
-    import deltaproduct.theory.theorems.explain  # noqa: F401  its package has a function of the module's name
-
-    if where.endswith(".explain.explain"):
-        monkeypatch.setattr(sys.modules["deltaproduct.theory.theorems.explain"], "explain", interrupted)
-    else:
-        monkeypatch.setattr(where, interrupted)
+    monkeypatch.setattr(where, interrupted)
     status, out, err = run(capsys, *arguments.replace("@", str(tmp_path / "out")).split())
     assert status == INTERRUPTED and out == "" and err.splitlines()[-1] == f"deltaproduct: {said}"
     assert "Traceback" not in err

@@ -17,7 +17,13 @@ from deltaproduct.evaluation.perplexity import (
     smoothing_window,
     thinned_curve,
 )
-from deltaproduct.evaluation.windows import MOST_WINDOWS, check_vocabulary, consecutive, evenly_spaced
+from deltaproduct.evaluation.windows import (
+    MOST_WINDOWS,
+    check_vocabulary,
+    consecutive,
+    evenly_spaced,
+    evenly_spaced_starts,
+)
 from deltaproduct.models import ModelConfig, SequenceModel
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of fewer than a thousand terms
@@ -178,6 +184,9 @@ def test_windows_are_evenly_spaced_and_always_the_same():
     assert min(b.start - a.start for a, b in pairwise(apart)) >= 64
     assert evenly_spaced(text, 999) == [range(999)]
     assert [len(w) for w in consecutive(text, 400)] == [400, 400, 199]
+    assert evenly_spaced_starts(10, 3) == [0, 5, 10] and evenly_spaced_starts(10, 1) == [0]
+    assert evenly_spaced_starts(10, 5, reach_last=False) == [0, 2, 4, 6, 8]  # as training validates
+    assert evenly_spaced_starts(1, 3, reach_last=False) == [0, 0, 0]  # more windows than there are places
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 30, 31, 200])

@@ -10,10 +10,10 @@ from deltaproduct.experiments.recipes import state_tracking_model
 from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.files import seal_folder
 from deltaproduct.tasks import get_task
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 MODEL = state_tracking_model(get_task("S3"), hidden_size=16, num_heads=2, head_dim=4)
-CONFIG = RunConfig(TrainConfig(task="S3", steps=1, lengths=(4,), batch_sizes=(4,), warmup_steps=1), MODEL)
+CONFIG = Run(TrainConfig(task="S3", steps=1, lengths=(4,), batch_sizes=(4,), warmup_steps=1), MODEL)
 JOBS = {
     "lengths": TaskJob("tiny", "tiny", CONFIG, EvaluationSpec((4, 8), sequences=2)),
     "range": TaskJob("range", "range", CONFIG, EvaluationSpec(length_range=(4, 8), sequences=2)),

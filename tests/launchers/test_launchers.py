@@ -20,7 +20,7 @@ from deltaproduct.experiments.task_job import EvaluationSpec, TaskJob
 from deltaproduct.launchers import LAUNCHERS, default_workers, get_launcher, parse_options
 from deltaproduct.launchers.launcher import carry_out, opened
 from deltaproduct.models import ModelConfig
-from deltaproduct.training import RunConfig, TrainConfig
+from deltaproduct.training import Run, TrainConfig
 
 pytestmark = pytest.mark.timeout(170)  # under heavy load; each takes seconds where nothing else runs
 CURVE = {"length": list(range(200)), "accuracy": [i / 7 for i in range(200)]}
@@ -136,7 +136,7 @@ def test_an_error_that_cannot_be_read_elsewhere_still_says_what_it_was():
 def tiny(seed):
     model = ModelConfig.build(hidden_size=8, num_heads=1, head_dim=4, vocab_size=7, num_labels=6)
     training = TrainConfig(task="S3", steps=2, lengths=(4,), batch_sizes=(8,), seed=seed)
-    return TaskJob(f"run-{seed}", "tiny", RunConfig(training=training, model=model), EvaluationSpec((8,), sequences=4))
+    return TaskJob(f"run-{seed}", "tiny", Run(training=training, model=model), EvaluationSpec((8,), sequences=4))
 
 
 def numbers(results):

@@ -22,7 +22,7 @@ FIRST_CASES = list({case.values[0]: case for case in reversed(CASES)}.values()) 
 def build(mixer="deltaproduct", **options) -> SequenceModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 12, "num_heads": 2, "head_dim": 4, "num_hidden_layers": 2, "intermediate_size": 8}
-    config = ModelConfig.build(vocab_size=7, num_labels=LABELS, mixer=mixer, defaults=sizes, **options)
+    config = ModelConfig.build(7, LABELS, mixer=mixer, defaults=sizes, **options)
     return SequenceModel(config).double().eval()
 
 

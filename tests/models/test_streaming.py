@@ -211,8 +211,8 @@ def state_bytes(stream: Stream) -> int:
     ],
 )
 def test_ten_thousand_tokens_take_no_memory(decoder, monkeypatch):
-    """State (here 4 kB), logits and tape are as large at the end as at the beginning. Keeping one state of every token
-    would take 40 MB; the slack is 8 MB, for what allocators and interpreter keep to themselves."""
+    """State (here 4 kB), logits and program are as large at the end as at the beginning. Keeping one state of every
+    token would take 40 MB; the slack is 8 MB, for what allocators and interpreter keep to themselves."""
     monkeypatch.setattr(streaming, "decoder_for", decoder)
     model = build(head_dim=16, num_hidden_layers=1)
     stream = Stream(model, Sampling(seed=0))

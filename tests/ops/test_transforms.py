@@ -266,7 +266,6 @@ HELD = {
     "ops/cpu.py: 'deltaproduct::cpu_backward'": test_backends_by_name,
     "ops/chunkwise.py: 'deltaproduct::chunkwise_forward'": test_the_operator,
     "ops/chunkwise.py: 'deltaproduct::chunkwise_backward'": test_the_operator,
-    "ops/chunkwise.py: _Chunkwise": test_the_operator,
     "ops/transforms.py: FirstDerivative": test_the_operator,
     "ops/transforms.py: _Gradient": test_the_operator,
     "ops/triton/operator.py: 'deltaproduct::triton_forward'": "test_transforms_triton.py",

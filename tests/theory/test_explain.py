@@ -12,7 +12,7 @@ from deltaproduct.cli.main import main
 from deltaproduct.errors import UsageError
 from deltaproduct.theory.compiler import compile_group
 from deltaproduct.theory.limits import Limits
-from deltaproduct.theory.theorems.explain import explain
+from deltaproduct.theory.theorems.explanation import explain
 from deltaproduct.theory.theorems.model_class import ModelClass
 from deltaproduct.theory.verification import verify
 

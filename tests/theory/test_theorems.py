@@ -10,7 +10,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.tasks.groups import build_group
 from deltaproduct.theory.compiler import compile_group
 from deltaproduct.theory.limits import Limits
-from deltaproduct.theory.theorems.explain import explain, verdict_of
+from deltaproduct.theory.theorems.explanation import explain, verdict_of
 from deltaproduct.theory.theorems.group_facts import generated, group_facts
 from deltaproduct.theory.theorems.model_class import ModelClass
 from deltaproduct.theory.theorems.statements import Statement, applicable

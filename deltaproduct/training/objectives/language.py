@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from deltaproduct.corpus import TOKENIZER, Corpus, PackedDocuments, Windows
 from deltaproduct.errors import UsageError
+from deltaproduct.evaluation.windows import evenly_spaced_starts
 from deltaproduct.layers.plain import runs_as_written
 from deltaproduct.machine import memory_in_use, peak_flops
-from deltaproduct.models import ModelConfig, SequenceModel
+from deltaproduct.models import ModelConfig, SequenceModel, evaluating
 from deltaproduct.training.checkpoint import Progress
 from deltaproduct.training.config import LanguageConfig, Run
 from deltaproduct.training.corpus_place import note_corpus
@@ -172,7 +173,6 @@ class LanguageObjective:
         assert self._meter is not None
         return self._meter.read()
 
-    @torch.no_grad()
     def validate(self, module: nn.Module, ranks: OneProcess) -> Mapping[str, float]:
         """The mean cross-entropy, in nats, over windows that lie evenly spaced in the split: the same at every step."""
         settings, split = self.settings, self.corpus.split("validation")
@@ -180,13 +180,12 @@ class LanguageObjective:
         count = max(1, wanted // ranks.data_size)  # of each rank
         every = count * ranks.data_size
         total = torch.zeros((), device=ranks.device)
-        module.eval()
-        for i in range(ranks.data_rank * count, (ranks.data_rank + 1) * count):
-            start = i * (split.num_tokens - settings.context - 1) // every
-            row = split.tokens(start, start + settings.context + 1)[None].to(ranks.device)
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                total += module(ranks.my_span(row[:, :-1]), ranks.my_span(row[:, 1:]))
-        module.train()
+        starts = evenly_spaced_starts(split.num_tokens - settings.context - 1, every, reach_last=False)
+        with evaluating(module):
+            for start in starts[ranks.data_rank * count : (ranks.data_rank + 1) * count]:
+                row = split.tokens(start, start + settings.context + 1)[None].to(ranks.device)
+                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                    total += module(ranks.my_span(row[:, :-1]), ranks.my_span(row[:, 1:]))
         return {"validation_loss": float(ranks.summed(total)) / (every * settings.context)}
 
 
