@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def refused(call, match):
     return str(error.value)
 
 
-FIELDS: dict[str, list] = {
+FIELDS: dict[str, list[Any]] = {
     "hidden_size": [HUGE, -1, 0, 8.0, "8", True, None, [8], {}, 2**28],
     "vocab_size": [HUGE, 0, "7", True, None],
     "num_labels": [HUGE, 0, 7.5],
@@ -136,7 +137,7 @@ def test_what_models_have_is_taken_as_before():
     assert type(read.mixer.rope_theta) is float and read.mixer.rope_theta == 500_000.0
 
 
-TRAINING: dict[str, list] = {
+TRAINING: dict[str, list[Any]] = {
     "steps": [0, -1, 1.5, "6", True, HUGE], "lr": [0, -1.0, "1", None, True], "beta1": [2, "0.9"],
     "seed": [-1, HUGE, 0.5],
     "lengths": ["48", [], [0], [1.5], ["4"], {"4": 1}, 4, [HUGE], [True]], "batch_sizes": ["4", [0], None],

@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,14 @@ def test_differences_are_told_by_field_and_by_option():
     }  # fmt: skip
 
 
-FLAT = {"vocab_size": V, "num_labels": V, "hidden_size": 8, "num_heads": 2, "head_dim": 4, "num_householder": 3}
+FLAT: dict[str, Any] = {
+    "vocab_size": V,
+    "num_labels": V,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "head_dim": 4,
+    "num_householder": 3,
+}
 FLAT |= {"mixer": "deltaproduct", "expand": 3, "rope_theta": 7.0, "feature_map": "elu", "intermediate_size": 16}
 
 

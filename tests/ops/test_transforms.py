@@ -139,7 +139,9 @@ def model_loss(mixer: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], T
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8, "num_hidden_layers": 2}
     gated = {"use_forget_gate": True, "use_output_gate": True} if mixer == "deltaproduct" else {}
-    config = ModelConfig.build(5, 5, mixer=mixer, initializer_range=0.3, embedding_init_std=1.0, **sizes, **gated)
+    config = ModelConfig.build(
+        5, 5, mixer=mixer, defaults=sizes, initializer_range=0.3, embedding_init_std=1.0, **gated
+    )
     model = SequenceModel(config).double()
     parameters = dict(model.named_parameters())
 
