@@ -25,7 +25,7 @@ native = pytest.mark.skipif(
 def model_of(**changes) -> SequenceModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": D, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
-    return SequenceModel(ModelConfig.build(V, V, **(sizes | changes))).eval()
+    return SequenceModel(ModelConfig.build(V, V, defaults=sizes, **changes)).eval()
 
 
 def state_after(mixer, batch: int = B, tokens: int = 3):

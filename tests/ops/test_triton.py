@@ -76,33 +76,37 @@ def run_on(backend, x, inputs, **choices):
 
 PROBLEMS = [
     Problem(T=1, N=1, gate=False, initial=False),
-    Problem(T=1, N=3, H=1, HV=2),
     Problem(T=2, N=2, B=1, scale=0.7),
     Problem(T=32, N=2, B=1, H=1, HV=1),  # one chunk of 64 rows exactly
     Problem(T=33, N=2, B=1, H=1, HV=1, initial=False),  # and a token more
-    Problem(T=70, N=1, B=1, H=1, HV=2, V=5, K=7),
-    Problem(T=50, N=2, B=2, gate=False, H=1, HV=1, K=16, V=16),
-    Problem(T=45, N=3, B=1, H=1, HV=3, initial=False, V=40, K=20),  # three blocks of values in the interpreter
     Problem(T=20, N=4, B=1, gate=False, initial=False, V=13),
     Problem(T=29, N=5, B=1, K=1, V=1, H=1, HV=1),
     Problem(T=12, N=6, B=1, H=1, HV=1, gate=False),
-    Problem(T=20, N=7, B=1, H=2, HV=2, K=3, V=2),
-    Problem(T=21, N=8, B=1, H=1, HV=1, K=3, V=1),
     Problem(T=4, N=30, B=1, H=1, HV=1, K=4, V=5),
     Problem(T=40, N=1, B=1, H=1, HV=1, K=130, V=20),  # chunks of 32 rows
-    Problem(T=20, N=2, B=1, H=1, HV=1, K=256, V=70, gate=False),
-    Problem(T=75, N=2, B=1, cu=CU, H=1, HV=2),
     Problem(T=75, N=1, B=1, cu=CU, gate=False, initial=False, H=1, HV=1),
-    Problem(T=75, N=3, B=1, cu=CU, initial=False, K=5, V=3, H=1, HV=1),
     Problem(T=3, N=2, B=1, cu=(0, 3)),
     Problem(T=70, N=2, B=1, H=1, HV=1, beta="ends"),
     Problem(T=70, N=2, B=1, H=1, HV=1, resets="-inf"),
-    Problem(T=70, N=3, B=1, H=1, HV=1, resets="-1e4"),
+]
+MORE = [  # that the interpreter takes a second or more for
+    Problem(T=45, N=3, B=1, H=1, HV=3, initial=False, V=40, K=20),  # three blocks of values in the interpreter
+    Problem(T=75, N=2, B=1, cu=CU, H=1, HV=2),
     Problem(T=75, N=2, B=1, cu=CU, resets="-inf", beta="ends", H=1, HV=1),
+    Problem(T=75, N=3, B=1, cu=CU, initial=False, K=5, V=3, H=1, HV=1),
+    Problem(T=20, N=2, B=1, H=1, HV=1, K=256, V=70, gate=False),
+    Problem(T=20, N=7, B=1, H=2, HV=2, K=3, V=2),
+    Problem(T=1, N=3, H=1, HV=2),
+    Problem(T=70, N=3, B=1, H=1, HV=1, resets="-1e4"),
+    Problem(T=70, N=1, B=1, H=1, HV=2, V=5, K=7),
+    Problem(T=50, N=2, B=2, gate=False, H=1, HV=1, K=16, V=16),
+    Problem(T=21, N=8, B=1, H=1, HV=1, K=3, V=1),
 ]
 
 
-@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+@pytest.mark.parametrize(
+    "p", [*PROBLEMS, *(pytest.param(p, marks=() if GPU else pytest.mark.slow("interpreter")) for p in MORE)], ids=str
+)
 def test_outputs_and_gradients(p):
     assert_within(errors(outcome(p, draw(p)), solved(p)), FLOAT32)
 
@@ -136,7 +140,7 @@ def test_time_is_divided_where_there_is_little_else_to_divide():
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_bfloat16(backend):
-    p = Problem(T=45, N=3, B=1, H=1, HV=2)
+    p = Problem(T=34, N=2, B=1, H=1, HV=2)
     x = draw(p)
     inputs = leaves(x, torch.bfloat16)
     rounded = x | {n: a.detach().double() for n, a in inputs.items()} | {"d_o": x["d_o"].bfloat16().double()}
@@ -149,7 +153,7 @@ def test_bfloat16(backend):
 
 
 def test_float16_keeps_its_own_bits():
-    p = Problem(T=45, N=3, B=1, H=1, HV=2)
+    p = Problem(T=34, N=2, B=1, H=1, HV=2)
     x = draw(p)
     inputs = leaves(x, torch.float16)
     rounded = x | {n: a.detach().double() for n, a in inputs.items()} | {"d_o": x["d_o"].half().double()}
