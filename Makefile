@@ -48,7 +48,7 @@ test: setup  ## run the tests that are fast, in at most 3 minutes; PYTEST_ARGS="
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-each-kind: setup  ## of the slow tests, run some of each kind: start processes, kill them, compile, export ... (as CI does)
-	$(PYTEST) -m "" --each-kind $(PYTEST_ARGS)
+	$(PYTEST) -m "" --each-kind --timeout 400 $(PYTEST_ARGS)
 
 test-all: setup  ## run all tests, and unless PYTEST_ARGS narrows them, also in all ways of the next three
 	$(PYTEST) -m "" $(PYTEST_ARGS)

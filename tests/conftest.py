@@ -1,6 +1,7 @@
 """What every test here needs: one thread, and no GPU where a test does not ask for one."""
 
 import os
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,14 +67,16 @@ def is_representative(item: pytest.Item) -> bool:
     )
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kinds = [kinds_of(item) for item in items]
-    if config.getoption("--each-kind"):
-        chosen = [bool(found) and is_representative(item) for item, found in zip(items, kinds)]
-        if missing := KINDS.keys() - set().union(*(found for found, yes in zip(kinds, chosen) if yes)):
-            raise pytest.UsageError(f"No test is marked both ci and slow of these kinds: {', '.join(sorted(missing))}")
-        items[:] = [item for item, yes in zip(items, chosen) if yes]
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    each_kind = config.getoption("--each-kind")
+    kinds = {item: kinds_of(item) for item in items}
+    standing = {item: found for item, found in kinds.items() if is_representative(item)}
+    if each_kind and (missing := KINDS.keys() - set().union(*standing.values())):
+        raise pytest.UsageError(f"No test is marked both ci and slow of these kinds: {', '.join(sorted(missing))}")
+    yield  # -m and -k
+    if each_kind:
+        items[:] = [item for item in items if standing.get(item)]
     if sample := config.getoption("--sample"):
         first, every = map(int, sample.split("/"))
         whole = [(mark := item.get_closest_marker("numerical")) is not None and "whole" in mark.args for item in items]

@@ -184,6 +184,7 @@ def test_a_second_writer_is_refused_by_name_and_the_first_is_not_disturbed(tmp_p
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow("kills")
 def test_a_killed_writer_holds_no_lock_and_its_leftovers_go(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     first = background(HOLDER, tmp_path / "x", 60)
@@ -194,6 +195,7 @@ def test_a_killed_writer_holds_no_lock_and_its_leftovers_go(tmp_path, monkeypatc
     assert hidden(tmp_path) == [] and read_folder(tmp_path / "x", "folder", read) == {"mine"}
 
 
+@pytest.mark.slow("readers")
 def test_only_one_of_many_has_a_lock_at_any_time(tmp_path):
     """Lock files are removed by who gives them up, so another may hold a file that is no longer there."""
     code = """

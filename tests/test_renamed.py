@@ -95,6 +95,7 @@ def test_the_packages_own_names_are_those_of_its_rooms():
     assert set(deltaproduct.__all__) <= set(dir(deltaproduct))
 
 
+@pytest.mark.slow("processes")
 def test_importing_the_package_imports_no_pytorch():
     seen = "print('torch' in sys.modules)"
     code = f"import sys, deltaproduct; {seen}; deltaproduct.delta_product; {seen}"

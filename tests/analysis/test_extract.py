@@ -227,6 +227,7 @@ def test_symbols_that_act_as_others_are_no_group_of_theirs(method):
         assert str(compared) == f"not S3: {elements} element{'s' if elements > 1 else ''}"
 
 
+@pytest.mark.slow("exhaustive")
 def test_a_model_that_drifts_is_learned_from_words_on_which_it_does_not():
     task, table = get_task("S3"), compile_group("S3").automaton
     model = Pretend(table, lambda q, count, mixed: torch.where(count > 20, mixed % 6, q))

@@ -82,6 +82,7 @@ def test_evaluate_over_a_range_of_lengths(capsys, tmp_path):
         assert status == 2 and word in err
 
 
+@pytest.mark.slow("processes")
 def test_reproduce_writes_summary_and_figure_and_reuses_what_is_done(capsys, tmp_path):
     out = tmp_path / "s3"
     arguments = ["reproduce", "s3", "--out", out, "--seeds", "1", "--steps", "2", "--lengths", "16,32"]
@@ -172,6 +173,7 @@ def test_a_flipped_byte_is_found(capsys, trained, tmp_path):
     assert status == 2 and "corrupt" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow("processes")
 def test_the_installed_program_answers():
     """The console script itself, once, in a process of its own."""
     program = Path(sys.executable).with_name("deltaproduct")

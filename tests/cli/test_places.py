@@ -241,6 +241,7 @@ def test_listing_an_experiment_needs_no_folder(capsys):
     assert status == 2 and "reproduce needs --out" in err
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize(
     "command",
     [["compile", "--group", "Z2"], ["extract", "@run", "--max-length", "4", "--max-states", "9"],

@@ -134,6 +134,7 @@ def test_generated_text_is_escaped_on_a_terminal_only(monkeypatch, capsys):
 # --- Encodings --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_our_own_characters_need_no_utf8(setting):
     environment = {**os.environ, "PYTHONCOERCECLOCALE": "0", **setting}
@@ -144,6 +145,7 @@ def test_our_own_characters_need_no_utf8(setting):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow("processes")
 def test_names_that_are_no_utf8_are_shown():
     """On Linux a file's name is bytes; those that are no text reach Python as lone surrogates."""
     for arguments in ([b"tr\xffain"], [b"train", b"--out", b"a\xff", b"--steps", b"b\xff"]):
@@ -194,6 +196,7 @@ def test_a_program_that_a_signal_ended_says_what_was_saved(capsys, monkeypatch):
     assert status == 143 and err == "deltaproduct: interrupted; step 5 is saved.\n"
 
 
+@pytest.mark.slow("kills")
 def test_ctrl_c_while_pytorch_is_imported_is_one_line():
     """The signal comes from the import itself, so that it always comes there."""
     code = (

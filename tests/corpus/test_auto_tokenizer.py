@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def words() -> tokenizers.Tokenizer:
+def words() -> Any:
     """A tokenizer.json of somebody else's, with a normalizer and no document token."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     made.normalizer = tokenizers.normalizers.Lowercase()

@@ -45,6 +45,8 @@ def test_octaves():
     assert list(octaves(curve[:300])) == ["150", "300"]
 
 
+@pytest.mark.slow("processes")
+@pytest.mark.ci
 def test_a_job_prepares_trains_measures_and_is_not_done_twice(job, tmp_path):
     out = tmp_path / "out"
     summary = run_jobs([job], out, experiment="extrapolation", workers=1, show=False)
@@ -60,6 +62,7 @@ def test_a_job_prepares_trains_measures_and_is_not_done_twice(job, tmp_path):
         run_jobs([replace(job, training=replace(job.training, context=16))], out, experiment="x", show=False)
 
 
+@pytest.mark.slow("processes")
 def test_a_table_and_a_figure_for_each_corpus(job, tmp_path):
     result = run_jobs([job], tmp_path / "out", experiment="extrapolation", workers=1, show=False)["runs"][0]
     runs = [result | {"task": task, "seed": seed} for task in ("plays, bytes", "code, bytes") for seed in (0, 1)]

@@ -16,9 +16,9 @@ S3 = s3("cpu", [0])[0].config
 
 
 def shown(report) -> str:
-    console = Console(file=io.StringIO(), width=80)
-    render(report, console)
-    return console.file.getvalue()
+    written = io.StringIO()
+    render(report, Console(file=written, width=80))
+    return written.getvalue()
 
 
 def rows_of(report, shape=0):

@@ -44,7 +44,7 @@ def launches(mode: str, size: int = 128, steps: int = 2) -> list:
     tokens = 4096
 
     def call(gate: bool, packed: bool, processors: int) -> None:
-        operator.processors = lambda device: processors
+        operator.processors = lambda device: processors  # type: ignore[assignment]
         q, v = torch.empty(1, tokens, 1, size, dtype=dtype), torch.empty(1, tokens, steps, 1, size, dtype=dtype)
         g = torch.empty(1, tokens, 1) if gate else None
         cu = torch.tensor([0, 5, tokens]) if packed else None

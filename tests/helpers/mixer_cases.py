@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from deltaproduct.layers import MIXERS, Mixer, get_mixer
 from deltaproduct.layers.options import option_names
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"use_forget_gate": True, "use_output_gate": True, "num_householder": 3},
     {"use_short_conv": False, "qkv_activation": "identity", "num_v_heads": 4},

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,9 +99,9 @@ def walked() -> dict[str, Walk]:
         quietly(lambda: main(["lm", "prepare", "--source", f"text:{text}", "--out", f"{folder}/walk/corpus"]))
         found = {}
         for name, arguments in commands(Path(folder) / "warm").items():
-            quietly(lambda arguments=arguments: main(arguments))
+            quietly(partial(main, arguments))
             with Walk() as walk:
-                quietly(lambda name=name: main(commands(Path(folder) / "walk")[name]))
+                quietly(partial(main, commands(Path(folder) / "walk")[name]))
             found[name] = walk
     return found
 

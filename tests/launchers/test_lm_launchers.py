@@ -243,7 +243,8 @@ def test_an_interrupt_leaves_nothing_running(tmp_path, launcher):
 
     def tick() -> None:
         if len(list(tmp_path.glob("*.began"))) == 2 and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            sent.append(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         place.run(partial(endless, tmp_path), tick)

@@ -33,7 +33,7 @@ def build(name: str, **settings):
 
 
 def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    return want.abs().max() > 1e-2 and bool((got - want).abs().max() <= tolerance * want.abs().max())
+    return bool(want.abs().max() > 1e-2) and bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
 def copy_weights(theirs: torch.nn.Module, weights: dict[str, Tensor]) -> None:

@@ -59,7 +59,7 @@ def watched(module, name: str, monkeypatch):
 
 def run(mixer, x, precision: str, *modules):
     """Run the mixer; returns what each of `modules` was given and gave, in float64: [(input, output), …]."""
-    found = [[] for _ in modules]
+    found: list[list] = [[] for _ in modules]
     for module, entry in zip(modules, found, strict=True):
         module.register_forward_hook(lambda _, given, out, e=entry: e.append((given[0].double(), out.double())))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):

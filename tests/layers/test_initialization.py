@@ -23,10 +23,10 @@ def poison(module: nn.Module) -> nn.Module:
 
 
 def assert_equal(got: nn.Module, want: nn.Module) -> None:
-    got, want = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (got, want))
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        assert torch.equal(got[name], x), name
+    there, wanted = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (got, want))
+    assert there.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert torch.equal(there[name], x), name
         assert x.isfinite().all(), name
 
 

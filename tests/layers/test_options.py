@@ -50,6 +50,7 @@ def test_the_constructor_takes_what_the_record_has(name):
             assert parameters[key].default == default, key
 
 
+@pytest.mark.slow("processes")
 def test_options_are_read_without_pytorch():
     code = """
 import sys

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.neighbours
 
 RELEASES = ["0.1", "0.1.1", "0.1.2", "0.2.0", "0.2.1", "0.2.2", "0.3.0", "0.3.1", "0.3.2", "0.4.0", "0.4.1", "0.4.2",
             "0.5.0", "0.5.1", "0.5.2", "0.6.0"]  # fmt: skip
-_FIRST = {
+_FIRST: dict[str, Any] = {
     "attn_mode": "chunk", "hidden_size": 2048, "use_short_conv": True, "conv_size": 4, "max_position_embeddings": 2048,
     "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "norm_eps": 1e-6, "attn": None,
     "use_cache": True, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     "initializer_range": 0.006, "fuse_norm": True, "fuse_swiglu": True, "fuse_cross_entropy": True, "vocab_size": 32000,
 }  # fmt: skip
-_LATER = {
+_LATER: dict[str, dict[str, Any]] = {
     "0.2.2": {"initializer_range": 0.02},
     "0.3.0": {"use_l2warp": False},
     "0.3.1": {"fuse_linear_cross_entropy": False},

@@ -34,7 +34,7 @@ def refused(call, match):
     return str(error.value)
 
 
-FIELDS = {
+FIELDS: dict[str, list] = {
     "hidden_size": [HUGE, -1, 0, 8.0, "8", True, None, [8], {}, 2**28],
     "vocab_size": [HUGE, 0, "7", True, None],
     "num_labels": [HUGE, 0, 7.5],
@@ -136,7 +136,7 @@ def test_what_models_have_is_taken_as_before():
     assert type(read.mixer.rope_theta) is float and read.mixer.rope_theta == 500_000.0
 
 
-TRAINING = {
+TRAINING: dict[str, list] = {
     "steps": [0, -1, 1.5, "6", True, HUGE], "lr": [0, -1.0, "1", None, True], "beta1": [2, "0.9"],
     "seed": [-1, HUGE, 0.5],
     "lengths": ["48", [], [0], [1.5], ["4"], {"4": 1}, 4, [HUGE], [True]], "batch_sizes": ["4", [0], None],
@@ -272,7 +272,7 @@ def test_weights_of_others_that_are_of_such_a_kind(tmp_path, kind):
 
 # Conversations
 
-STREAMS = {
+STREAMS: dict[str, list] = {
     "position": [0, -1, 1.5, "3", True, None, HUGE, [1]],
     "sampling": [
         None, [], {}, {"temperature": "1"}, {"temperature": -1}, {"top_k": 1.5}, {"top_k": True}, {"seed": -1},

@@ -200,7 +200,7 @@ def test_exporting_another_mixer_with_a_mask_is_one_line():
 
 
 @pytest.mark.slow("inductor")
-@pytest.mark.ci
+@pytest.mark.ci("compiled-deltaproduct")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", IN_GRAPHS)
 @pytest.mark.parametrize("way", ["compiled", "trained", "aotinductor"])

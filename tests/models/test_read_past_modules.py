@@ -58,8 +58,8 @@ class HalfBeta(DeltaProduct):
 
 def set_module(name: str, change):
     def apply(model: nn.Module) -> None:
-        parent, _, field = name.rpartition(".")
-        parent = model.get_submodule(parent)
+        above, _, field = name.rpartition(".")
+        parent = model.get_submodule(above)
         setattr(parent, field, change(getattr(parent, field)))
 
     return apply
@@ -76,7 +76,7 @@ def own_mix(mixer: DeltaProduct) -> None:
         y, state = before(x, state, cu_seqlens)
         return stretch(y), state
 
-    mixer.mix = mix
+    mixer.mix = mix  # type: ignore[method-assign]
 
 
 def global_hook(model: nn.Module) -> None:

@@ -172,7 +172,7 @@ SAVED = {
     "not contiguous": not_contiguous,
     "equal module": equal_module,
     "a module without weights": loss_of_ones_own,
-    "another backend": lambda m: [setattr(b.mixer, "backend", "reference") for b in m.blocks],
+    "another backend": lambda m: [b.mixer.__setattr__("backend", "reference") for b in m.blocks],
     "frozen": lambda m: m.requires_grad_(False),
     "compiled blocks": lambda m: [b.compile() for b in m.blocks],
 }

@@ -229,7 +229,7 @@ def test_every_release_with_its_defaults(name, since, by):
 
 # Values other than the defaults. A tuple: what else has to be given for the argument to mean anything.
 
-HONOURED: dict[str, tuple[Any, Defaults]] = {
+HONOURED: dict[str, Any] = {
     "scale": (0.3, {}),
     "initial_state": (torch.linspace(-1, 1, B * H * K * V, dtype=torch.float64).view(B, H, K, V), {}),
     "output_final_state": (True, {}),

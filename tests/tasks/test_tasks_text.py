@@ -38,7 +38,7 @@ def samples(name: str, length: int, batch: int = 60, seed: int = 0) -> list[tupl
     if isinstance(task, TextTask):
         written = [[task.tokenizer.decode(row)] for row in rows]
     else:
-        written = [[task.token_name(i) for i in row if i < task.pad_id] for row in rows]
+        written = [[task.token_name(i) for i in row if i < task.pad_id] for row in rows]  # type: ignore[attr-defined]
     scored = [[task.label_name(i) for i in row[keep].tolist()] for row, keep in zip(labels, mask, strict=True)]
     return list(zip(written, scored, strict=True))
 

@@ -49,7 +49,7 @@ GATED = SMALL | HEADS | {"model_type": "gated_deltanet"}
 PRODUCT = SMALL | HEADS | {"model_type": "gated_deltaproduct", "num_householder": 3, "use_output_gate": False}
 STEPS = SMALL | HEADS | {"model_type": "gated_deltaproduct", "num_householder": 3, "use_gate": False, "per_step": True}
 GATES = {"use_forget_gate": True, "allow_neg_eigval": True}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "DeltaNet": DELTA_NET,
     "DeltaNet, all options": DELTA_NET | {"use_gate": True, "allow_neg_eigval": True, "use_short_conv": False},
     "Gated DeltaNet": GATED | {"conv_size": 3},

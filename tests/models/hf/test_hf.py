@@ -36,7 +36,13 @@ logging.disable_progress_bar()
 
 VOCAB = 7
 # Weights so large that greedy tokens and beams differ from step to step.
-TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+TINY: dict[str, float] = {
+    "hidden_size": 16,
+    "num_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+}
 TINY |= {"initializer_range": 0.5}
 HYBRID = {"mixer": ["deltaproduct", {"name": "attention", "num_kv_heads": 1}]}
 # β → 2, keys from few tokens, no decay: where a state reflects for ever and rounding adds up.
