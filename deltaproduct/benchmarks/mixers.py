@@ -21,7 +21,7 @@ from deltaproduct.errors import UsageError, first_line
 from deltaproduct.layers import MIXERS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
-from deltaproduct.training import RunConfig
+from deltaproduct.training import Run, TrainConfig
 from deltaproduct.training.objectives.task import sample_batch
 
 YARDSTICK = "deltanet"
@@ -44,7 +44,7 @@ REASONS = {
 
 
 def bench_mixers(
-    config: RunConfig,
+    config: Run[TrainConfig],
     *,
     mixers: Sequence[str] | None = None,
     device: str = "auto",
@@ -117,7 +117,7 @@ def bench_mixers(
     )
 
 
-def _check(config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
+def _check(config: Run[TrainConfig], settings: BenchmarkSettings) -> dict[str, Any]:
     """`judge` of the loss and the gradients of a few sequences; in float64 the operator is the plain loop."""
     training = config.training
     config = resized(config, training.lengths[0], min(CHECKED_BATCH, training.batch_size(0)))

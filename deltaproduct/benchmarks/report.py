@@ -200,7 +200,7 @@ class TrainRow:
 class TrainBenchmark(Report):
     """What `bench_train` found."""
 
-    config: dict[str, Any]  # the RunConfig
+    config: dict[str, Any]  # the Run
     batch_size: int
     tokens: int  # T of a sequence, BOS included
     operator_shape: str  # an OpShape's label
@@ -231,7 +231,7 @@ class MixerRow:
 class MixersBenchmark(Report):
     """What `bench_mixers` found."""
 
-    config: dict[str, Any]  # the RunConfig, from which a row differs in its mixer alone
+    config: dict[str, Any]  # the Run, from which a row differs in its mixer alone
     batch_size: int
     tokens: int  # T of a sequence, BOS included
     checked_batch: int  # sequences on which correctness was checked

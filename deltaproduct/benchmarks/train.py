@@ -20,7 +20,7 @@ from deltaproduct.layers import DeltaProductOptions
 from deltaproduct.ops import BACKENDS
 from deltaproduct.tasks import get_task
 from deltaproduct.tasks.task import check_fits
-from deltaproduct.training import RunConfig
+from deltaproduct.training import Run, TrainConfig
 from deltaproduct.training.checkpoint import Progress
 from deltaproduct.training.loop import OneProcess, new_model, new_optimizer, train_step
 from deltaproduct.training.objectives.task import Curriculum, TaskObjective, masked_loss, sample_batch
@@ -30,7 +30,7 @@ SAMPLING = ("", "sampling")
 
 
 def bench_train(
-    config: RunConfig,
+    config: Run[TrainConfig],
     *,
     backends: Sequence[str] | None = None,
     device: str = "auto",
@@ -113,7 +113,7 @@ def bench_train(
     )
 
 
-def resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
+def resized(config: Run[TrainConfig], length: int, batch_size: int) -> Run[TrainConfig]:
     """The run with one stage, of this length and this many sequences."""
     training = dataclasses.replace(
         config.training, lengths=(length,), batch_sizes=(batch_size,), stage_steps=(), num_samples=None
@@ -121,7 +121,7 @@ def resized(config: RunConfig, length: int, batch_size: int) -> RunConfig:
     return dataclasses.replace(config, training=training)
 
 
-def operator_shape(config: RunConfig) -> OpShape:
+def operator_shape(config: Run[TrainConfig]) -> OpShape:
     """What the operator is given in a step of the run's last stage."""
     model, training = config.model, config.training
     if training.precision != "float32" or training.grad_accumulation != 1:
@@ -142,7 +142,7 @@ def operator_shape(config: RunConfig) -> OpShape:
     )
 
 
-def _sampler(config: RunConfig) -> Callable[[], object]:
+def _sampler(config: Run[TrainConfig]) -> Callable[[], object]:
     """Draw the batch of another step of the last stage with each call."""
     task, training, stage = get_task(config.training.task), config.training, len(config.training.lengths) - 1
     numbers = itertools.count()
@@ -153,7 +153,7 @@ class Training:
     """What the training loop holds while it runs, at the first step of the run's last stage."""
 
     def __init__(
-        self, config: RunConfig, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+        self, config: Run[TrainConfig], backend: str, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.settings, self.device = config.training, device
         self.objective, self.ranks = TaskObjective(self.settings), OneProcess(device)

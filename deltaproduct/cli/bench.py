@@ -187,7 +187,7 @@ class BenchTrain(_Bench):
         from deltaproduct.experiments.recipes import LARGER_GROUPS, state_tracking_model
         from deltaproduct.experiments.word_problems import s3
         from deltaproduct.tasks import get_task
-        from deltaproduct.training import RunConfig
+        from deltaproduct.training import Run
 
         task = get_task(self.task)
         training = dataclasses.replace(s3("cpu", [0])[0].config.training, task=task.name)
@@ -195,7 +195,7 @@ class BenchTrain(_Bench):
         if self.all:
             training = dataclasses.replace(training, lengths=(ALL_LENGTH,), batch_sizes=(ALL_BATCH,), stage_steps=())
             model = state_tracking_model(task, **LARGER_GROUPS, **changes)
-            self._show(bench_mixers(RunConfig(training, model), **self._options()))
+            self._show(bench_mixers(Run(training, model), **self._options()))
         else:
             model = state_tracking_model(task, **changes)
-            self._show(bench_train(RunConfig(training, model), backends=self.backends or None, **self._options()))
+            self._show(bench_train(Run(training, model), backends=self.backends or None, **self._options()))

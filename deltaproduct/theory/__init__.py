@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         transpositions,
     )
     from deltaproduct.theory.limits import Limits
-    from deltaproduct.theory.theorems.explain import Explanation, explain
+    from deltaproduct.theory.theorems.explanation import Explanation, explain
     from deltaproduct.theory.theorems.model_class import ModelClass
     from deltaproduct.theory.verification import Verification, load, verify
 

@@ -15,6 +15,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.layers import MIXERS, DeltaNet, LinearAttention
 from deltaproduct.models import SequenceModel
 from deltaproduct.tasks import get_task
+from deltaproduct.training import Run
 
 
 class OffInFloat32(LinearAttention):
@@ -139,7 +140,7 @@ def test_a_bias_is_judged_with_its_weight():
     task = get_task("parity")
     model = dataclasses.replace(S3.model, vocab_size=task.vocab_size, num_labels=task.num_labels)
     training = dataclasses.replace(S3.training, task="parity", seed=1, lengths=(64,), batch_sizes=(2,), stage_steps=())
-    (row,) = bench_mixers(train.RunConfig(training, model), mixers=["mlstm"], device="cpu", repeats=1).rows
+    (row,) = bench_mixers(Run(training, model), mixers=["mlstm"], device="cpu", repeats=1).rows
     assert row.status == "timed" and row.error < 1e-4  # 9e-6 was seen
     sizes = {"loss": (), "a.weight": (2, 3), "a.bias": (2,), "bias": (1,), "b.bias": (4,)}
     found = mixers._maps({name: torch.ones(size) for name, size in sizes.items()})

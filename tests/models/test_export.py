@@ -2,7 +2,7 @@
 
 Tolerances, relative to the largest number in a tensor. Of a step from the model's state: 1e-5 (issue 6). Of 40 tokens
 through one layer, each side going on from its own state: 1e-5 as well. Through three layers float32 does not hold that:
-the model itself is then 2e-5 from its own float64, and the bound of test_decoder.py holds, 8·u·L·(√n + T·N).
+the model itself is then 2e-5 from its own float64, and the bound of test_decoding.py holds, 8·u·L·(√n + T·N).
 """
 
 import json

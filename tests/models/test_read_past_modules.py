@@ -2,7 +2,7 @@
 
 Neither calls the modules that it reads, so neither may be used where a module computes something else than its weight.
 Tolerance, relative to the largest logit, between the native decoder, the model token by token and the model in one
-piece: that of test_decoder.py, 8·u·L·(√n + T·N), with L = 2, n = 24, T = 8 and N = 2. The loss is compared in
+piece: that of test_decoding.py, 8·u·L·(√n + T·N), with L = 2, n = 24, T = 8 and N = 2. The loss is compared in
 float64.
 """
 

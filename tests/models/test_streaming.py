@@ -1,7 +1,7 @@
 """Conversations (models/streaming.py): in pieces and token by token is one pass; saved ones go on exactly.
 
 Tolerances. In float32: 1e-4 of the largest logit, against one pass of the reference in float64 (issue 6). The bound of
-test_decoder.py, 8·u·L·(√n + T·N), is 1.7e-4 for the largest model here and is not reached by far: what is kept
+test_decoding.py, 8·u·L·(√n + T·N), is 1.7e-4 for the largest model here and is not reached by far: what is kept
 is the stricter. In float64: 1e-10, rounding of 1e-16 times T·N steps, times what norms enlarge (test_mixers.py).
 """
 
