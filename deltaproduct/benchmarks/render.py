@@ -38,9 +38,9 @@ def render(report: Report, console: Console) -> None:
         case ScalingBenchmark():
             _scaling(report, page)
         case GenerateBenchmark():
-            _step(report, page)
+            _generate(report, page)
         case OpStepBenchmark():
-            _decode(report, page)
+            _op_step(report, page)
         case TrainBenchmark():
             _train(report, page)
         case MixersBenchmark():
@@ -162,7 +162,7 @@ def _scaling(report: ScalingBenchmark, page: _Page) -> None:
         page.note(f"Error against the float64 reference, first {report.checked_length} tokens: {report.error:.1e}.")
 
 
-def _step(report: GenerateBenchmark, page: _Page) -> None:
+def _generate(report: GenerateBenchmark, page: _Page) -> None:
     t = report.times
     sizes = f"L{report.model['num_hidden_layers']} {_sizes(report.model)}"
     if t is None:
@@ -198,7 +198,7 @@ def _step(report: GenerateBenchmark, page: _Page) -> None:
         )
 
 
-def _decode(report: OpStepBenchmark, page: _Page) -> None:
+def _op_step(report: OpStepBenchmark, page: _Page) -> None:
     shape = report.shape
     title = f"One token, {re.sub('^B[0-9]+ T[0-9]+ ', '', shape.label)}, {report.backend}, µs"
     launches = any(row.launch for row in report.rows)

@@ -1,4 +1,4 @@
-"""Figures, each a function from the results of runs (`experiments.job.run_job`) to a file."""
+"""Figures, each a function from the results of runs (`experiments.job.Job.run`) to a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

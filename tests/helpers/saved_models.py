@@ -17,7 +17,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 
 def build(kind: str = "ours", **changes):
     torch.manual_seed(0)
     if kind == "ours":
-        return SequenceModel(ModelConfig.build(V, V, **(SIZES | changes))).eval()
+        return SequenceModel(ModelConfig.build(V, V, defaults=SIZES, **changes)).eval()
     pytest.importorskip("transformers")
     from deltaproduct.models.hf import DeltaProductConfig, DeltaProductForCausalLM
 

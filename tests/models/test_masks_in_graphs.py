@@ -108,7 +108,7 @@ def test_somebodys_own_mixer_is_not_computed_as_the_one_it_inherits_from(method,
 def model_of(**changes) -> SequenceModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": D, "num_heads": 2, "head_dim": 4, "intermediate_size": 16, "num_hidden_layers": 2}
-    return SequenceModel(ModelConfig.build(V, V, **(sizes | changes))).eval()
+    return SequenceModel(ModelConfig.build(V, V, defaults=sizes, **changes)).eval()
 
 
 def some_tokens(batch: int = B, length: int = T) -> torch.Tensor:

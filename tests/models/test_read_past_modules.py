@@ -36,7 +36,7 @@ NEAR = 8 * 2**-24 * 2 * (24**0.5 + 8 * 2)  # 2.0e-5
 def build(**changes) -> SequenceModel:
     settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "intermediate_size": 24}
     torch.manual_seed(0)
-    model = SequenceModel(ModelConfig.build(V, V, **(settings | changes))).eval()
+    model = SequenceModel(ModelConfig.build(V, V, defaults=settings, **changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn(p.shape))

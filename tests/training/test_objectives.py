@@ -24,6 +24,7 @@ from deltaproduct.errors import UsageError
 from deltaproduct.files import read_json, write_json
 from deltaproduct.models import ModelConfig
 from deltaproduct.training import LanguageConfig, Run, TrainConfig, loop, train
+from deltaproduct.training.checkpoint import Progress
 from deltaproduct.training.distributed import Ranks
 from deltaproduct.training.loop import OneProcess
 from deltaproduct.training.objectives.language import LanguageObjective
@@ -230,12 +231,19 @@ def test_what_is_kept_is_checked(tmp_path):
 
 def test_a_loss_that_is_infinite_leaves_the_weights_alone(tmp_path, monkeypatch):
     loss = Echo.loss
-    monkeypatch.setattr(
-        Echo, "loss", lambda self, module, seed: loss(self, module, seed) * (math.inf if seed == 3 else 1)
-    )
+
+    def spoiled(self, module, seed):
+        return loss(self, module, seed) * (math.inf if seed == 3 else 1)
+
+    monkeypatch.setattr(Echo, "loss", spoiled)
     with pytest.raises(UsageError, match=r"Step 4 has a loss of inf and a gradient of norm nan; .* of step 3"):
         echo(tmp_path / "run", checkpoint_every=1)
-    assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
+    run = Run(TrainConfig(), ModelConfig.build(5, 5, hidden_size=8, num_heads=1, head_dim=4))
+    model, alone = loop.new_model(run), OneProcess(torch.device("cpu"))
+    optimizer, before = loop.new_optimizer(model, run.training), loop.new_model(run).state_dict()
+    for batches, changed in ((3, False), (0, True)):
+        loop.train_step(Echo(run.training), model, optimizer, Progress(Seen(batches)), alone)
+        assert same(model.state_dict(), before) != changed
 
 
 # Many processes
