@@ -77,7 +77,7 @@ sanitize: setup  ## run the native engine's tests on a build of it that traps wh
 	for name in asan ubsan stdc++; do runtimes="$$runtimes $$($${CXX:-g++} -print-file-name=lib$$name.so)"; done; \
 	DELTAPRODUCT_ENGINE="$$engine" LD_PRELOAD="$$runtimes" ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:log_path=$$folder/found" \
 		UBSAN_OPTIONS="print_stacktrace=1:log_path=$$folder/found" \
-		$(PYTEST) --max-worker-restart=0 tests/ops/test_native.py tests/models/test_decoder.py tests/ops/test_norm.py tests/ops/test_selective_scan.py \
+		$(PYTEST) --max-worker-restart=0 tests/ops/test_native.py tests/models/test_decoding.py tests/ops/test_norm.py tests/ops/test_selective_scan.py \
 		-k "not compiled and (pytorchs or not pytorch)" $(PYTEST_ARGS) || \
 		{ grep -hv -e ' Python/' -e ' Objects/' -e ' Include/' "$$folder"/found.* 2>/dev/null; exit 1; }
 
