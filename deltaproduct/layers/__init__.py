@@ -1,4 +1,4 @@
-"""Sequence mixers: DeltaProduct, its presets DeltaNet and Gated DeltaNet, and their peers."""
+"""Sequence mixers: DeltaProduct, its presets DeltaNet and Gated DeltaNet, and those that they are compared with."""
 
 from typing import TYPE_CHECKING
 

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from compiled_sizes import most_steps
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
