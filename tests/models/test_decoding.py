@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from compiled_sizes import most_steps
 
 from deltaproduct.errors import UsageError
 from deltaproduct.layers.mixer import Mixer
@@ -55,9 +56,8 @@ def some_tokens(batch_size: int, length: int = TOKENS) -> torch.Tensor:
 
 def limit(model: SequenceModel, length: int = TOKENS) -> float:
     c = model.config
-    longest = max(c.hidden_size, c.mlp_size, c.mixer.num_heads * c.mixer.head_dim)
-    steps = getattr(c.mixer, "num_householder", 1)
-    return 8 * 2**-24 * c.num_hidden_layers * (longest**0.5 + length * steps)
+    longest = max(c.hidden_size, c.mlp_size, *(options.num_heads * options.head_dim for options in c.mixers))
+    return 8 * 2**-24 * c.num_hidden_layers * (longest**0.5 + length * most_steps(c))
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, model: SequenceModel, length: int = TOKENS) -> None:
