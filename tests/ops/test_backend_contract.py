@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_cases import BACKEND, Problem, draw
 from oracle import relative_error
-from test_operator import BACKEND, Problem, draw
 
 import deltaproduct
 from deltaproduct.ops import BACKENDS, delta_product
