@@ -26,7 +26,7 @@ from deltaproduct.benchmarks.report import (
 from deltaproduct.benchmarks.timing import Timing
 from deltaproduct.ops import BACKENDS
 
-PARTS = ("forward", "backward", "optimiser", "operator")  # of a training step
+PARTS = ("forward", "backward", "optimizer", "operator")  # of a training step
 
 
 def render(report: Report, console: Console) -> None:

@@ -190,7 +190,7 @@ class TrainRow:
     step: Timing | None = None
     forward: Timing | None = None  # model and loss, recording for a backward
     backward: Timing | None = None
-    optimiser: Timing | None = None  # clipping and AdamW
+    optimizer: Timing | None = None  # clipping and AdamW
     operator: Timing | None = None  # forward and backward of `delta_product` alone, one layer, random inputs
     operator_share: float | None = None  # layers × operator over step
     speedup: dict[str, float] = field(default_factory=dict)  # {other row: its step's time over this one's}

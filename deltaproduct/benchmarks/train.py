@@ -76,7 +76,7 @@ def bench_train(
                 "step": trained.step,
                 "forward": trained.forward,
                 "backward": trained.backward,
-                "optimiser": trained.update,
+                "optimizer": trained.update,
                 "operator": workload.work(name),
             }
             if row.status == "timed":

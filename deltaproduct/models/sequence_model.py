@@ -3,6 +3,7 @@
 B batch · T tokens · D hidden size · S packed sequences.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,9 @@ def draw_with_deviation(module: nn.Module, config: Any) -> None:
         nn.init.normal_(module.weight, std=embedding_std if embedding_std is not None else std or 1.0)
 
 
+RECOMPUTE = "SequenceModel.recompute is now gradient_checkpointing; the old name goes with the next release."
+
+
 class SequenceModel(nn.Module):
     """A stack of blocks that labels every position of a token sequence; `config` says of what."""
 
@@ -91,6 +95,17 @@ class SequenceModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self._initialise()
+
+    @property
+    def recompute(self) -> bool:
+        """The name of earlier versions for `gradient_checkpointing`; it goes with the next release."""
+        warnings.warn(RECOMPUTE, DeprecationWarning, stacklevel=2)
+        return self.gradient_checkpointing
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        warnings.warn(RECOMPUTE, DeprecationWarning, stacklevel=2)
+        self.gradient_checkpointing = value
 
     def init_weights(self) -> Self:
         """Draw all weights again as the constructor does: the same numbers from the same state of PyTorch's generator.

@@ -18,7 +18,7 @@ def test_train_report_is_consistent(quick_train):
     assert {"reference", "chunkwise"} <= set(rows)
     for row in rows.values():
         assert row.status == "timed" and 0 <= row.error < quick_train.error_limit and row.worst
-        for part in ("step", "forward", "backward", "optimiser", "operator"):
+        for part in ("step", "forward", "backward", "optimizer", "operator"):
             timing = getattr(row, part)
             assert 0 < timing.min_ms <= timing.median_ms <= timing.max_ms and timing.runs == 2, part
         assert row.operator_share == pytest.approx(row.operator.median_ms / row.step.median_ms)  # one layer

@@ -15,7 +15,7 @@ from deltaproduct.models import ModelConfig, SequenceModel
 from deltaproduct.models.fla.checkpoint import read_fla, write_fla
 from deltaproduct.models.sampling import Sampling
 from deltaproduct.models.streaming import Stream
-from deltaproduct.training.config import RunConfig, TrainConfig
+from deltaproduct.training.config import Run, TrainConfig
 
 TINY = {"vocab_size": 7, "num_labels": 7, "hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
 HUGE = 10**19
@@ -149,8 +149,8 @@ TRAINING_CASES = [(name, value) for name, values in TRAINING.items() for value i
 
 @pytest.mark.parametrize(("name", "value"), TRAINING_CASES, ids=[f"{n}={v!r:.30}" for n, v in TRAINING_CASES])
 def test_a_runs_field_of_another_kind(name, value):
-    values = RunConfig(TrainConfig(), ModelConfig.build(**TINY)).to_dict()
-    refused(lambda: RunConfig.from_dict(values | {"training": values["training"] | {name: value}}), name)
+    values = Run(TrainConfig(), ModelConfig.build(**TINY)).to_dict()
+    refused(lambda: Run.from_dict(values | {"training": values["training"] | {name: value}}), name)
 
 
 JSON = {

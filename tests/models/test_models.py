@@ -407,3 +407,12 @@ def test_what_the_head_sees():
     first, state = model.hidden(given[:, :4])
     second, _ = model.hidden(given[:, 4:], state)
     torch.testing.assert_close(model.head(torch.cat((first, second), 1)), model(given)[0])
+
+
+def test_the_old_name_of_gradient_checkpointing_warns_and_works():
+    model = SequenceModel(ModelConfig(vocab_size=5, num_labels=5, hidden_size=8, intermediate_size=0))
+    with pytest.warns(DeprecationWarning, match="recompute is now gradient_checkpointing"):
+        model.recompute = True
+    assert model.gradient_checkpointing
+    with pytest.warns(DeprecationWarning, match="recompute is now gradient_checkpointing"):
+        assert model.recompute

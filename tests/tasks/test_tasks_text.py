@@ -432,17 +432,17 @@ def losses(name: str, steps: int, length: int) -> list[float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SequenceModel(state_tracking_model(task))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     generator, found = seeded(1), []
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 20)
         tokens, labels, mask = task.sample(32, max(length, task.min_length), generator=generator)
         logits, _ = model(tokens)
         loss = F.cross_entropy(logits[mask], labels[mask])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         found.append(loss.item())
     return found
 
