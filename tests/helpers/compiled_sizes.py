@@ -4,5 +4,5 @@ from deltaproduct.models import ModelConfig
 
 
 def most_steps(config: ModelConfig) -> int:
-    """The most Householder factors per token in any layer."""
-    return max(options.num_householder for options in config.mixers)
+    """The most Householder factors per token in any layer; a mixer without that option has one."""
+    return max(getattr(options, "num_householder", 1) for options in config.mixers)
