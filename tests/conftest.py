@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -45,6 +46,38 @@ KINDS = {
 }
 
 
+# Of the parameters of each test in these files `make test` runs the first and about one in so many, always the same
+# ones; the others are slow("exhaustive"). Their tests go through many like cases that take long. The mark one_in(N)
+# says the same of a single test.
+ONE_IN = {
+    "analysis/test_effective_rank.py": 3,
+    "analysis/test_extract.py": 4,
+    "corpus/test_corpus.py": 3,
+    "corpus/test_hostile_corpora.py": 3,
+    "models/hf/test_hf.py": 3,
+    "models/test_read_past_modules.py": 3,
+    "models/test_run_in_pieces.py": 3,
+    "models/test_saved_as_it_is.py": 4,
+    "models/test_streaming.py": 4,
+    "ops/test_scan.py": 3,
+    "ops/test_transforms.py": 3,
+    "ops/test_triton.py": 4,
+    "tasks/test_expressions.py": 3,
+    "tasks/test_tasks_text.py": 4,
+    "theory/test_certificate.py": 4,
+    "theory/test_compiler.py": 3,
+    "theory/test_explain.py": 3,
+    "theory/test_shared_situations.py": 4,
+    "theory/test_strategies.py": 4,
+    "theory/test_theorems.py": 4,
+    "theory/test_theorems_in_numbers.py": 4,
+    "theory/test_theory_acceptance.py": 3,
+    "training/test_checkpoints.py": 4,
+    "training/test_language_checkpoints.py": 3,
+    "training/test_presets.py": 3,
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "of the chosen tests every Nth, from the Kth on, and all of those that are marked numerical('whole')"
     parser.addoption("--sample", metavar="K/N", help=help)
@@ -67,9 +100,24 @@ def is_representative(item: pytest.Item) -> bool:
     )
 
 
+def leave_to_test_all(items: list[pytest.Item]) -> None:
+    """Mark as slow what ONE_IN leaves out."""
+    here, seen = Path(__file__).parent, set()
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        one_in = ONE_IN.get(str(item.path.relative_to(here)), 1)
+        if (mark := item.get_closest_marker("one_in")) is not None:
+            one_in = mark.args[0]
+        # By a sum of the name, so that no value of any parameter is left out for where it stands.
+        if function in seen and crc32(item.nodeid.encode()) % one_in:
+            item.add_marker(pytest.mark.slow("exhaustive"))
+        seen.add(function)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
     each_kind = config.getoption("--each-kind")
+    leave_to_test_all(items)
     kinds = {item: kinds_of(item) for item in items}
     standing = {item: found for item, found in kinds.items() if is_representative(item)}
     if each_kind and (missing := KINDS.keys() - set().union(*standing.values())):

@@ -169,6 +169,7 @@ def description(x: dict) -> dict:
     return {n: (a.dtype, tuple(a.shape), a.stride()) for n, a in x.items()}
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("seed", range(300))
 def test_any_problem(seed, poisoned, divide):
     x, d, opts = random_problem(seed)
@@ -413,6 +414,7 @@ def test_too_little_memory_is_an_error_and_not_the_end(threads):
 # --- Short sequences, which work on the states' own tensors -----------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @EVERY_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("length", "value_dim"), [(1, 16), (1, 80), (3, 64), (1, 17), (5, 144)])

@@ -65,6 +65,7 @@ def test_mistakes_are_one_clear_line(capsys, arguments, word):
     assert status == 2 and out == "" and word in err and err.count("\n") == 1
 
 
+@pytest.mark.slow("exhaustive")
 def test_the_commands_that_it_gives_are_understood(monkeypatch):
     """One of each form, for parsing takes a while."""
     started, forms = [], {}

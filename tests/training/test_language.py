@@ -70,6 +70,7 @@ def test_a_run_learns_and_its_folder_has_all_that_generating_needs(corpus, tmp_p
     assert float(LanguageLoss(model)(row[:, :-1], row[:, 1:]).detach()) / 32 < 0.7 * losses[0]
 
 
+@pytest.mark.slow("exhaustive")
 def test_several_ways_to_the_same_losses_on_one_process(corpus, tmp_path):
     whole = run(corpus.folder, tmp_path / "whole")
     options = {"micro": ({"grad_accumulation": 2}, {}), "again": ({}, {"gradient_checkpointing": True}),
