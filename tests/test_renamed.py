@@ -24,7 +24,9 @@ def test_a_moved_module_is_the_same_under_its_old_name(old):
 def test_what_lies_below_a_moved_package_is_not_imported_twice():
     for name in ("deltaproduct.tasks.corpus", "deltaproduct.tasks.corpus.reader"):
         sys.modules.pop(name, None)
-    with pytest.warns(DeprecationWarning, match=r"tasks.corpus.reader is now deltaproduct.corpus.reader"):
+    with pytest.warns(DeprecationWarning, match=r"tasks.corpus is now deltaproduct.corpus;"):
+        importlib.import_module("deltaproduct.tasks.corpus")
+    with pytest.warns(DeprecationWarning, match=r"tasks.corpus.reader is now deltaproduct.corpus.reader;"):
         old = importlib.import_module("deltaproduct.tasks.corpus.reader")
     assert old is importlib.import_module("deltaproduct.corpus.reader")
 

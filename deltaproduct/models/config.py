@@ -21,7 +21,6 @@ from deltaproduct.layers.options import (
     option,
     option_names,
 )
-from deltaproduct.layers.options import check_kinds as check_kinds  # under its earlier place
 from deltaproduct.layers.registry import MIXERS, get_mixer
 
 LARGEST_VOCABULARY = 2**31
@@ -162,7 +161,7 @@ class ModelConfig(metaclass=_TakesFlatOptions):
         Raises:
             UsageError: as `build`.
         """
-        own = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
+        own = {name: values.pop(name) for name in ("vocab_size", "num_labels", *MODEL_FIELDS) if name in values}
         if isinstance(mixer, str) and not self.is_hybrid:
             kept = set(option_names(self.mixer)).intersection(option_names(get_mixer(mixer).options))
             values = {name: getattr(self.mixer, name) for name in kept} | values
@@ -476,4 +475,3 @@ def usage_error(e: BaseException) -> UsageError | None:
 
 
 _CONVERTER = strict_converter()
-described = option  # its earlier name

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from deltaproduct.errors import UsageError
-from deltaproduct.layers.options import check_kinds
+from deltaproduct.layers.options import check_kinds, option
 from deltaproduct.models import ModelConfig
-from deltaproduct.models.config import described, reasons, strict_converter, usage_error
+from deltaproduct.models.config import reasons, strict_converter, usage_error
 from deltaproduct.renamed import renamed_names
 
 _CONVERTER = strict_converter()
@@ -28,18 +28,18 @@ class OptimizerConfig:
     kind: ClassVar[str]
     smaller_batch: ClassVar[str]
 
-    steps: int = described(350, "optimiser steps in all")
-    seed: int = described(0, "decides initial weights and training data")
-    lr: float = described(1e-2, "peak learning rate")
-    min_lr_ratio: float = described(0.02, "what the cosine ends at, as a share of lr")
-    warmup_steps: int = described(50, "steps of linear warm-up")
-    beta1: float = described(0.9, "AdamW")
-    beta2: float = described(0.99, "AdamW")
-    eps: float = described(1e-8, "AdamW")
-    weight_decay: float = described(0.0, "AdamW, on matrices only")
-    clip: float = described(1.0, "largest norm of the gradient; 0: no clipping")
-    grad_accumulation: int = described(1, "micro-batches that a step's batch is split into")
-    precision: str = described("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
+    steps: int = option(350, "optimiser steps in all")
+    seed: int = option(0, "decides initial weights and training data")
+    lr: float = option(1e-2, "peak learning rate")
+    min_lr_ratio: float = option(0.02, "what the cosine ends at, as a share of lr")
+    warmup_steps: int = option(50, "steps of linear warm-up")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.99, "AdamW")
+    eps: float = option(1e-8, "AdamW")
+    weight_decay: float = option(0.0, "AdamW, on matrices only")
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    grad_accumulation: int = option(1, "micro-batches that a step's batch is split into")
+    precision: str = option("float32", "float32, or bfloat16 for autocast (state and solves stay float32)")
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -86,15 +86,15 @@ class TrainConfig(OptimizerConfig):
     kind: ClassVar[str] = "a task"
     smaller_batch: ClassVar[str] = "batch_sizes or lengths, or raise grad_accumulation"
 
-    task: str = described("S3", "what to learn; `deltaproduct tasks list` shows the names")
-    lengths: tuple[int, ...] = described((8, 128), "curriculum of sequence lengths, BOS not counted")
-    min_length: int | None = described(None, "draw each batch's length from this to its stage's; None: the stage's")
-    batch_sizes: tuple[int, ...] = described(
+    task: str = option("S3", "what to learn; `deltaproduct tasks list` shows the names")
+    lengths: tuple[int, ...] = option((8, 128), "curriculum of sequence lengths, BOS not counted")
+    min_length: int | None = option(None, "draw each batch's length from this to its stage's; None: the stage's")
+    batch_sizes: tuple[int, ...] = option(
         (256, 64), "sequences per step in each stage; a single number: the same in all"
     )
-    stage_steps: tuple[int, ...] = described((), "most steps in each stage but the last; empty: no limit")
-    stage_loss: float | None = described(0.1, "move on when the running mean of the loss is below this; None: never")
-    num_samples: int | None = described(None, "train on this many sequences per stage, over and over; None: fresh")
+    stage_steps: tuple[int, ...] = option((), "most steps in each stage but the last; empty: no limit")
+    stage_loss: float | None = option(0.1, "move on when the running mean of the loss is below this; None: never")
+    num_samples: int | None = option(None, "train on this many sequences per stage, over and over; None: fresh")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,16 +135,16 @@ class LanguageConfig(OptimizerConfig):
     kind: ClassVar[str] = "a corpus"
     smaller_batch: ClassVar[str] = "batch_size or context, or raise grad_accumulation"
 
-    steps: int = described(1000, "optimiser steps in all")
-    lr: float = described(2e-3, "peak learning rate")
-    min_lr_ratio: float = described(0.1, "what the cosine ends at, as a share of lr")
-    beta2: float = described(0.95, "AdamW")
-    weight_decay: float = described(0.01, "AdamW, on matrices only")
-    corpus: str = described("", "fingerprint of the corpus, so that a run is only continued on its own data")
-    context: int = described(512, "T, tokens of a window")
-    batch_size: int = described(16, "windows per step, over all processes")
-    packed: bool = described(False, "let every document begin with an empty state, wherever it lies in a window")
-    max_rise: float = described(2.0, "stop when the mean loss is this many nats above its lowest; 0: never")
+    steps: int = option(1000, "optimiser steps in all")
+    lr: float = option(2e-3, "peak learning rate")
+    min_lr_ratio: float = option(0.1, "what the cosine ends at, as a share of lr")
+    beta2: float = option(0.95, "AdamW")
+    weight_decay: float = option(0.01, "AdamW, on matrices only")
+    corpus: str = option("", "fingerprint of the corpus, so that a run is only continued on its own data")
+    context: int = option(512, "T, tokens of a window")
+    batch_size: int = option(16, "windows per step, over all processes")
+    packed: bool = option(False, "let every document begin with an empty state, wherever it lies in a window")
+    max_rise: float = option(2.0, "stop when the mean loss is this many nats above its lowest; 0: never")
 
     def __post_init__(self) -> None:
         super().__post_init__()

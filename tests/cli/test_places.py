@@ -181,7 +181,7 @@ def no_work(monkeypatch):
         "deltaproduct.experiments.runner.run_jobs",
         "deltaproduct.models.fla.checkpoint.write_fla",
         "deltaproduct.models.SequenceModel.from_pretrained",
-        *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "decode", "step", "train")),
+        *(f"deltaproduct.benchmarks.bench_{name}" for name in ("ops", "scaling", "op_step", "generate", "train")),
     ):
         monkeypatch.setattr(name, work)
 

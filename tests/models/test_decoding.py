@@ -4,7 +4,6 @@ Tolerance: that of `bench generate`, 8·u·L·(√n + T·N): the same arithmetic
 """
 
 import copy
-import dataclasses
 import shutil
 
 import pytest
@@ -43,7 +42,7 @@ def two_threads():
 def build(**changes) -> SequenceModel:
     """A model whose every parameter is random: norms' weights are not all one and biases not all zero."""
     torch.manual_seed(0)
-    model = SequenceModel(dataclasses.replace(TINY, **changes)).eval()
+    model = SequenceModel(TINY.changed(**changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape))

@@ -159,13 +159,13 @@ def test_negative_eigenvalues_are_read_only_where_they_were_computed(kind, relea
     values = fields(kind, release) | {"allow_neg_eigval": True}
     field = {"delta_net": "attnres_block_size", "gated_deltanet": "use_l2warp"}.get(kind)
     if field is None or field in values:
-        assert from_fla_config(values).allow_neg_eigval
+        assert from_fla_config(values).mixer.allow_neg_eigval
         return
     with pytest.raises(UsageError, match=rf"allow_neg_eigval=True and no {field}, as if written before") as error:
         from_fla_config(values)
     assert "Set it to false" in str(error.value) and "\n" not in str(error.value)
-    assert from_fla_config(values | {field: None}).allow_neg_eigval
-    assert not from_fla_config(values | {"allow_neg_eigval": False}).allow_neg_eigval
+    assert from_fla_config(values | {field: None}).mixer.allow_neg_eigval
+    assert not from_fla_config(values | {"allow_neg_eigval": False}).mixer.allow_neg_eigval
 
 
 # What the releases read: sizes by multiples, which most of them cut off

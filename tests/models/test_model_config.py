@@ -147,3 +147,10 @@ def test_the_earlier_call_works_with_a_warning():
         warnings.simplefilter("error")
         assert not hasattr(config, "rope_theta") and not hasattr(flat, "_anything")
         ModelConfig(V, V, mixer="lstm")
+
+
+def test_changed_takes_every_field_of_the_model():
+    config = ModelConfig(V, V).changed(
+        vocab_size=11, num_labels=11, hidden_size=8, tie_word_embeddings=True, num_heads=2
+    )
+    assert (config.vocab_size, config.num_labels, config.hidden_size, config.mixer.num_heads) == (11, 11, 8, 2)
