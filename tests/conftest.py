@@ -12,6 +12,11 @@ import torch
 # Before anything imports them: an assertion that fails there says as much as one in a test.
 pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("helpers/*.py")))
 
+# Before anything imports the standard library's distutils: setuptools, which PyTorch's compiler asks for, puts its own in
+# that place and fails where the other is there already.
+with suppress(ImportError):
+    import setuptools  # noqa: F401
+
 if not torch.cuda.is_available():
     # Triton decides on its own import whether its library can be interpreted, and whoever imports it first decides so
     # for all. Our kernels are interpreted where a test says so (test_triton.py).
