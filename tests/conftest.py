@@ -12,8 +12,8 @@ import torch
 # Before anything imports them: an assertion that fails there says as much as one in a test.
 pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("helpers/*.py")))
 
-# Before anything imports the standard library's distutils, as pip has it done: setuptools, which PyTorch's compiler asks
-# for, puts its own in that place and fails where the other is there already.
+# Before anything imports the standard library's distutils, as pip does: setuptools, which PyTorch's compiler asks for,
+# puts its own in that place and fails where the other is there already.
 with suppress(ImportError):
     import setuptools  # noqa: F401
 
